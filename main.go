@@ -1,0 +1,1089 @@
+// Picket is a monitoring agent in one static binary, for machines too small,
+// too old or too odd for anything else.
+//
+// It is passive: the monitor sends a command over XML-RPC, with a ticket. The
+// agent acknowledges it at once, does the work (runs a sensor: any program
+// that prints one number) and hands in the reading, with the same ticket, over a
+// connection that it opens itself to the one monitor named in client.cfg.
+// Whoever merely asks gets an acknowledgement and no data.
+//
+//	picket [-c client.cfg] [command]
+//
+// Without a command it runs the agent in the foreground until SIGTERM or
+// SIGINT; it never forks, an init supervises it. The other commands are for an
+// administrator on the box; "picket help" lists them.
+//
+// # Trust
+//
+// The agent runs what is installed in its directory of sensors and nothing
+// else; a command only chooses among them and gives them arguments, which no
+// shell ever sees. What it measured goes to the monitor of client.cfg or
+// nowhere. Who can reach its port can have sensors run, at most [sensor]
+// concurrency at once, but not see what they print.
+//
+// # Files
+//
+// They depend downwards: main, sensors, rpc; config is used by main alone.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"log/syslog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	acceptTime  = 10 * time.Second // that a command waits for room in the queue
+	sensorsTime = 5 * time.Second  // that running sensors get when the agent ends
+	deliverTime = 5 * time.Second  // that undelivered readings get then
+	maxTicket   = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
+	maxPackage  = 4 << 20          // bytes of a package that the stand-in monitor serves
+)
+
+// Exit codes of the process.
+const (
+	exitFailed = 1
+	exitUsage  = 2 // or configuration
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	// Noted and dropped, so that the end of whoever reads the log is not the
+	// agent's; ignored, it would be so in sensors, too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	log.SetFlags(0)
+	log.SetPrefix("picket: ")
+	err := execute(ctx, os.Args[1:], os.Stdout)
+	var coded *exitError
+	switch {
+	case errors.As(err, &coded):
+		if coded.err != nil {
+			log.Print(coded.err)
+		}
+		os.Exit(coded.code)
+	case err != nil:
+		log.Print(err)
+		os.Exit(exitFailed)
+	}
+}
+
+// An exitError ends the process with a code of its own, and with a message
+// where err is not nil.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return fmt.Sprint(e.err) }
+func (e *exitError) Unwrap() error { return e.err }
+
+func usagef(format string, args ...any) error {
+	return &exitError{exitUsage, fmt.Errorf(format, args...)}
+}
+
+// An invocation is one call of the program.
+type invocation struct {
+	config string // -c
+	args   []string
+	out    io.Writer
+}
+
+// A subcommand is a word on the command line.
+type subcommand struct {
+	name, args, help string
+	run              func(context.Context, invocation) error
+}
+
+func subcommands() []subcommand {
+	return []subcommand{
+		{"", "", "run the agent in the foreground, until SIGTERM or SIGINT", runAgent},
+		{"check", "SENSOR [ARG...]", "run one sensor as the agent would, print the value", runCheck},
+		{"list", "", "the installed sensors and what they can be asked", runList},
+		{"config", "", "check client.cfg and print every option", runConfig},
+		{"config get", "SECTION OPTION", "print one value", nil},
+		{"config set", "SECTION OPTION VALUE", "change one value, and no other byte of the file", nil},
+		{"config unset", "SECTION [OPTION]", "remove an option or a section", nil},
+		{"call", "URL METHOD [ARG...]", "call an XML-RPC method, print its result", runCall},
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]", "a stand-in for the monitor, that prints the readings it gets", runMonitor},
+		{"selftest", "", "prove that binary, kernel, shell and sensors work here", runSelftest},
+		{"version", "", "version, commit, Go version, architecture", runVersion},
+		{"help", "", "this page", runHelp},
+	}
+}
+
+// execute runs the program with the arguments of its command line.
+func execute(ctx context.Context, args []string, out io.Writer) error {
+	flags := newFlags("picket")
+	config := flags.String("c", "", "")
+	if err := flags.Parse(args); err != nil {
+		return flagError(err, out)
+	}
+	in := invocation{config: *config, out: out}
+	name := ""
+	if rest := flags.Args(); len(rest) > 0 {
+		name, in.args = rest[0], rest[1:]
+	}
+	for _, c := range subcommands() {
+		if c.name == name && c.run != nil {
+			return c.run(ctx, in)
+		}
+	}
+	return usagef("unknown command %q; see picket help", name)
+}
+
+// newFlags returns a set of flags that leaves all printing to execute.
+func newFlags(name string) *flag.FlagSet {
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	return flags
+}
+
+func flagError(err error, out io.Writer) error {
+	if errors.Is(err, flag.ErrHelp) {
+		return runHelp(context.Background(), invocation{out: out})
+	}
+	return usagef("%v; see picket help", err)
+}
+
+// takes checks the number of arguments.
+func (in invocation) takes(least, most int, usage string) error {
+	if n := len(in.args); n < least || n > most {
+		return usagef("usage: picket %s", usage)
+	}
+	return nil
+}
+
+func runHelp(_ context.Context, in invocation) error {
+	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [command]\n\n")
+	for _, c := range subcommands() {
+		words := strings.TrimSpace(c.name + " " + c.args)
+		if words == "" {
+			words = "(none)"
+		}
+		gap := "  "
+		if len(words) > 32 {
+			gap = "\n" + strings.Repeat(" ", 36)
+		}
+		fmt.Fprintf(in.out, "  %-32s%s%s\n", words, gap, c.help)
+	}
+	fmt.Fprint(in.out, "\nclient.cfg is looked for in the working directory, then beside the program.\n"+
+		"Exit codes: 0; 1 it went wrong; 2 usage or configuration; check: the sensor's.\n")
+	return nil
+}
+
+func runVersion(_ context.Context, in invocation) error {
+	if err := in.takes(0, 0, "version"); err != nil {
+		return err
+	}
+	fmt.Fprintln(in.out, version())
+	return nil
+}
+
+// version describes the binary by what the Go toolchain wrote into it.
+func version() string {
+	name, commit, arch := "(devel)", "", runtime.GOARCH
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if info.Main.Version != "" {
+			name = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				commit = " commit " + s.Value
+			case "vcs.modified":
+				if s.Value == "true" {
+					commit += "+changes"
+				}
+			case "GOARM", "GO386", "GOMIPS", "GOMIPS64":
+				arch += "," + s.Value
+			}
+		}
+	}
+	return fmt.Sprintf("picket %s%s %s %s/%s", name, commit, runtime.Version(), runtime.GOOS, arch)
+}
+
+// findConfig returns the path of client.cfg: the one that was named, else the
+// one in the working directory, else the one beside the program.
+func findConfig(named string) (string, error) {
+	if named != "" {
+		if _, err := os.Stat(named); err != nil {
+			return "", &exitError{exitUsage, err}
+		}
+		return filepath.Abs(named)
+	}
+	var tried []string
+	for _, dir := range []func() (string, error){os.Getwd, programDir} {
+		where, err := dir()
+		if err != nil {
+			continue
+		}
+		file := filepath.Join(where, "client.cfg")
+		if _, err := os.Stat(file); err == nil {
+			return file, nil
+		}
+		tried = append(tried, file)
+	}
+	return "", usagef("no client.cfg: looked for %s; -c names another", strings.Join(tried, ", then "))
+}
+
+// programDir is the directory of the program itself, links followed.
+func programDir() (string, error) {
+	file, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	file, err = filepath.EvalSymlinks(file)
+	return filepath.Dir(file), err
+}
+
+// loadSettings reads client.cfg and logs what it warns of.
+func loadSettings(named string) (settings, error) {
+	file, err := findConfig(named)
+	if err != nil {
+		return settings{}, err
+	}
+	c, err := readINI(file)
+	if err != nil {
+		return settings{}, &exitError{exitUsage, err}
+	}
+	s, warnings, err := c.settings(filepath.Dir(file))
+	for _, w := range warnings {
+		log.Print(w)
+	}
+	if err != nil {
+		return settings{}, &exitError{exitUsage, err}
+	}
+	return s, nil
+}
+
+func runAgent(ctx context.Context, in invocation) error {
+	s, err := loadSettings(in.config)
+	if err != nil {
+		return err
+	}
+	if s.syslog {
+		logToSyslog()
+	}
+	a, err := newAgent(s)
+	if err != nil {
+		return err
+	}
+	return a.run(ctx)
+}
+
+// logToSyslog sends the log to the local syslog, if there is one.
+func logToSyslog() {
+	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "picket")
+	if err != nil {
+		log.Printf("log to syslog: %v; standard error instead", err)
+		return
+	}
+	log.SetOutput(w)
+	log.SetPrefix("")
+}
+
+// An agent answers commands and hands in readings.
+type agent struct {
+	settings settings
+	sensors  *sensors
+	delivery *delivery
+	queue    *queue
+	listener net.Listener
+	events   logLimit // commands and runs: a busy monitor must not fill a log
+}
+
+// newAgent returns an agent that listens but does not answer yet: run does.
+func newAgent(s settings) (*agent, error) {
+	sensors, err := installedSensors(s)
+	if err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", s.listen)
+	if err != nil {
+		return nil, err
+	}
+	zone := time.UTC
+	if !s.utc {
+		zone = localZone()
+	}
+	a := &agent{settings: s, sensors: sensors, listener: listener, events: logLimit{burst: 1000, perSecond: 10}}
+	a.delivery = newDelivery(newClient(s.monitor, s.monitorTimeout), zone, s.noValue, time.Second)
+	a.queue = newQueue(s.concurrency, s.queue, a.read, a.delivery.put, a.delivery.discard)
+	return a, nil
+}
+
+// installedSensors are the sensors as the settings have them run.
+func installedSensors(s settings) (*sensors, error) {
+	user := s.user
+	if euid := os.Geteuid(); user != nil && euid != 0 {
+		if int(user.Uid) != euid {
+			return nil, usagef("[sensor] user: only root can run sensors as another user")
+		}
+		user = nil
+	}
+	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, user), nil
+}
+
+// run answers commands until ctx ends. Then it takes no more, gives running
+// sensors five seconds and undelivered readings another five, and leaves no
+// goroutine and no process behind.
+func (a *agent) run(ctx context.Context) error {
+	log.Printf("%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), a.settings.path, a.settings.monitor.Redacted())
+	server := newHandler(a.commands()).server()
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(a.listener) }()
+	var err error
+	select {
+	case <-ctx.Done():
+		log.Print("ending")
+	case err = <-served:
+	}
+	within(sensorsTime, a.queue.close)
+	within(time.Second, func(ctx context.Context) {
+		if server.Shutdown(ctx) != nil {
+			server.Close()
+		}
+	})
+	within(deliverTime, a.delivery.close)
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
+	}
+	return nil
+}
+
+// within calls f with a context that ends after d.
+func within(d time.Duration, f func(context.Context)) {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	f(ctx)
+}
+
+// commands is all that the monitor can ask, beside what every XML-RPC server has.
+func (a *agent) commands() []method {
+	return []method{
+		{
+			"cmd_submit_reading",
+			"string int string, string int string array, string int string string, string string string, string string string array, string string string string",
+			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once.",
+			a.submitReading,
+		},
+		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
+		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
+	}
+}
+
+func (a *agent) submitReading(ctx context.Context, r request, params []any) (any, error) {
+	if len(params) < 2 || len(params) > 3 {
+		return nil, faultf(faultParams, "cmd_submit_reading takes ticket, sensor, [arguments]; got %d parameters", len(params))
+	}
+	var c command
+	err := checkTicket(params[0])
+	c.ticket = params[0]
+	if err == nil {
+		c.sensor, err = sensorName(params[1])
+	}
+	if err == nil && len(params) == 3 {
+		c.args, err = arguments(params[2])
+	}
+	if err != nil {
+		return nil, faultf(faultParams, "cmd_submit_reading: %v", err)
+	}
+	if err := a.queue.accept(ctx, c, r.received.Add(acceptTime)); err != nil {
+		return nil, err
+	}
+	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), c.sensor)
+	return "OK", nil
+}
+
+// checkTicket says what is wrong with a ticket: an int, an i8 or a string.
+func checkTicket(v any) error {
+	switch v := v.(type) {
+	case int, int64:
+		return nil
+	case string:
+		if len(v) > maxTicket {
+			return fmt.Errorf("a ticket has at most %d bytes", maxTicket)
+		}
+		return nil
+	}
+	return fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
+}
+
+// read runs a queued command.
+func (a *agent) read(ctx context.Context, c command) reading {
+	begun := time.Now()
+	r := a.sensors.read(ctx, c.sensor, c.args, nil)
+	line := fmt.Sprintf("sensor %s: exit %d in %v", c.sensor, r.code, time.Since(begun).Round(time.Millisecond))
+	if r.reason != "" {
+		line += ": " + r.reason
+	}
+	a.events.printf("%s", line)
+	return r
+}
+
+func (a *agent) listSensors(ctx context.Context, _ request, params []any) (any, error) {
+	if len(params) != 0 {
+		return nil, faultf(faultParams, "cmd_list_sensors takes no parameters")
+	}
+	texts, err := a.sensors.helpTexts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	result := map[string]any{}
+	for name, text := range texts {
+		result[name] = text
+	}
+	return result, nil
+}
+
+func healthcheck(_ context.Context, _ request, params []any) (any, error) {
+	if len(params) != 0 {
+		return nil, faultf(faultParams, "healthcheck takes no parameters")
+	}
+	return "OK", nil
+}
+
+func runCheck(ctx context.Context, in invocation) error {
+	if len(in.args) == 0 {
+		return usagef("usage: picket check SENSOR [ARG...]")
+	}
+	name, err := sensorName(in.args[0])
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	s, err := loadSettings(in.config)
+	if err != nil {
+		return err
+	}
+	sensors, err := installedSensors(s)
+	if err != nil {
+		return err
+	}
+	r := sensors.read(ctx, name, in.args[1:], os.Stderr)
+	value := r.value
+	if value == "" {
+		value = s.noValue
+	}
+	fmt.Fprintln(in.out, value)
+	code := r.code
+	if code < 0 {
+		code = 128 - code // as a shell shows a signal
+	}
+	switch {
+	case code == 0:
+		return nil
+	case r.reason == "":
+		return &exitError{code, nil}
+	}
+	return &exitError{code, fmt.Errorf("sensor %s: %s", name, r.reason)}
+}
+
+func runList(ctx context.Context, in invocation) error {
+	if err := in.takes(0, 0, "list"); err != nil {
+		return err
+	}
+	s, err := loadSettings(in.config)
+	if err != nil {
+		return err
+	}
+	sensors, err := installedSensors(s)
+	if err != nil {
+		return err
+	}
+	texts, err := sensors.helpTexts(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range sortedKeys(texts) {
+		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
+	}
+	return nil
+}
+
+// indent returns the lines of a text, each with something before it.
+func indent(text, by string) string {
+	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
+}
+
+func runConfig(_ context.Context, in invocation) error {
+	file, err := findConfig(in.config)
+	if err != nil {
+		return err
+	}
+	if len(in.args) == 0 {
+		return printConfig(file, in.out)
+	}
+	verb := in.args[0]
+	in.args = in.args[1:]
+	switch verb {
+	case "get":
+		if err := in.takes(2, 2, "config get SECTION OPTION"); err != nil {
+			return err
+		}
+		c, err := readINI(file)
+		if err != nil {
+			return &exitError{exitUsage, err}
+		}
+		value, err := c.value(in.args[0], in.args[1])
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(in.out, value)
+		return nil
+	case "set":
+		if err := in.takes(3, 3, "config set SECTION OPTION VALUE"); err != nil {
+			return err
+		}
+		return editConfig(file, func(c *ini) error { return c.set(in.args[0], in.args[1], in.args[2]) })
+	case "unset":
+		if err := in.takes(1, 2, "config unset SECTION [OPTION]"); err != nil {
+			return err
+		}
+		return editConfig(file, func(c *ini) error {
+			var found bool
+			var err error
+			if len(in.args) == 1 {
+				found, err = c.removeSection(in.args[0])
+			} else {
+				found, err = c.removeOption(in.args[0], in.args[1])
+			}
+			if err == nil && !found {
+				err = fmt.Errorf("%s: nothing to unset: no [%s]", file, strings.Join(in.args, "] "))
+			}
+			return err
+		})
+	}
+	return usagef("unknown command %q; see picket help", "config "+verb)
+}
+
+// editConfig changes client.cfg, unless that would break settings that are in
+// order.
+func editConfig(file string, change func(*ini) error) error {
+	return editINI(file, func(c *ini) error {
+		_, _, before := c.settings(filepath.Dir(file))
+		if err := change(c); err != nil {
+			return err
+		}
+		if _, _, err := c.settings(filepath.Dir(file)); err != nil && before == nil {
+			return &exitError{exitUsage, fmt.Errorf("not changed: %w", err)}
+		}
+		return nil
+	})
+}
+
+// printConfig prints every option as INI, with its value or default. A
+// password in a URL is not shown.
+func printConfig(file string, out io.Writer) error {
+	c, err := readINI(file)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	_, warnings, err := c.settings(filepath.Dir(file))
+	for _, w := range warnings {
+		log.Print(w)
+	}
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
+	for _, o := range options {
+		value, err := c.value(o.section, o.name)
+		if err == nil && o.name == "url" {
+			var u *url.URL
+			if u, err = httpURL(value); err == nil && u.User != nil {
+				value = u.Redacted()
+			}
+		}
+		if err == nil {
+			err = effective.set(o.section, o.name, value)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(out, "# %s; paths start from its directory\n%s", file, effective.text())
+	return nil
+}
+
+func runCall(ctx context.Context, in invocation) error {
+	if len(in.args) < 2 {
+		return usagef("usage: picket call URL METHOD [ARG...]")
+	}
+	u, err := httpURL(in.args[0])
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	var params []any
+	for _, arg := range in.args[2:] {
+		params = append(params, wireValue(arg))
+	}
+	c := newClient(u, time.Minute)
+	defer c.close()
+	v, err := c.call(ctx, in.args[1], params...)
+	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
+		return fmt.Errorf("call %s: %w", u.Redacted(), err)
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(in.out, readable(v))
+	return nil
+}
+
+// wireValue is an argument of the command line as a value: a whole number as
+// int, or as i8 where an int is too small, anything else as a string.
+func wireValue(arg string) any {
+	n, err := strconv.ParseInt(arg, 10, 64)
+	switch {
+	case err != nil:
+		return arg
+	case n != int64(int32(n)):
+		return n
+	}
+	return int(n)
+}
+
+// readable is a value for people: one line an element or member.
+func readable(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "nil"
+	case []byte:
+		return base64.StdEncoding.EncodeToString(v)
+	case []any:
+		var lines []string
+		for _, e := range v {
+			lines = append(lines, "- "+strings.ReplaceAll(readable(e), "\n", "\n  "))
+		}
+		return strings.Join(lines, "\n")
+	case map[string]any:
+		var lines []string
+		for _, name := range sortedKeys(v) {
+			text := readable(v[name])
+			if strings.Contains(text, "\n") {
+				text = "\n" + strings.TrimSuffix(indent(text, "  "), "\n")
+			} else {
+				text = " " + text
+			}
+			lines = append(lines, name+":"+text)
+		}
+		return strings.Join(lines, "\n")
+	}
+	return fmt.Sprint(v)
+}
+
+func runMonitor(ctx context.Context, in invocation) error {
+	flags := newFlags("monitor")
+	listen := flags.String("listen", "127.0.0.1:8081", "")
+	m := &monitor{}
+	flags.StringVar(&m.packages, "packages", "", "")
+	flags.StringVar(&m.next, "next", "", "")
+	if err := flags.Parse(in.args); err != nil {
+		return flagError(err, in.out)
+	}
+	if flags.NArg() > 0 {
+		return usagef("monitor takes no argument %q", flags.Arg(0))
+	}
+	if m.next != "" {
+		if _, err := httpURL(m.next); err != nil {
+			return &exitError{exitUsage, fmt.Errorf("-next: %w", err)}
+		}
+	}
+	listener, err := net.Listen("tcp", *listen)
+	if err != nil {
+		return err
+	}
+	log.Printf("monitor on http://%s/xmlrpc/", listener.Addr())
+	m.stored = func(s stored) { fmt.Fprintln(in.out, s) }
+	return m.serve(ctx, listener)
+}
+
+// A stored is a reading that has arrived at the stand-in monitor.
+type stored struct {
+	time   dateTime
+	peer   string // host
+	ticket any
+	code   int
+	value  string
+}
+
+func (s stored) String() string {
+	return fmt.Sprintf("%s %s %s: exit %d, value %s", s.time, s.peer, ticketText(s.ticket), s.code, cut(s.value))
+}
+
+// A monitor stands in for the real one, in labs and tests.
+type monitor struct {
+	packages string       // the directory that holds SENSOR.tar.bz2; "" serves none
+	next     string       // the URL that agents move to; "" is none
+	stored   func(stored) // is called for each reading, one at a time
+
+	mu sync.Mutex // guards the calls of stored
+}
+
+// serve answers agents until ctx ends.
+func (m *monitor) serve(ctx context.Context, listener net.Listener) error {
+	server := newHandler(m.methods()).server()
+	stop := context.AfterFunc(ctx, func() { server.Close() })
+	defer stop()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+func (m *monitor) methods() []method {
+	return []method{
+		{"cmd_store_probe_data", "string int array dateTime.iso8601", "Takes a reading: ticket, [exit code, value], time.", m.store},
+		{"cmd_get_sensor_code", "base64 string", "The package of a sensor.", m.sensorCode},
+		{"cmd_get_sensor_signature", "base64 string", "The signature of a sensor's package.", m.sensorSignature},
+		{"cmd_get_new_monitor_url", "string string", "The URL of the monitor that a host moves to.", m.nextURL},
+		{"healthcheck", "string", "OK.", healthcheck},
+	}
+}
+
+func (m *monitor) store(_ context.Context, r request, params []any) (any, error) {
+	if len(params) == 3 {
+		pair, _ := params[1].([]any)
+		at, ok := params[2].(dateTime)
+		if len(pair) == 2 && ok && checkTicket(params[0]) == nil {
+			code, ok := pair[0].(int)
+			value, ok2 := pair[1].(string)
+			if ok && ok2 {
+				host, _, err := net.SplitHostPort(r.peer)
+				if err != nil {
+					host = r.peer
+				}
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				m.stored(stored{at, host, params[0], code, value})
+				return "OK", nil
+			}
+		}
+	}
+	return nil, faultf(faultParams, "cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
+}
+
+func (m *monitor) sensorCode(_ context.Context, _ request, params []any) (any, error) {
+	return m.file(params, ".tar.bz2")
+}
+
+func (m *monitor) sensorSignature(_ context.Context, _ request, params []any) (any, error) {
+	return m.file(params, ".tar.bz2.sig")
+}
+
+// file returns the content of the file that a sensor's name and a suffix make.
+func (m *monitor) file(params []any, suffix string) (any, error) {
+	if len(params) != 1 {
+		return nil, faultf(faultParams, "takes the name of a sensor")
+	}
+	name, err := sensorName(params[0])
+	if err != nil {
+		return nil, faultf(faultParams, "%v", err)
+	}
+	if m.packages == "" {
+		return nil, faultf(faultParams, "this monitor serves no packages")
+	}
+	f, err := os.Open(filepath.Join(m.packages, name+suffix))
+	if err != nil {
+		return nil, faultf(faultParams, "no %s%s here", name, suffix)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxPackage+1))
+	if err == nil && len(data) > maxPackage {
+		err = fmt.Errorf("%s is larger than %d bytes", f.Name(), maxPackage)
+	}
+	return data, err
+}
+
+func (m *monitor) nextURL(_ context.Context, _ request, params []any) (any, error) {
+	if len(params) != 1 {
+		return nil, faultf(faultParams, "cmd_get_new_monitor_url takes the host name of the agent")
+	}
+	if m.next == "" {
+		return nil, faultf(faultParams, "there is no new monitor")
+	}
+	return m.next, nil
+}
+
+// Own sensors of the selftest: what every box must be able to do.
+var ownSensors = []struct {
+	name, script string
+	code         int
+	value        string
+}{
+	{"good", "echo 42", 0, "42"},
+	{"failing", "echo no such thing >&2; exit 3", 3, "nan"},
+	{"hanging", "sleep 60", -15, "nan"},
+	{"garbage", "echo hello", 65, "nan"},
+}
+
+// A selftest runs agents against a stand-in monitor, all on loopback.
+type selftest struct {
+	out     io.Writer
+	monitor *url.URL
+	stored  chan stored
+	tickets int
+	failed  int
+}
+
+func runSelftest(ctx context.Context, in invocation) error {
+	if err := in.takes(0, 0, "selftest"); err != nil {
+		return err
+	}
+	s, installed := settings{}, true
+	file, err := findConfig(in.config)
+	if err == nil {
+		s, err = loadSettings(file)
+	} else if in.config == "" {
+		installed = false
+		s, _, err = (&ini{}).settings("")
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := scratchDir(s)
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	var lines bytes.Buffer // of the log, which are of interest only if it fails
+	log.SetOutput(&lines)
+	defer log.SetOutput(os.Stderr)
+	fmt.Fprintf(in.out, "%s in %s\n", version(), dir)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err = (&selftest{out: in.out}).run(ctx, s, dir, installed)
+	log.SetOutput(os.Stderr)
+	if err != nil {
+		fmt.Fprintf(in.out, "\nlog:\n%s", indent(strings.TrimSpace(lines.String()), "  "))
+		return fmt.Errorf("selftest: %w", err)
+	}
+	fmt.Fprintln(in.out, "selftest passed")
+	return nil
+}
+
+// scratchDir makes a directory in which a script can be run. A box may have
+// /tmp mounted noexec, or not at all.
+func scratchDir(s settings) (string, error) {
+	var errs []error
+	for _, parent := range []string{os.TempDir(), "/var/tmp", "/dev/shm", filepath.Dir(s.path), "."} {
+		dir, err := os.MkdirTemp(parent, "picket-selftest-")
+		if err == nil {
+			if err = os.Chmod(dir, 0o755); err == nil { // for [sensor] user
+				err = tryScript(filepath.Join(dir, "try"))
+			}
+			if err == nil {
+				return filepath.Abs(dir)
+			}
+			os.RemoveAll(dir)
+		}
+		errs = append(errs, err)
+	}
+	return "", fmt.Errorf("selftest: no directory to run a shell script in: %w", errors.Join(errs...))
+}
+
+func tryScript(file string) error {
+	if err := writeScript(file, "exit 0"); err != nil {
+		return err
+	}
+	cmd, err := start(func() *exec.Cmd { return &exec.Cmd{Path: file, Args: []string{file}} })
+	if err != nil {
+		return err
+	}
+	return cmd.Wait()
+}
+
+func writeScript(file, script string) error {
+	return os.WriteFile(file, []byte("#!/bin/sh\n"+script+"\n"), 0o755)
+}
+
+func (t *selftest) run(ctx context.Context, s settings, dir string, installed bool) error {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	t.stored = make(chan stored, maxCalls)
+	m := &monitor{stored: func(s stored) { t.stored <- s }}
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- m.serve(ctx, listener) }()
+	defer func() { cancel(); <-ended }()
+	t.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
+
+	fmt.Fprintf(t.out, "%-12s %-16s %4s  %s\n", "sensor", "arguments", "exit", "value")
+	if err := t.ownSensors(ctx, s, dir); err != nil {
+		return err
+	}
+	if installed {
+		if err := t.installedSensors(ctx, s); err != nil {
+			return err
+		}
+	}
+	if t.failed > 0 {
+		return fmt.Errorf("%d of %d readings are not as they should be", t.failed, t.tickets)
+	}
+	return nil
+}
+
+// ownSensors takes readings from sensors whose outcome is known.
+func (t *selftest) ownSensors(ctx context.Context, s settings, dir string) error {
+	s.path, s.executable, s.timeout = filepath.Join(dir, "sensors"), "check", time.Second
+	for _, own := range ownSensors {
+		if err := os.MkdirAll(filepath.Join(s.path, own.name), 0o755); err != nil {
+			return err
+		}
+		if err := writeScript(filepath.Join(s.path, own.name, s.executable), own.script); err != nil {
+			return err
+		}
+	}
+	return t.withAgent(ctx, s, func(a *selftestAgent) error {
+		for _, own := range ownSensors {
+			got, _, err := t.reading(ctx, a, own.name, nil)
+			if err != nil {
+				return err
+			}
+			remark := "as it should be"
+			if got.code != own.code || got.value != own.value {
+				remark = fmt.Sprintf("FAILED: should be exit %d, value %s", own.code, own.value)
+				t.failed++
+			}
+			t.row(own.name, nil, got, remark)
+		}
+		return nil
+	})
+}
+
+// installedSensors takes a reading from every sensor of the configured
+// directory: the first thing that its help says it can be asked.
+func (t *selftest) installedSensors(ctx context.Context, s settings) error {
+	return t.withAgent(ctx, s, func(a *selftestAgent) error {
+		v, err := a.client.call(ctx, "cmd_list_sensors")
+		if err != nil {
+			return fmt.Errorf("cmd_list_sensors: %w", err)
+		}
+		texts, _ := v.(map[string]any)
+		for _, name := range sortedKeys(texts) {
+			help, _ := texts[name].(string)
+			args := firstOption(help)
+			got, reason, err := t.reading(ctx, a, name, args)
+			if err != nil {
+				return err
+			}
+			remark := ""
+			switch {
+			case got.code > 0 && got.code < codeNotStarted && got.code != codeNoNumber && reason != "":
+				remark = "not counted: " + reason
+			case got.code != 0:
+				remark = "FAILED: " + reason
+				t.failed++
+			}
+			t.row(name, args, got, remark)
+		}
+		return nil
+	})
+}
+
+// firstOption is how to ask a sensor for the first thing in its help.
+func firstOption(help string) []any {
+	line, _, _ := strings.Cut(help, "\n")
+	args := []any{}
+	for i, word := range strings.Fields(line) {
+		switch {
+		case word == "<vol>":
+			word = "/"
+		case word == "<if>":
+			word = "lo"
+		case i > 0:
+			return args
+		}
+		args = append(args, word)
+	}
+	return args
+}
+
+func (t *selftest) row(name string, args []any, got stored, remark string) {
+	fmt.Fprintln(t.out, strings.TrimSpace(fmt.Sprintf("%-12s %-16s %4d  %-12s %s", name, strings.Trim(fmt.Sprint(args), "[]"), got.code, got.value, remark)))
+}
+
+// A selftestAgent is an agent that runs, and how to reach it.
+type selftestAgent struct {
+	client *client
+	mu     sync.Mutex // guards reasons
+	reason map[any]string
+}
+
+// withAgent calls f while an agent with these settings runs, but for the
+// address, the monitor and the log, which are the selftest's own.
+func (t *selftest) withAgent(ctx context.Context, s settings, f func(*selftestAgent) error) error {
+	s.listen, s.monitor, s.noValue = "127.0.0.1:0", t.monitor, "nan"
+	a, err := newAgent(s)
+	if err != nil {
+		return err
+	}
+	tested := &selftestAgent{
+		client: newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout),
+		reason: make(map[any]string),
+	}
+	defer tested.client.close()
+	a.queue.deliver = func(ticket any, r reading) {
+		tested.mu.Lock()
+		tested.reason[ticket] = r.reason
+		tested.mu.Unlock()
+		a.delivery.put(ticket, r)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- a.run(ctx) }()
+	err = f(tested)
+	cancel()
+	return errors.Join(err, <-ended)
+}
+
+// reading orders one reading and waits for it at the monitor.
+func (t *selftest) reading(ctx context.Context, a *selftestAgent, name string, args []any) (stored, string, error) {
+	t.tickets++
+	ticket := t.tickets
+	v, err := a.client.call(ctx, "cmd_submit_reading", ticket, name, args)
+	if err == nil && v != "OK" {
+		err = fmt.Errorf("acknowledged with %v", v)
+	}
+	if err != nil {
+		return stored{}, "", fmt.Errorf("cmd_submit_reading %s: %w", name, err)
+	}
+	timer := time.NewTimer(a.client.http.Timeout)
+	defer timer.Stop()
+	select {
+	case got := <-t.stored:
+		if got.ticket != any(ticket) {
+			return got, "", fmt.Errorf("sensor %s: the monitor got %v for ticket %d", name, got, ticket)
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return got, a.reason[ticket], nil
+	case <-timer.C:
+		return stored{}, "", fmt.Errorf("sensor %s: no reading has arrived at the monitor", name)
+	case <-ctx.Done():
+		return stored{}, "", ctx.Err()
+	}
+}

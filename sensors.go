@@ -1,0 +1,656 @@
+package main
+
+// Sensors: the directory that holds them, one run of one, what a run comes
+// to, and the queue that limits how many run at once.
+//
+// A sensor is a directory with an executable, PATH/NAME/EXECUTABLE:
+//
+//	$ sensors/disk/check percent /
+//	61.2
+//
+// It is started with its arguments and never through a shell, in its own
+// directory and its own process group, with LC_ALL=C and nothing on standard
+// input. It prints one decimal number and exits 0, or says on standard error
+// why not and exits with another code. With the help argument (options) it
+// prints what it can be asked.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+const (
+	maxOutput    = 4 << 10         // bytes on standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10         // bytes of standard error that are kept, the last
+	maxName      = 255             // bytes of a sensor's name, as file systems have it
+	maxArguments = 8 << 10         // bytes of a command's arguments: 256 queued commands are 2 MiB
+	freeOutput   = 64 << 10        // bytes read at full speed; a sensor that goes on writing is slowed down
+	killDelay    = 2 * time.Second // from SIGTERM to SIGKILL, and from there to giving up
+	busyRetries  = 100             // of 10 ms, while an executable just written is still open somewhere
+)
+
+// Exit codes that the agent itself stores for a run, beside the sensor's own
+// and minus the signal that ended it.
+const (
+	codeNoNumber   = 65  // exit 0, but no number
+	codeNotStarted = 126 // present, but could not be started
+	codeNotFound   = 127 // no such sensor
+)
+
+// Sensors is a directory of sensors and how they are run.
+type sensors struct {
+	path, executable, help string
+	timeout                time.Duration       // of one run
+	user                   *syscall.Credential // nil: as the agent
+	env                    []string
+	slots                  chan struct{} // one is taken by each run
+
+	mu    sync.Mutex          // guards what is below
+	stuck map[string]struct{} // sensors with a process that SIGKILL did not end
+}
+
+// newSensors returns the sensors of a directory, of which at most concurrency
+// run at once.
+func newSensors(path, executable, help string, timeout time.Duration, concurrency int, user *syscall.Credential) *sensors {
+	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
+	return &sensors{
+		path: path, executable: executable, help: help, timeout: timeout, user: user,
+		env:   append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
+		slots: make(chan struct{}, concurrency),
+		stuck: make(map[string]struct{}),
+	}
+}
+
+// sensorName returns v as the name of a sensor: a string that is one plain
+// path element, not hidden, of at most 255 bytes.
+func sensorName(v any) (string, error) {
+	name, ok := v.(string)
+	if !ok {
+		return "", fmt.Errorf("a sensor's name is a string, not %s", typeName(v))
+	}
+	bad := func(r rune) bool { return r == '/' || r == utf8.RuneError || unicode.IsControl(r) }
+	if name == "" || len(name) > maxName || name[0] == '.' || strings.ContainsFunc(name, bad) {
+		return "", fmt.Errorf("%s is not the name of a sensor", cut(name))
+	}
+	return name, nil
+}
+
+// arguments returns v as the arguments of a run: none for nil, an array's
+// scalars as they stand, or the words of a string.
+func arguments(v any) ([]string, error) {
+	args := []string{}
+	switch v := v.(type) {
+	case nil:
+	case string:
+		var err error
+		if args, err = splitWords(v); err != nil {
+			return nil, err
+		}
+	case []any:
+		for _, e := range v {
+			arg, err := argument(e)
+			if err != nil {
+				return nil, err
+			}
+			args = append(args, arg)
+		}
+	default:
+		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
+	}
+	size := 0
+	for _, arg := range args {
+		size += len(arg) + 1
+	}
+	if size > maxArguments {
+		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
+	}
+	return args, nil
+}
+
+// argument returns a scalar as one argument: numbers in decimal, booleans as
+// 1 and 0.
+func argument(v any) (string, error) {
+	text := ""
+	switch v := v.(type) {
+	case string:
+		text = v
+	case int, int64, dateTime:
+		text = fmt.Sprint(v)
+	case float64:
+		text = strconv.FormatFloat(v, 'f', -1, 64)
+	case bool:
+		text = "0"
+		if v {
+			text = "1"
+		}
+	case []byte:
+		text = string(v)
+	default:
+		return "", fmt.Errorf("an argument is a scalar, not %s", typeName(v))
+	}
+	if strings.Contains(text, "\x00") {
+		return "", errors.New("an argument holds a NUL byte")
+	}
+	return text, nil
+}
+
+// splitWords splits a string at white space, with the quoting of a shell's
+// words and nothing else of a shell: '…' is as it stands; in "…" a backslash
+// escapes $ ` " \ and a newline; elsewhere it escapes anything. An escaped
+// newline disappears.
+func splitWords(s string) ([]string, error) {
+	words := []string{}
+	var word []byte
+	inWord := false
+	var quote byte // ' or " or, outside of both, 0
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		switch {
+		case c == '\\' && quote != '\'':
+			i++
+			switch {
+			case i == len(s):
+				return nil, fmt.Errorf("nothing follows the backslash in %s", cut(s))
+			case s[i] == '\n':
+				continue
+			case quote == '"' && strings.IndexByte("$`\"\\", s[i]) < 0:
+				word = append(word, '\\')
+			}
+			word, inWord = append(word, s[i]), true
+		case quote != 0 && c == quote:
+			quote = 0
+		case quote == 0 && (c == '\'' || c == '"'):
+			quote, inWord = c, true
+		case quote == 0 && (c == ' ' || c == '\t' || c == '\n' || c == '\r'):
+			if inWord {
+				words, word, inWord = append(words, string(word)), nil, false
+			}
+		default:
+			word, inWord = append(word, c), true
+		}
+	}
+	if quote != 0 {
+		return nil, fmt.Errorf("no closing %c in %s", quote, cut(s))
+	}
+	if inWord {
+		words = append(words, string(word))
+	}
+	return words, nil
+}
+
+// names lists the sensors: the directories with the executable in them.
+func (s *sensors) names() ([]string, error) {
+	entries, err := os.ReadDir(s.path)
+	if err != nil {
+		return nil, fmt.Errorf("list sensors: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		name, err := sensorName(e.Name())
+		if err != nil {
+			continue
+		}
+		if info, err := os.Stat(filepath.Join(s.path, name, s.executable)); err == nil && !info.IsDir() {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// helpText asks a sensor what it can be asked.
+func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
+	o := s.run(ctx, name, []string{s.help}, nil)
+	switch {
+	case o.code != 0:
+		return "", fmt.Errorf("%s %s: exit %d %s", name, s.help, o.code, o.reason())
+	case o.tooLong:
+		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
+	}
+	return strings.TrimSpace(string(o.output)), nil
+}
+
+// helpTexts asks all sensors. The text of one that does not answer says so.
+func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
+	names, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	texts := make([]string, len(names))
+	var done sync.WaitGroup
+	for i, name := range names {
+		done.Add(1)
+		go func(i int, name string) {
+			defer done.Done()
+			text, err := s.helpText(ctx, name)
+			if err != nil {
+				text = fmt.Sprintf("no help: %v", err)
+			}
+			texts[i] = text
+		}(i, name)
+	}
+	done.Wait()
+	byName := make(map[string]string)
+	for i, name := range names {
+		byName[name] = texts[i]
+	}
+	return byName, nil
+}
+
+// read runs a sensor and makes a reading of it. Whatever the sensor does, there
+// is one. Its standard error goes to stderr or, where that is nil, in part into
+// the reading's reason.
+func (s *sensors) read(ctx context.Context, name string, args []string, stderr *os.File) reading {
+	o := s.run(ctx, name, args, stderr)
+	r := reading{code: o.code, taken: time.Now(), reason: o.reason()}
+	text := strings.TrimSpace(string(o.output))
+	_, err := parseDecimal(text)
+	switch {
+	case o.code == 0 && o.tooLong:
+		r.code, r.reason = codeNoNumber, fmt.Sprintf("more than %d bytes of output", maxOutput)
+	case o.code == 0 && err != nil:
+		r.code, r.reason = codeNoNumber, fmt.Sprintf("not a number: %s", cut(text))
+	case o.code >= 0 && err == nil && !o.tooLong:
+		r.value = text
+	}
+	return r
+}
+
+// An outcome is how a run ended.
+type outcome struct {
+	code    int // the sensor's, minus the signal that ended it, or the agent's own
+	output  []byte
+	tooLong bool // there was more than maxOutput
+	stderr  []byte
+	why     string // where the code is the agent's own or a time-out's
+}
+
+// reason says in one line why the code is not 0, as far as anybody said it.
+func (o outcome) reason() string {
+	said := strings.Join(strings.Fields(string(o.stderr)), " ")
+	switch {
+	case o.code == 0:
+		return ""
+	case o.why != "" && said != "":
+		return o.why + ": " + strconv.Quote(said)
+	case said != "":
+		return strconv.Quote(said)
+	case o.why == "" && o.code < 0:
+		return "ended by " + syscall.Signal(-o.code).String()
+	}
+	return o.why
+}
+
+// run runs a sensor to its end, of which there is one: at the time-out, or
+// when ctx ends, its process group gets SIGTERM and two seconds later SIGKILL.
+// Whatever is left of the group after a normal end is killed, too, and nobody
+// who still holds the pipes is waited for.
+func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
+	}
+	if s.isStuck(name) {
+		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
+	}
+	dir := filepath.Join(s.path, name)
+	file := filepath.Join(dir, s.executable)
+	if _, err := os.Stat(file); errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return outcome{code: codeNotFound, why: "no such sensor"}
+	}
+	stdout, stdoutEnd, err := newCapture(maxOutput, false)
+	if err != nil {
+		return outcome{code: codeNotStarted, why: err.Error()}
+	}
+	defer stdout.close()
+	defer stdoutEnd.Close()
+	var reason *capture
+	if stderr == nil {
+		if reason, stderr, err = newCapture(maxReason, true); err != nil {
+			return outcome{code: codeNotStarted, why: err.Error()}
+		}
+		defer reason.close()
+		defer stderr.Close()
+	}
+	cmd, err := start(func() *exec.Cmd {
+		return &exec.Cmd{
+			Path:        file,
+			Args:        append([]string{file}, args...),
+			Dir:         dir,
+			Env:         s.env,
+			Stdin:       nil, // the null device
+			Stdout:      stdoutEnd,
+			Stderr:      stderr,
+			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
+		}
+	})
+	if err != nil {
+		return outcome{code: codeNotStarted, why: err.Error()}
+	}
+	stdoutEnd.Close()
+	stdout.begin()
+	if reason != nil {
+		stderr.Close()
+		reason.begin()
+	}
+	o := s.await(ctx, name, cmd)
+	o.output, o.tooLong = stdout.finish()
+	if reason != nil {
+		o.stderr, _ = reason.finish()
+	}
+	return o
+}
+
+// start starts a process. The kernel refuses to run a file that is open for
+// writing, and a file just written is for a moment open in whatever process
+// another goroutine is starting: that is worth a few tries.
+func start(command func() *exec.Cmd) (*exec.Cmd, error) {
+	for try := 0; ; try++ {
+		cmd := command()
+		err := cmd.Start()
+		if try == busyRetries || !errors.Is(err, syscall.ETXTBSY) {
+			return cmd, err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// await waits for a process to end or ends it, and kills the rest of its
+// group. It does so before the process is reaped: until then its number, and
+// so the group's, can be nobody else's.
+func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome {
+	group := -cmd.Process.Pid
+	ended := make(chan struct{})
+	go func() {
+		waitEnded(cmd.Process.Pid)
+		close(ended)
+	}()
+	reap := func() {
+		syscall.Kill(group, syscall.SIGKILL) // who is left
+		cmd.Wait()                           // its error is the exit code
+	}
+	timer := time.NewTimer(s.timeout)
+	defer timer.Stop()
+	why := ""
+	select {
+	case <-ended:
+		reap()
+		status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		if status.Signaled() {
+			return outcome{code: -int(status.Signal())}
+		}
+		return outcome{code: status.ExitStatus()}
+	case <-timer.C:
+		why = fmt.Sprintf("killed after %v", s.timeout)
+	case <-ctx.Done():
+		why = "killed as the agent ends"
+	}
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		syscall.Kill(group, signal)
+		timer := time.NewTimer(killDelay)
+		defer timer.Stop()
+		select {
+		case <-ended:
+			reap()
+			return outcome{code: -int(signal), why: why}
+		case <-timer.C:
+		}
+	}
+	// In the kernel, waiting for a dead disk or network. It must neither hold
+	// up the others nor be joined by another like it.
+	s.setStuck(name, true)
+	go func() {
+		<-ended
+		reap()
+		s.setStuck(name, false)
+	}()
+	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}
+}
+
+func (s *sensors) isStuck(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, stuck := s.stuck[name]
+	return stuck
+}
+
+func (s *sensors) setStuck(name string, stuck bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if stuck {
+		s.stuck[name] = struct{}{}
+	} else {
+		delete(s.stuck, name)
+	}
+}
+
+// waitEnded waits until a child has ended, and leaves it to be reaped.
+func waitEnded(pid int) {
+	const pPid = 1 // P_PID of <sys/wait.h>
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, pPid, uintptr(pid), 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if errno != syscall.EINTR {
+			return
+		}
+	}
+}
+
+// A capture keeps part of what a process writes to a pipe: the beginning or
+// the end.
+type capture struct {
+	pipe  *os.File
+	limit int
+	tail  bool
+	kept  []byte
+	total int
+	done  chan struct{}
+}
+
+// newCapture returns a capture of up to limit bytes, and the end of the pipe
+// to write to.
+func newCapture(limit int, tail bool) (*capture, *os.File, error) {
+	r, w, err := os.Pipe()
+	return &capture{pipe: r, limit: limit, tail: tail, done: make(chan struct{})}, w, err
+}
+
+// begin reads until the pipe ends or finish is called.
+func (c *capture) begin() {
+	go func() {
+		defer close(c.done)
+		buf := make([]byte, maxOutput)
+		for {
+			n, err := c.pipe.Read(buf)
+			c.keep(buf[:n])
+			if err != nil {
+				return
+			}
+			if c.total > freeOutput {
+				time.Sleep(5 * time.Millisecond) // one that writes for ever must not cost the processor
+			}
+		}
+	}()
+}
+
+func (c *capture) keep(b []byte) {
+	c.total += len(b)
+	c.kept = append(c.kept, b...)
+	if over := len(c.kept) - c.limit; over > 0 && c.tail {
+		c.kept = c.kept[over:]
+	} else if over > 0 {
+		c.kept = c.kept[:c.limit]
+	}
+}
+
+// finish returns what was kept, once the process has ended, and whether there
+// was more. All that the process wrote is in the pipe by then, so there is
+// nothing to wait for although a grandchild may hold it open.
+func (c *capture) finish() (kept []byte, more bool) {
+	c.pipe.SetReadDeadline(time.Unix(1, 0))
+	<-c.done
+	if raw, err := c.pipe.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) {
+			buf := make([]byte, maxOutput)
+			for c.total <= freeOutput {
+				n, err := syscall.Read(int(fd), buf)
+				if n <= 0 || err != nil {
+					return
+				}
+				c.keep(buf[:n])
+			}
+		})
+	}
+	return c.kept, c.total > c.limit
+}
+
+func (c *capture) close() { c.pipe.Close() }
+
+// A command is one reading that the monitor asks for.
+type command struct {
+	ticket any // int, int64 or string
+	sensor string
+	args   []string
+}
+
+func (c command) equal(d command) bool {
+	return c.ticket == d.ticket && c.sensor == d.sensor && slices.Equal(c.args, d.args)
+}
+
+// A queue runs commands in the order they came, some at a time, and hands in
+// one reading for each.
+type queue struct {
+	read        func(context.Context, command) reading
+	deliver     func(ticket any, r reading)
+	discard     func(ticket any) // the undelivered reading, if there is one
+	concurrency int
+	size        int // of waiting
+
+	ctx    context.Context // of the runs
+	cancel context.CancelFunc
+	done   sync.WaitGroup // the runs
+
+	mu      sync.Mutex // guards what is below
+	waiting []*command // oldest first
+	active  map[any]*command
+	running int
+	closed  bool
+	room    chan struct{} // closed, and made anew, when a command leaves waiting
+}
+
+func newQueue(concurrency, size int, read func(context.Context, command) reading, deliver func(any, reading), discard func(any)) *queue {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &queue{
+		read: read, deliver: deliver, discard: discard, concurrency: concurrency, size: size,
+		ctx: ctx, cancel: cancel, active: make(map[any]*command), room: make(chan struct{}),
+	}
+}
+
+// accept takes a command on, waiting until the deadline for room. A command
+// equal to one that waits or runs is that one. Any other with a ticket that
+// is known takes its place: the monitor has given the ticket away again, and
+// no reading is delivered for the command before.
+func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	timer := time.NewTimer(time.Until(deadline))
+	defer timer.Stop()
+	for {
+		taken, room, err := q.tryAccept(c)
+		if taken || err != nil {
+			return err
+		}
+		select {
+		case <-room:
+		case <-timer.C:
+			return faultf(faultBusy, "the queue of %d commands is full", q.size)
+		case <-ctx.Done():
+			return faultf(faultBusy, "the queue of %d commands is full", q.size)
+		}
+	}
+}
+
+// tryAccept takes a command if there is room, else it returns what to wait for.
+func (q *queue) tryAccept(c command) (taken bool, room <-chan struct{}, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return false, nil, faultf(faultBusy, "the agent is shutting down")
+	}
+	before := q.active[c.ticket]
+	switch {
+	case before != nil && before.equal(c):
+		return true, nil, nil
+	case before != nil && slices.Contains(q.waiting, before):
+		*before = c
+	case q.running < q.concurrency:
+		q.running++
+		q.done.Add(1)
+		q.active[c.ticket] = &c
+		go q.work(&c)
+	case len(q.waiting) < q.size:
+		q.active[c.ticket] = &c
+		q.waiting = append(q.waiting, &c)
+	default:
+		return false, q.room, nil
+	}
+	q.discard(c.ticket)
+	return true, nil, nil
+}
+
+// work runs commands until none waits.
+func (q *queue) work(c *command) {
+	defer q.done.Done()
+	for c != nil {
+		c = q.finish(c, q.read(q.ctx, *c))
+	}
+}
+
+// finish hands in the reading of a command, unless its ticket was given away
+// again meanwhile, and returns the next command to run.
+func (q *queue) finish(c *command, r reading) *command {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.active[c.ticket] == c {
+		delete(q.active, c.ticket)
+		q.deliver(c.ticket, r)
+	}
+	if len(q.waiting) == 0 {
+		q.running--
+		return nil
+	}
+	next := q.waiting[0]
+	q.waiting = slices.Delete(q.waiting, 0, 1)
+	close(q.room)
+	q.room = make(chan struct{})
+	return next
+}
+
+// close takes no more commands. Those that wait get the reading of a run that
+// SIGTERM ended; those that run have until ctx ends. When close returns, no
+// sensor runs and every reading has been handed in.
+func (q *queue) close(ctx context.Context) {
+	q.mu.Lock()
+	q.closed = true
+	for _, c := range q.waiting {
+		delete(q.active, c.ticket)
+		q.deliver(c.ticket, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+	}
+	q.waiting = nil
+	close(q.room)
+	q.room = make(chan struct{})
+	q.mu.Unlock()
+	stop := context.AfterFunc(ctx, q.cancel)
+	defer stop()
+	q.done.Wait()
+	q.cancel()
+}
