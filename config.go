@@ -266,7 +266,7 @@ func (c *ini) errorAt(section, option string, err error) error {
 // expand appends raw to b, its references replaced, while the budget lasts.
 // The path holds the options that are being expanded, outermost first.
 func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path []string) error {
-	if len(path) > maxReference {
+	if len(path) > maxReference && strings.Contains(raw, "%") {
 		return fmt.Errorf("references nested deeper than %d levels", maxReference)
 	}
 	for {

@@ -196,7 +196,7 @@ func runVersion(_ context.Context, in invocation) error {
 	if err := in.takes(0, 0, "version"); err != nil {
 		return err
 	}
-	fmt.Fprintln(in.out, version())
+	fmt.Fprintln(in.out, "picket", version())
 	return nil
 }
 
@@ -220,7 +220,7 @@ func version() string {
 			}
 		}
 	}
-	return fmt.Sprintf("picket %s%s %s %s/%s", name, commit, runtime.Version(), runtime.GOOS, arch)
+	return fmt.Sprintf("%s%s %s %s/%s", name, commit, runtime.Version(), runtime.GOOS, arch)
 }
 
 // findConfig returns the path of client.cfg: the one that was named, else the
@@ -409,10 +409,10 @@ func (a *agent) submitReading(ctx context.Context, r request, params []any) (any
 	if err != nil {
 		return nil, faultf(faultParams, "cmd_submit_reading: %v", err)
 	}
+	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), c.sensor)
 	if err := a.queue.accept(ctx, c, r.received.Add(acceptTime)); err != nil {
 		return nil, err
 	}
-	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), c.sensor)
 	return "OK", nil
 }
 
@@ -569,7 +569,7 @@ func runConfig(_ context.Context, in invocation) error {
 				found, err = c.removeOption(in.args[0], in.args[1])
 			}
 			if err == nil && !found {
-				err = fmt.Errorf("%s: nothing to unset: no [%s]", file, strings.Join(in.args, "] "))
+				err = fmt.Errorf("%s: nothing to unset: no %q", file, in.args)
 			}
 			return err
 		})
@@ -729,7 +729,7 @@ type stored struct {
 }
 
 func (s stored) String() string {
-	return fmt.Sprintf("%s %s %s: exit %d, value %s", s.time, s.peer, ticketText(s.ticket), s.code, cut(s.value))
+	return fmt.Sprintf("%s %s %s: exit %d, value %s", s.time, s.peer, ticketText(s.ticket), s.code, oneLine(s.value))
 }
 
 // A monitor stands in for the real one, in labs and tests.
@@ -868,13 +868,13 @@ func runSelftest(ctx context.Context, in invocation) error {
 	}
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, which are of interest only if it fails
+	before := log.Writer()
 	log.SetOutput(&lines)
-	defer log.SetOutput(os.Stderr)
-	fmt.Fprintf(in.out, "%s in %s\n", version(), dir)
+	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	err = (&selftest{out: in.out}).run(ctx, s, dir, installed)
-	log.SetOutput(os.Stderr)
+	log.SetOutput(before)
 	if err != nil {
 		fmt.Fprintf(in.out, "\nlog:\n%s", indent(strings.TrimSpace(lines.String()), "  "))
 		return fmt.Errorf("selftest: %w", err)

@@ -218,10 +218,13 @@ func (d *decoder) token() (xml.Token, error) {
 			if d.root {
 				return nil, faultf(faultSyntax, "not well-formed XML: a <!DOCTYPE> within the message")
 			}
-		case xml.StartElement:
-			d.root = true
+		case xml.CharData:
+			if !d.root && len(bytes.TrimSpace(t)) > 0 {
+				return nil, faultf(faultSyntax, "not well-formed XML: text before the message")
+			}
 			return t, nil
 		default:
+			d.root = true
 			return t, nil
 		}
 	}
@@ -962,8 +965,7 @@ func newClient(u *url.URL, timeout time.Duration) *client {
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
 			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
-			MaxIdleConnsPerHost:    senders,
-			IdleConnTimeout:        5 * time.Second, // shorter than any server's, so that a connection is not reused while it is being closed
+			IdleConnTimeout:        200 * time.Millisecond, // between two readings of a burst; a monitor that serves one connection waits for its end
 			MaxResponseHeaderBytes: maxHeader,
 			DisableCompression:     true,
 		},
@@ -1008,7 +1010,6 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 }
 
 const (
-	senders     = 4               // connections that readings are sent over at once
 	maxKept     = 1024            // readings kept for a monitor that is away
 	maxBackoff  = 5 * time.Minute // between two attempts to reach it
 	maxTries    = 3               // of a reading that the monitor answers with a fault
@@ -1027,51 +1028,50 @@ type reading struct {
 type undelivered struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
-	attempts  int       // that found the monitor away
-	faults    int       // that the monitor answered with a fault
+	missed    int       // attempts that found the monitor away
+	faults    int       // attempts that the monitor answered with a fault
 	notBefore time.Time // the next attempt
 	sending   bool
 	discarded bool // not to be kept if this attempt fails
 }
 
 // A delivery hands readings in at the monitor with cmd_store_probe_data, the
-// oldest first. A reading leaves it when the monitor has taken it, has
-// answered three times with a fault, or has given its ticket away again, and
-// when 1,024 newer ones wait.
+// oldest first and one at a time: old monitors serve one connection, and the
+// next one only when that is closed. A reading leaves the delivery when the
+// monitor has taken it, has answered three times with a fault or has given
+// its ticket away again, and when 1,024 newer ones wait.
 type delivery struct {
 	client  *client
 	zone    *time.Location // of the times that are sent
 	noValue string         // sent where there is no number
 	retry   time.Duration  // before the second attempt; doubled from then on, up to 5 minutes
 	cancel  context.CancelFunc
-	done    sync.WaitGroup // the senders
+	done    chan struct{} // closed when nothing is sent any more
 	dropped logLimit
 
-	mu       sync.Mutex // guards what is below
-	changed  *sync.Cond
-	kept     []*undelivered // oldest first
-	away     time.Time      // since when the monitor has been away; zero when it is not
-	attempts int            // that failed since then
-	probeAt  time.Time      // the next one
-	probing  bool
-	closing  bool
+	mu      sync.Mutex // guards what is below
+	changed *sync.Cond
+	kept    []*undelivered // oldest first
+	away    time.Time      // since when the monitor has been away; zero when it is not
+	missed  int            // attempts since then
+	probeAt time.Time      // the next one
+	closing bool
 }
 
-// newDelivery starts the senders, which close ends.
+// newDelivery returns a delivery that is at work until close.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration) *delivery {
-	d := &delivery{client: c, zone: zone, noValue: noValue, retry: retry, dropped: logLimit{burst: 20, perSecond: 0.2}}
-	d.changed = sync.NewCond(&d.mu)
 	ctx, cancel := context.WithCancel(context.Background())
-	d.cancel = cancel
-	d.done.Add(senders)
-	for i := 0; i < senders; i++ {
-		go func() {
-			defer d.done.Done()
-			for u := d.next(); u != nil; u = d.next() {
-				d.settle(u, d.store(ctx, u))
-			}
-		}()
+	d := &delivery{
+		client: c, zone: zone, noValue: noValue, retry: retry, cancel: cancel,
+		done: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2},
 	}
+	d.changed = sync.NewCond(&d.mu)
+	go func() {
+		defer close(d.done)
+		for u := d.next(); u != nil; u = d.next() {
+			d.settle(u, d.store(ctx, u))
+		}
+	}()
 	return d
 }
 
@@ -1080,16 +1080,15 @@ func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.kept) >= maxKept {
-		for _, u := range d.kept {
-			if !u.sending {
-				d.remove(u)
-				d.dropped.printf("%s: reading dropped: the oldest of more than %d undelivered", ticketText(u.ticket), maxKept)
-				break
-			}
+		oldest := d.kept[0]
+		if oldest.sending {
+			oldest = d.kept[1]
 		}
+		d.remove(oldest)
+		d.dropped.printf("%s: reading dropped: the oldest of more than %d undelivered", ticketText(oldest.ticket), maxKept)
 	}
 	d.kept = append(d.kept, &undelivered{reading: r, ticket: ticket})
-	d.changed.Signal()
+	d.changed.Broadcast()
 }
 
 // discard forgets an undelivered reading: the monitor has given its ticket
@@ -1121,47 +1120,41 @@ func (d *delivery) next() *undelivered {
 	defer d.mu.Unlock()
 	for {
 		u, at := d.pick(time.Now())
-		if u != nil {
+		switch {
+		case u != nil:
 			u.sending = true
-			d.probing = !d.away.IsZero()
 			return u
-		}
-		if d.closing {
+		case d.closing:
 			return nil
-		}
-		if at.IsZero() {
+		case at.IsZero():
 			d.changed.Wait()
-			continue
+		default:
+			timer := time.AfterFunc(time.Until(at), func() {
+				d.mu.Lock() // not before Wait waits
+				defer d.mu.Unlock()
+				d.changed.Broadcast()
+			})
+			d.changed.Wait()
+			timer.Stop()
 		}
-		timer := time.AfterFunc(time.Until(at), func() {
-			d.mu.Lock() // not before Wait waits
-			defer d.mu.Unlock()
-			d.changed.Broadcast()
-		})
-		d.changed.Wait()
-		timer.Stop()
 	}
 }
 
-// pick chooses the reading to send now, or says when there may be one. While
-// the monitor is away one reading at a time is sent, each time another, so
-// that one which the monitor always chokes on does not hold up the rest.
+// pick chooses the reading to send now, or says when there may be one (zero:
+// nobody knows). While the monitor is away each attempt is made with another
+// reading, so that one that it always chokes on does not hold up the rest.
 func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
 	away := !d.away.IsZero()
-	switch {
-	case away && d.probing:
-		return nil, at
-	case away && now.Before(d.probeAt):
+	if away && now.Before(d.probeAt) {
 		return nil, d.probeAt
 	}
 	for _, u := range d.kept {
 		switch {
-		case u.sending:
 		case now.Before(u.notBefore):
 			if at.IsZero() || u.notBefore.Before(at) {
 				at = u.notBefore
 			}
-		case best == nil || u.attempts < best.attempts:
+		case best == nil || u.missed < best.missed:
 			if best = u; !away {
 				return best, at
 			}
@@ -1187,52 +1180,44 @@ func (d *delivery) store(ctx context.Context, u *undelivered) error {
 func (d *delivery) settle(u *undelivered, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	defer d.changed.Broadcast()
 	u.sending = false
+	now := time.Now()
 	var f *fault
-	refused := errors.As(err, &f)
-	if err == nil || refused {
-		d.reached()
-	} else {
-		d.missed(u, err)
-	}
-	if refused {
+	switch {
+	case err == nil:
+		d.remove(u)
+		d.reached(now)
+	case errors.As(err, &f):
+		d.reached(now)
 		u.faults++
-		u.notBefore = time.Now().Add(backoff(d.retry*faultFactor, u.faults))
+		u.notBefore = now.Add(backoff(d.retry*faultFactor, u.faults))
 		if u.faults == maxTries {
-			d.dropped.printf("%s: reading dropped: %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
+			d.remove(u)
+			d.dropped.printf("%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
+		}
+	default:
+		if d.away.IsZero() {
+			d.away = now
+			log.Printf("monitor %s: away: %v", d.client.url.Redacted(), err)
+		}
+		d.missed++
+		u.missed++
+		d.probeAt = now.Add(backoff(d.retry, d.missed))
+		if u.notBefore = d.probeAt; u.missed > d.missed { // it choked on this one before
+			u.notBefore = now.Add(backoff(d.retry, u.missed))
 		}
 	}
-	if err == nil || u.discarded || u.faults == maxTries {
+	if u.discarded {
 		d.remove(u)
 	}
 }
 
 // reached notes that the monitor has answered.
-func (d *delivery) reached() {
+func (d *delivery) reached(now time.Time) {
 	if !d.away.IsZero() {
-		log.Printf("monitor %s: back after %s, %d readings to deliver", d.client.url.Redacted(), time.Since(d.away).Round(time.Second), len(d.kept)-1)
+		log.Printf("monitor %s: back after %s, %d readings to deliver", d.client.url.Redacted(), now.Sub(d.away).Round(time.Second), len(d.kept))
 	}
-	d.away, d.attempts, d.probing = time.Time{}, 0, false
-}
-
-// missed notes that the monitor has not answered. Of attempts that were
-// under way at once only one counts.
-func (d *delivery) missed(u *undelivered, err error) {
-	if d.away.IsZero() {
-		d.away = time.Now()
-		log.Printf("monitor %s: away: %v", d.client.url.Redacted(), err)
-	} else if !d.probing {
-		return
-	}
-	d.probing = false
-	d.attempts++
-	d.probeAt = time.Now().Add(backoff(d.retry, d.attempts))
-	u.attempts++
-	u.notBefore = time.Now().Add(backoff(d.retry, u.attempts))
-	if u.attempts == d.attempts {
-		u.notBefore = d.probeAt
-	}
+	d.away, d.missed = time.Time{}, 0
 }
 
 // backoff is how long to wait after n failures: doubled each time, at most 5
@@ -1247,7 +1232,7 @@ func backoff(first time.Duration, n int) time.Duration {
 }
 
 // close makes one more attempt for every reading, as long as ctx and the
-// monitor allow, and ends the senders.
+// monitor allow, and then sends nothing any more.
 func (d *delivery) close(ctx context.Context) {
 	d.mu.Lock()
 	d.closing = true
@@ -1259,7 +1244,7 @@ func (d *delivery) close(ctx context.Context) {
 	d.mu.Unlock()
 	stop := context.AfterFunc(ctx, d.cancel)
 	defer stop()
-	d.done.Wait()
+	<-d.done
 	d.cancel()
 	d.client.close()
 	if n := len(d.kept); n > 0 {
