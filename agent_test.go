@@ -1066,73 +1066,75 @@ func TestShippedSensors(t *testing.T) {
 	defer done.Wait()
 	for shell, words := range shells {
 		for _, name := range names {
-			run := func(args ...string) (stdout, stderr string, code int) {
-				cmd := exec.Command(words[0], append(append(words[1:len(words):len(words)], filepath.Join(path, name, "check")), args...)...)
-				var out, errs strings.Builder
-				cmd.Stdout, cmd.Stderr = &out, &errs
-				if shell == "busybox" {
-					cmd.Env = []string{"PATH=" + busyboxPath(t, words[0])}
-				}
-				cmd.Run()
-				return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+			env := os.Environ()
+			if shell == "busybox" {
+				env = []string{"PATH=" + busyboxPath(t, words[0])}
 			}
 			done.Add(1)
-			go func(shell, name string) {
+			go func(shell string, words []string, name string) {
 				defer done.Done()
-				help, _, code := run("options")
-				if code != 0 || help == "" || len(help) > maxOutput {
-					t.Errorf("%s %s options: exit %d, %q", shell, name, code, help)
-				}
-				for _, line := range strings.Split(strings.TrimSpace(help), "\n") {
-					var args []string
-					for _, a := range firstOption(strings.Replace(line, "<n>", "<if>", 1)) {
-						args = append(args, a.(string))
-					}
-					if name == "temperature" && len(args) > 1 {
-						args[1] = "0"
-					}
-					for _, args := range [][]string{args, {strings.Join(args, " ")}} {
-						out, reason, code := run(args...)
-						if code == 0 && !regexp.MustCompile(`^-?[0-9]+(\.[0-9]+)?\n$`).MatchString(out) || code != 0 && (out != "" || !strings.HasPrefix(reason, name+": ")) {
-							t.Errorf("%s %s %q: exit %d, %q, %q", shell, name, args, code, out, reason)
-						}
-						if code != 0 && !(name == "temperature" || args[0] == "swap_used_pct") {
-							t.Errorf("%s %s %q: exit %d, %q; every box has that", shell, name, args, code, reason)
-						}
-					}
-				}
-				for _, args := range [][]string{{}, {""}, {"nonsense"}, {"$(reboot)"}, {"-x"}, {"*"}, {"options", "more"}, {"a", "b", "c"}, {"percent", "/no/such/dir"}, {"rx_bytes", "../../.."}} {
-					if out, reason, code := run(args...); code == 0 || out != "" || strings.Count(reason, "\n") != 1 {
-						t.Errorf("%s %s %q: exit %d, %q, %q; want an error of one line", shell, name, args, code, out, reason)
-					}
-				}
-			}(shell, name)
+				testShippedSensor(t, name, shell, env, append(words[:len(words):len(words)], filepath.Join(path, name, "check")))
+			}(shell, words, name)
 		}
 	}
 }
 
-var busyboxDir struct {
-	sync.Mutex
-	path string
+func testShippedSensor(t *testing.T, name, shell string, env, command []string) {
+	run := func(args ...string) (stdout, stderr string, code int) {
+		cmd := exec.Command(command[0], append(command[1:len(command):len(command)], args...)...)
+		var out, errs strings.Builder
+		cmd.Stdout, cmd.Stderr, cmd.Env = &out, &errs, env
+		cmd.Run()
+		return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+	}
+	help, _, code := run("options")
+	if code != 0 || help == "" || len(help) > maxOutput {
+		t.Errorf("%s %s options: exit %d, %q", shell, name, code, help)
+	}
+	var done sync.WaitGroup
+	for _, line := range strings.Split(strings.TrimSpace(help), "\n") {
+		var args []string
+		for _, a := range firstOption(line) {
+			args = append(args, a.(string))
+		}
+		if args[0] == "zone" {
+			args = append(args, "0")
+		}
+		for _, args := range [][]string{args, {strings.Join(args, " ")}} {
+			done.Add(1)
+			go func(args []string) {
+				defer done.Done()
+				out, reason, code := run(args...)
+				if code == 0 && !regexp.MustCompile(`^-?[0-9]+(\.[0-9]+)?\n$`).MatchString(out) || code != 0 && (out != "" || !strings.HasPrefix(reason, name+": ")) {
+					t.Errorf("%s %s %q: exit %d, %q, %q", shell, name, args, code, out, reason)
+				}
+				if everyBox := name != "temperature" && args[0] != "swap_used_pct"; everyBox && code != 0 {
+					t.Errorf("%s %s %q: exit %d, %q; every box has that", shell, name, args, code, reason)
+				}
+			}(args)
+		}
+	}
+	done.Wait()
+	for _, args := range [][]string{{}, {""}, {"nonsense"}, {"$(reboot)"}, {"-x"}, {"*"}, {"options", "more"}, {"a", "b", "c"}, {"percent", "/no/such/dir"}, {"rx_bytes", "../../.."}} {
+		if out, reason, code := run(args...); code == 0 || out != "" || strings.Count(reason, "\n") != 1 {
+			t.Errorf("%s %s %q: exit %d, %q, %q; want an error of one line", shell, name, args, code, out, reason)
+		}
+	}
 }
 
 // busyboxPath makes a directory with busybox's applets and nothing else.
 func busyboxPath(t *testing.T, busybox string) string {
-	busyboxDir.Lock()
-	defer busyboxDir.Unlock()
-	if _, err := os.Stat(busyboxDir.path); busyboxDir.path == "" || err != nil {
-		busyboxDir.path = t.TempDir()
-		applets, err := exec.Command(busybox, "--list").Output()
-		if err != nil {
-			t.Errorf("%s --list: %v", busybox, err)
-		}
-		for _, applet := range strings.Fields(string(applets)) {
-			if err := os.Symlink(busybox, filepath.Join(busyboxDir.path, applet)); err != nil {
-				t.Error(err)
-			}
+	dir := t.TempDir()
+	applets, err := exec.Command(busybox, "--list").Output()
+	if err != nil {
+		t.Fatalf("%s --list: %v", busybox, err)
+	}
+	for _, applet := range strings.Fields(string(applets)) {
+		if err := os.Symlink(busybox, filepath.Join(dir, applet)); err != nil {
+			t.Fatal(err)
 		}
 	}
-	return busyboxDir.path
+	return dir
 }
 
 // A testQueue's commands wait for the test to end them.
@@ -1922,6 +1924,13 @@ func TestCommandLine(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	stderr, err := os.CreateTemp(dir, "stderr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stderr.Close()
+	defer func(before *os.File) { os.Stderr = before }(os.Stderr)
+	os.Stderr = stderr
 	m := newRecorder(t)
 	const text = "# top\n[monitor]\nurl: http://u:secret@h/%%20 ; where\n"
 	tests := []struct {
@@ -1996,10 +2005,13 @@ func TestCommandLine(t *testing.T) {
 			t.Errorf("%s: left %q, %v", test.args, left, err)
 		}
 	}
+	if text, err := os.ReadFile(stderr.Name()); err != nil || string(text) != "oops\n" {
+		t.Errorf("got %q, %v; want what the sensor says", text, err)
+	}
 	if err := os.Remove(cfg); err != nil {
 		t.Fatal(err)
 	}
-	err := execute(context.Background(), []string{"list"}, io.Discard)
+	err = execute(context.Background(), []string{"list"}, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "no client.cfg: looked for "+cfg+", then /") {
 		t.Errorf("got %v; want where it looked", err)
 	}

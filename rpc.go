@@ -138,7 +138,7 @@ func parseDateTime(s string) (dateTime, error) {
 // parseDecimal reads a decimal number, 12, -0.5 or 1e6, that fits a float64.
 // Nothing may stand around it.
 func parseDecimal(s string) (float64, error) {
-	if strings.Trim(s, "+-.eE0123456789") != "" || strings.IndexAny(s, "0123456789") < 0 {
+	if strings.Trim(s, "+-.eE0123456789") != "" || !strings.ContainsAny(s, "0123456789") {
 		return 0, strconv.ErrSyntax // what ParseFloat takes besides: inf, nan, 0x1p-2, 1_000
 	}
 	return strconv.ParseFloat(s, 64)
