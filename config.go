@@ -46,7 +46,7 @@ const (
 	maxReference = 10       // levels of %(name)s, as Python has it
 	maxBadLines  = 20       // reported one by one; a file that is no INI at all has thousands
 	iniSpace     = " \t\n\r\v\f"
-	byteOrder    = "\xef\xbb\xbf"
+	byteMark     = "\xef\xbb\xbf"
 	defaults     = "DEFAULT" // the section that every other one falls back to
 )
 
@@ -102,7 +102,7 @@ func parseINI(name, text string) (*ini, error) {
 		line := iniLine{text: text, key: at}
 		body, start := text, 0
 		if len(c.lines) == 0 {
-			body = strings.TrimPrefix(text, byteOrder)
+			body = strings.TrimPrefix(text, byteMark)
 			start = len(text) - len(body)
 		}
 		trimmed := strings.Trim(body, iniSpace)
@@ -125,11 +125,11 @@ func parseINI(name, text string) (*ini, error) {
 				c.sections = append(c.sections, at.section)
 			}
 		case !inSection:
-			bad("no section header yet: %s", cut(trimmed))
+			bad("no section header yet: %.80q", trimmed)
 		case indented:
-			bad("an indented line with no option to continue: %s", cut(trimmed))
+			bad("an indented line with no option to continue: %.80q", trimmed)
 		case strings.IndexAny(body, ":=") < 1:
-			bad("neither a section, an option nor a comment: %s", cut(trimmed))
+			bad("neither a section, an option nor a comment: %.80q", trimmed)
 		default:
 			sep := strings.IndexAny(body, ":=")
 			at.option = strings.ToLower(strings.TrimRight(body[:sep], iniSpace))
@@ -177,15 +177,6 @@ func valueEnd(text string, from int) int {
 		}
 	}
 	return from + len(strings.TrimRight(text[from:end], iniSpace))
-}
-
-// cut quotes a text that came from outside, and shortens it.
-func cut(s string) string {
-	const most = 80
-	if len(s) > most {
-		return fmt.Sprintf("%q...", s[:most])
-	}
-	return strconv.Quote(s)
 }
 
 // text returns the INI text, to the byte what was read, less what was changed.
@@ -285,7 +276,7 @@ func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path 
 		}
 		end := strings.Index(rest, ")")
 		if !strings.HasPrefix(rest, "(") || end < 2 || !strings.HasPrefix(rest[end:], ")s") {
-			return fmt.Errorf("bad interpolation at %s: %%(name)s is a reference, %%%% a percent sign", cut("%"+rest))
+			return fmt.Errorf("bad interpolation at %.80q: %%(name)s is a reference, %%%% a percent sign", "%"+rest)
 		}
 		name := strings.ToLower(rest[1:end])
 		for i, p := range path {
@@ -294,6 +285,9 @@ func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path 
 			}
 		}
 		v, ok := c.raw(section, name)
+		if name == "__name__" && !ok { // as in Python 2
+			v, ok = iniValue{raw: strings.ReplaceAll(section, "%", "%%")}, true
+		}
 		if !ok {
 			return fmt.Errorf("no option %q in [%s] or [%s] for %%(%s)s", name, section, defaults, rest[1:end])
 		}
@@ -303,6 +297,9 @@ func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path 
 		raw = rest[end+2:]
 	}
 }
+
+// The typed get: what a program expects of a ConfigParser, as set and remove
+// are, whether or not the settings below use it.
 
 // getBool returns 1, yes, true and on as true and 0, no, false and off as
 // false, in any case of letters.
@@ -406,7 +403,7 @@ func (c *ini) set(section, option, value string) error {
 	want := maps.Clone(c.values)
 	want[key] = iniValue{raw: raw}
 	if err := c.become(lines, want); err != nil {
-		return fmt.Errorf("set [%s] %s to %s: %w", section, option, cut(value), err)
+		return fmt.Errorf("set [%s] %s to %.80q: %w", section, option, value, err)
 	}
 	return nil
 }
@@ -428,15 +425,11 @@ func (l iniLine) withValue(value string) string {
 func (c *ini) become(lines []string, want map[iniKey]iniValue) error {
 	next, err := parseINI(c.name, strings.Join(lines, ""))
 	if err != nil {
-		return fmt.Errorf("cannot be written: %w", err)
+		return fmt.Errorf("it cannot be written so that it can be read: %w", err)
 	}
-	for k, v := range want {
-		if got, ok := next.values[k]; !ok || got.raw != v.raw {
-			return fmt.Errorf("cannot be written: [%s] %s would read back as %s", k.section, k.option, cut(got.raw))
-		}
-	}
-	if len(next.values) != len(want) {
-		return errors.New("cannot be written: it would read back as something else")
+	same := func(a, b iniValue) bool { return a.raw == b.raw }
+	if !maps.EqualFunc(next.values, want, same) {
+		return errors.New("it cannot be written so that it reads back the same")
 	}
 	*c = *next
 	return nil
@@ -723,16 +716,35 @@ func httpURL(v string) (*url.URL, error) {
 	case u.Hostname() == "":
 		return nil, fmt.Errorf("%q names no host", u.Redacted())
 	}
+	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
+		return nil, fmt.Errorf("%q: there is no such port", u.Redacted())
+	}
 	return u, nil
 }
 
-// credential looks up the user, by name or number, that sensors run as, with
-// the groups he is in. A number that /etc/passwd does not know is taken as it
-// is, with a group of the same number.
+// credential returns the user, by name or number, that sensors run as, with
+// the groups he is in; nil where it is who runs the agent. Only root can have
+// it otherwise.
 func credential(v string) (*syscall.Credential, error) {
 	if v == "" {
 		return nil, nil
 	}
+	c, err := lookUp(v)
+	euid := os.Geteuid()
+	switch {
+	case err != nil:
+		return nil, err
+	case int(c.Uid) == euid && euid != 0:
+		return nil, nil
+	case euid != 0:
+		return nil, errors.New("only root can run sensors as another user")
+	}
+	return c, nil
+}
+
+// lookUp finds a user and his groups. A number that /etc/passwd does not know
+// is taken as it is, with a group of the same number.
+func lookUp(v string) (*syscall.Credential, error) {
 	u, err := user.Lookup(v)
 	id, notNumber := strconv.ParseUint(v, 10, 32)
 	if err != nil && notNumber != nil {
@@ -758,8 +770,15 @@ func credential(v string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
 }
 
-// readINI reads and parses a file of at most 1 MiB.
+// readINI reads and parses a file of at most 1 MiB; /dev/null is one, too.
 func readINI(file string) (*ini, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() && info.Mode()&os.ModeCharDevice == 0 { // opening a pipe would wait
+		return nil, fmt.Errorf("%s: not a file", file)
+	}
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
@@ -805,13 +824,17 @@ func editINI(file string, change func(*ini) error) error {
 	if c.text() == before {
 		return nil
 	}
-	return replaceFile(target, []byte(c.text()))
+	if err := replaceFile(target, []byte(c.text())); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	return nil
 }
 
 // replaceFile replaces the content of a file that is no symbolic link,
 // keeping its mode and owner. At every moment, and after a power cut, the
-// file has either the old content or the new one, whole; when replaceFile
-// returns nil, the new one is on the disk. What a power cut leaves behind is at
+// file has either the old content or the new one, whole: the new one, and on the
+// disk, when replaceFile returns nil; the old one when it returns an error, but
+// for one of the last step, the sync of the directory. What a power cut leaves behind is at
 // most NAME.new, which the next call removes.
 func replaceFile(file string, data []byte) (err error) {
 	old, err := os.Stat(file)
@@ -819,9 +842,7 @@ func replaceFile(file string, data []byte) (err error) {
 		return err
 	}
 	next := file + ".new"
-	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
+	os.Remove(next) // what is wrong with it the next line says
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err

@@ -45,6 +45,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -68,13 +69,15 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	// Noted and dropped, so that the end of whoever reads the log is not the
-	// agent's; ignored, it would be so in sensors, too.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	defer stop()
+	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
 	log.SetFlags(0)
 	log.SetPrefix("picket: ")
-	err := execute(ctx, os.Args[1:], os.Stdout)
+	out := &output{w: os.Stdout}
+	err := execute(ctx, os.Args[1:], out)
+	if err == nil {
+		err = out.err
+	}
 	var coded *exitError
 	switch {
 	case errors.As(err, &coded):
@@ -86,6 +89,20 @@ func main() {
 		log.Print(err)
 		os.Exit(exitFailed)
 	}
+}
+
+// An output remembers that it could not be written.
+type output struct {
+	w   io.Writer
+	err error
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	n, err := o.w.Write(p)
+	if err != nil && o.err == nil {
+		o.err = fmt.Errorf("write the output: %w", err)
+	}
+	return n, err
 }
 
 // An exitError ends the process with a code of its own, and with a message
@@ -117,17 +134,17 @@ type subcommand struct {
 
 func subcommands() []subcommand {
 	return []subcommand{
-		{"", "", "run the agent in the foreground, until SIGTERM or SIGINT", runAgent},
-		{"check", "SENSOR [ARG...]", "run one sensor as the agent would, print the value", runCheck},
-		{"list", "", "the installed sensors and what they can be asked", runList},
-		{"config", "", "check client.cfg and print every option", runConfig},
+		{"", "", "run the agent until SIGTERM or SIGINT", runAgent},
+		{"check", "SENSOR [ARG...]", "run one sensor as the agent would", runCheck},
+		{"list", "", "the sensors, what they can be asked", runList},
+		{"config", "", "check client.cfg, print every option", runConfig},
 		{"config get", "SECTION OPTION", "print one value", nil},
-		{"config set", "SECTION OPTION VALUE", "change one value, and no other byte of the file", nil},
+		{"config set", "SECTION OPTION VALUE", "change one value in place", nil},
 		{"config unset", "SECTION [OPTION]", "remove an option or a section", nil},
-		{"call", "URL METHOD [ARG...]", "call an XML-RPC method, print its result", runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]", "a stand-in for the monitor, that prints the readings it gets", runMonitor},
-		{"selftest", "", "prove that binary, kernel, shell and sensors work here", runSelftest},
-		{"version", "", "version, commit, Go version, architecture", runVersion},
+		{"call", "URL METHOD [ARG...]", "call an XML-RPC method", runCall},
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]", "a stand-in that prints readings", runMonitor},
+		{"selftest", "", "prove that all works on this box", runSelftest},
+		{"version", "", "version, commit, Go, architecture", runVersion},
 		{"help", "", "this page", runHelp},
 	}
 }
@@ -181,11 +198,11 @@ func runHelp(_ context.Context, in invocation) error {
 		if words == "" {
 			words = "(none)"
 		}
-		gap := "  "
-		if len(words) > 32 {
+		gap := " "
+		if len(words) > 33 {
 			gap = "\n" + strings.Repeat(" ", 36)
 		}
-		fmt.Fprintf(in.out, "  %-32s%s%s\n", words, gap, c.help)
+		fmt.Fprintf(in.out, "  %-33s%s%s\n", words, gap, c.help)
 	}
 	fmt.Fprint(in.out, "\nclient.cfg is looked for in the working directory, then beside the program.\n"+
 		"Exit codes: 0; 1 it went wrong; 2 usage or configuration; check: the sensor's.\n")
@@ -239,10 +256,12 @@ func findConfig(named string) (string, error) {
 			continue
 		}
 		file := filepath.Join(where, "client.cfg")
-		if _, err := os.Stat(file); err == nil {
+		if _, err := os.Lstat(file); err == nil {
 			return file, nil
 		}
-		tried = append(tried, file)
+		if !slices.Contains(tried, file) {
+			tried = append(tried, file)
+		}
 	}
 	return "", usagef("no client.cfg: looked for %s; -c names another", strings.Join(tried, ", then "))
 }
@@ -282,6 +301,9 @@ func runAgent(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
+	// Noted and dropped: neither the end of whoever reads the log nor that of a
+	// terminal is the agent's. Ignored, they would be so in sensors, too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
 	if s.syslog {
 		logToSyslog()
 	}
@@ -311,17 +333,17 @@ type agent struct {
 	queue    *queue
 	listener net.Listener
 	events   logLimit // commands and runs: a busy monitor must not fill a log
+
+	ctx    context.Context // of what is asked and has no place in the queue
+	cancel context.CancelFunc
 }
 
 // newAgent returns an agent that listens but does not answer yet: run does.
 func newAgent(s settings) (*agent, error) {
-	sensors, err := installedSensors(s)
-	if err != nil {
-		return nil, err
-	}
+	sensors := installedSensors(s)
 	listener, err := net.Listen("tcp", s.listen)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("[agent] listen: %w", err)
 	}
 	zone := time.UTC
 	if !s.utc {
@@ -330,19 +352,13 @@ func newAgent(s settings) (*agent, error) {
 	a := &agent{settings: s, sensors: sensors, listener: listener, events: logLimit{burst: 1000, perSecond: 10}}
 	a.delivery = newDelivery(newClient(s.monitor, s.monitorTimeout), zone, s.noValue, time.Second)
 	a.queue = newQueue(s.concurrency, s.queue, a.read, a.delivery.put, a.delivery.discard)
+	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
 }
 
 // installedSensors are the sensors as the settings have them run.
-func installedSensors(s settings) (*sensors, error) {
-	user := s.user
-	if euid := os.Geteuid(); user != nil && euid != 0 {
-		if int(user.Uid) != euid {
-			return nil, usagef("[sensor] user: only root can run sensors as another user")
-		}
-		user = nil
-	}
-	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, user), nil
+func installedSensors(s settings) *sensors {
+	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, s.user)
 }
 
 // run answers commands until ctx ends. Then it takes no more, gives running
@@ -350,6 +366,9 @@ func installedSensors(s settings) (*sensors, error) {
 // goroutine and no process behind.
 func (a *agent) run(ctx context.Context) error {
 	log.Printf("%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), a.settings.path, a.settings.monitor.Redacted())
+	if warning := noSensors(a.sensors); warning != "" {
+		log.Print(warning)
+	}
 	server := newHandler(a.commands()).server()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(a.listener) }()
@@ -359,7 +378,10 @@ func (a *agent) run(ctx context.Context) error {
 		log.Print("ending")
 	case err = <-served:
 	}
+	a.delivery.putLast()
 	within(sensorsTime, a.queue.close)
+	a.cancel()
+	a.sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
 		if server.Shutdown(ctx) != nil {
 			server.Close()
@@ -370,6 +392,19 @@ func (a *agent) run(ctx context.Context) error {
 		return fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
 	}
 	return nil
+}
+
+// noSensors says so where there is nothing to run: not an error, as sensors
+// can still be installed, but most often a mistake.
+func noSensors(s *sensors) string {
+	names, err := s.names()
+	switch {
+	case err != nil:
+		return err.Error()
+	case len(names) == 0:
+		return fmt.Sprintf("no sensors in %s", s.path)
+	}
+	return ""
 }
 
 // within calls f with a context that ends after d.
@@ -384,7 +419,9 @@ func (a *agent) commands() []method {
 	return []method{
 		{
 			"cmd_submit_reading",
-			"string int string, string int string array, string int string string, string string string, string string string array, string string string string",
+			"string int string, string int string array, string int string string, " +
+				"string i8 string, string i8 string array, string i8 string string, " +
+				"string string string, string string string array, string string string string",
 			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once.",
 			a.submitReading,
 		},
@@ -393,14 +430,13 @@ func (a *agent) commands() []method {
 	}
 }
 
-func (a *agent) submitReading(ctx context.Context, r request, params []any) (any, error) {
+func (a *agent) submitReading(r request, params []any) (any, error) {
 	if len(params) < 2 || len(params) > 3 {
 		return nil, faultf(faultParams, "cmd_submit_reading takes ticket, sensor, [arguments]; got %d parameters", len(params))
 	}
 	var c command
-	err := checkTicket(params[0])
-	c.ticket = params[0]
-	if err == nil {
+	var err error
+	if c.ticket, err = ticketOf(params[0]); err == nil {
 		c.sensor, err = sensorName(params[1])
 	}
 	if err == nil && len(params) == 3 {
@@ -409,32 +445,33 @@ func (a *agent) submitReading(ctx context.Context, r request, params []any) (any
 	if err != nil {
 		return nil, faultf(faultParams, "cmd_submit_reading: %v", err)
 	}
-	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), c.sensor)
-	if err := a.queue.accept(ctx, c, r.received.Add(acceptTime)); err != nil {
+	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), logName(c.sensor))
+	if err := a.queue.accept(c, r.received.Add(acceptTime)); err != nil {
 		return nil, err
 	}
 	return "OK", nil
 }
 
-// checkTicket says what is wrong with a ticket: an int, an i8 or a string.
-func checkTicket(v any) error {
+// ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
+func ticketOf(v any) (any, error) {
 	switch v := v.(type) {
 	case int, int64:
-		return nil
+		return v, nil
 	case string:
 		if len(v) > maxTicket {
-			return fmt.Errorf("a ticket has at most %d bytes", maxTicket)
+			return nil, fmt.Errorf("a ticket has at most %d bytes", maxTicket)
 		}
-		return nil
+		return v, nil
 	}
-	return fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
+	return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
 }
 
 // read runs a queued command.
 func (a *agent) read(ctx context.Context, c command) reading {
+	a.delivery.waitRoom(ctx)
 	begun := time.Now()
 	r := a.sensors.read(ctx, c.sensor, c.args, nil)
-	line := fmt.Sprintf("sensor %s: exit %d in %v", c.sensor, r.code, time.Since(begun).Round(time.Millisecond))
+	line := fmt.Sprintf("sensor %s: exit %d in %v", logName(c.sensor), r.code, time.Since(begun).Round(time.Millisecond))
 	if r.reason != "" {
 		line += ": " + r.reason
 	}
@@ -442,13 +479,22 @@ func (a *agent) read(ctx context.Context, c command) reading {
 	return r
 }
 
-func (a *agent) listSensors(ctx context.Context, _ request, params []any) (any, error) {
+// logName is a sensor's name for the log: quoted where it could be taken for
+// more than that.
+func logName(name string) string {
+	if strings.Trim(name, "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") != "" {
+		return cut(name)
+	}
+	return name
+}
+
+func (a *agent) listSensors(_ request, params []any) (any, error) {
 	if len(params) != 0 {
 		return nil, faultf(faultParams, "cmd_list_sensors takes no parameters")
 	}
-	texts, err := a.sensors.helpTexts(ctx)
+	texts, err := a.sensors.helpTexts(a.ctx)
 	if err != nil {
-		return nil, err
+		log.Print(err) // without the directory there are no sensors
 	}
 	result := map[string]any{}
 	for name, text := range texts {
@@ -457,7 +503,7 @@ func (a *agent) listSensors(ctx context.Context, _ request, params []any) (any, 
 	return result, nil
 }
 
-func healthcheck(_ context.Context, _ request, params []any) (any, error) {
+func healthcheck(_ request, params []any) (any, error) {
 	if len(params) != 0 {
 		return nil, faultf(faultParams, "healthcheck takes no parameters")
 	}
@@ -476,10 +522,7 @@ func runCheck(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
-	sensors, err := installedSensors(s)
-	if err != nil {
-		return err
-	}
+	sensors := installedSensors(s)
 	r := sensors.read(ctx, name, in.args[1:], os.Stderr)
 	value := r.value
 	if value == "" {
@@ -507,13 +550,13 @@ func runList(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
-	sensors, err := installedSensors(s)
-	if err != nil {
-		return err
-	}
+	sensors := installedSensors(s)
 	texts, err := sensors.helpTexts(ctx)
 	if err != nil {
 		return err
+	}
+	if len(texts) == 0 {
+		return errors.New(noSensors(sensors))
 	}
 	for _, name := range sortedKeys(texts) {
 		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
@@ -536,14 +579,14 @@ func runConfig(_ context.Context, in invocation) error {
 	}
 	verb := in.args[0]
 	in.args = in.args[1:]
+	c, err := readINI(file)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
 	switch verb {
 	case "get":
 		if err := in.takes(2, 2, "config get SECTION OPTION"); err != nil {
 			return err
-		}
-		c, err := readINI(file)
-		if err != nil {
-			return &exitError{exitUsage, err}
 		}
 		value, err := c.value(in.args[0], in.args[1])
 		if err != nil {
@@ -569,7 +612,7 @@ func runConfig(_ context.Context, in invocation) error {
 				found, err = c.removeOption(in.args[0], in.args[1])
 			}
 			if err == nil && !found {
-				err = fmt.Errorf("%s: nothing to unset: no %q", file, in.args)
+				err = fmt.Errorf("%s: no such section or option", file)
 			}
 			return err
 		})
@@ -580,16 +623,23 @@ func runConfig(_ context.Context, in invocation) error {
 // editConfig changes client.cfg, unless that would break settings that are in
 // order.
 func editConfig(file string, change func(*ini) error) error {
-	return editINI(file, func(c *ini) error {
-		_, _, before := c.settings(filepath.Dir(file))
+	var warnings []string
+	err := editINI(file, func(c *ini) error {
+		_, known, before := c.settings(filepath.Dir(file))
 		if err := change(c); err != nil {
 			return err
 		}
-		if _, _, err := c.settings(filepath.Dir(file)); err != nil && before == nil {
+		_, all, err := c.settings(filepath.Dir(file))
+		if err != nil && before == nil {
 			return &exitError{exitUsage, fmt.Errorf("not changed: %w", err)}
 		}
+		warnings = slices.DeleteFunc(all, func(w string) bool { return slices.Contains(known, w) })
 		return nil
 	})
+	for _, w := range warnings {
+		log.Print(w)
+	}
+	return err
 }
 
 // printConfig prints every option as INI, with its value or default. A
@@ -599,12 +649,15 @@ func printConfig(file string, out io.Writer) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	_, warnings, err := c.settings(filepath.Dir(file))
+	s, warnings, err := c.settings(filepath.Dir(file))
 	for _, w := range warnings {
 		log.Print(w)
 	}
 	if err != nil {
 		return &exitError{exitUsage, err}
+	}
+	if warning := noSensors(installedSensors(s)); warning != "" {
+		log.Print(warning)
 	}
 	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
 	for _, o := range options {
@@ -715,7 +768,10 @@ func runMonitor(ctx context.Context, in invocation) error {
 		return err
 	}
 	log.Printf("monitor on http://%s/xmlrpc/", listener.Addr())
-	m.stored = func(s stored) { fmt.Fprintln(in.out, s) }
+	m.stored = func(s stored) error {
+		_, err := fmt.Fprintln(in.out, s)
+		return err
+	}
 	return m.serve(ctx, listener)
 }
 
@@ -734,9 +790,9 @@ func (s stored) String() string {
 
 // A monitor stands in for the real one, in labs and tests.
 type monitor struct {
-	packages string       // the directory that holds SENSOR.tar.bz2; "" serves none
-	next     string       // the URL that agents move to; "" is none
-	stored   func(stored) // is called for each reading, one at a time
+	packages string             // the directory that holds SENSOR.tar.bz2; "" serves none
+	next     string             // the URL that agents move to; "" is none
+	stored   func(stored) error // is called for each reading, one at a time
 
 	mu sync.Mutex // guards the calls of stored
 }
@@ -762,33 +818,45 @@ func (m *monitor) methods() []method {
 	}
 }
 
-func (m *monitor) store(_ context.Context, r request, params []any) (any, error) {
-	if len(params) == 3 {
-		pair, _ := params[1].([]any)
-		at, ok := params[2].(dateTime)
-		if len(pair) == 2 && ok && checkTicket(params[0]) == nil {
-			code, ok := pair[0].(int)
-			value, ok2 := pair[1].(string)
-			if ok && ok2 {
-				host, _, err := net.SplitHostPort(r.peer)
-				if err != nil {
-					host = r.peer
-				}
-				m.mu.Lock()
-				defer m.mu.Unlock()
-				m.stored(stored{at, host, params[0], code, value})
-				return "OK", nil
-			}
-		}
+func (m *monitor) store(r request, params []any) (any, error) {
+	s, err := storedOf(r.peer, params)
+	if err != nil {
+		return nil, err
 	}
-	return nil, faultf(faultParams, "cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return "OK", m.stored(s)
 }
 
-func (m *monitor) sensorCode(_ context.Context, _ request, params []any) (any, error) {
+// storedOf reads the parameters of cmd_store_probe_data.
+func storedOf(peer string, params []any) (stored, error) {
+	wrong := faultf(faultParams, "cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
+	if len(params) != 3 {
+		return stored{}, wrong
+	}
+	ticket, err := ticketOf(params[0])
+	pair, ok := params[1].([]any)
+	at, ok2 := params[2].(dateTime)
+	if err != nil || !ok || !ok2 || len(pair) != 2 {
+		return stored{}, wrong
+	}
+	code, ok := pair[0].(int)
+	value, ok2 := pair[1].(string)
+	if !ok || !ok2 {
+		return stored{}, wrong
+	}
+	host, _, err := net.SplitHostPort(peer)
+	if err != nil {
+		host = peer
+	}
+	return stored{at, host, ticket, code, value}, nil
+}
+
+func (m *monitor) sensorCode(_ request, params []any) (any, error) {
 	return m.file(params, ".tar.bz2")
 }
 
-func (m *monitor) sensorSignature(_ context.Context, _ request, params []any) (any, error) {
+func (m *monitor) sensorSignature(_ request, params []any) (any, error) {
 	return m.file(params, ".tar.bz2.sig")
 }
 
@@ -816,7 +884,7 @@ func (m *monitor) file(params []any, suffix string) (any, error) {
 	return data, err
 }
 
-func (m *monitor) nextURL(_ context.Context, _ request, params []any) (any, error) {
+func (m *monitor) nextURL(_ request, params []any) (any, error) {
 	if len(params) != 1 {
 		return nil, faultf(faultParams, "cmd_get_new_monitor_url takes the host name of the agent")
 	}
@@ -915,7 +983,10 @@ func tryScript(file string) error {
 }
 
 func writeScript(file, script string) error {
-	return os.WriteFile(file, []byte("#!/bin/sh\n"+script+"\n"), 0o755)
+	if err := os.WriteFile(file, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(file, 0o755) // whatever the umask: it may be for another user
 }
 
 func (t *selftest) run(ctx context.Context, s settings, dir string, installed bool) error {
@@ -923,8 +994,8 @@ func (t *selftest) run(ctx context.Context, s settings, dir string, installed bo
 	if err != nil {
 		return err
 	}
-	t.stored = make(chan stored, maxCalls)
-	m := &monitor{stored: func(s stored) { t.stored <- s }}
+	t.stored = make(chan stored, 1)
+	m := &monitor{stored: func(s stored) error { t.stored <- s; return nil }}
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- m.serve(ctx, listener) }()
@@ -941,7 +1012,7 @@ func (t *selftest) run(ctx context.Context, s settings, dir string, installed bo
 		}
 	}
 	if t.failed > 0 {
-		return fmt.Errorf("%d of %d readings are not as they should be", t.failed, t.tickets)
+		return fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
 	}
 	return nil
 }
@@ -950,8 +1021,13 @@ func (t *selftest) run(ctx context.Context, s settings, dir string, installed bo
 func (t *selftest) ownSensors(ctx context.Context, s settings, dir string) error {
 	s.path, s.executable, s.timeout = filepath.Join(dir, "sensors"), "check", time.Second
 	for _, own := range ownSensors {
-		if err := os.MkdirAll(filepath.Join(s.path, own.name), 0o755); err != nil {
-			return err
+		for _, dir := range []string{s.path, filepath.Join(s.path, own.name)} {
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return err
+			}
+			if err := os.Chmod(dir, 0o755); err != nil {
+				return err
+			}
 		}
 		if err := writeScript(filepath.Join(s.path, own.name, s.executable), own.script); err != nil {
 			return err
@@ -983,8 +1059,16 @@ func (t *selftest) installedSensors(ctx context.Context, s settings) error {
 			return fmt.Errorf("cmd_list_sensors: %w", err)
 		}
 		texts, _ := v.(map[string]any)
+		if len(texts) == 0 {
+			fmt.Fprintln(t.out, noSensors(a.sensors))
+		}
 		for _, name := range sortedKeys(texts) {
 			help, _ := texts[name].(string)
+			if strings.HasPrefix(help, noHelp) {
+				fmt.Fprintf(t.out, "%-12s FAILED: %s\n", name, help)
+				t.failed++
+				continue
+			}
 			args := firstOption(help)
 			got, reason, err := t.reading(ctx, a, name, args)
 			if err != nil {
@@ -992,7 +1076,7 @@ func (t *selftest) installedSensors(ctx context.Context, s settings) error {
 			}
 			remark := ""
 			switch {
-			case got.code > 0 && got.code < codeNotStarted && got.code != codeNoNumber && reason != "":
+			case got.code > 0 && reason != "" && !slices.Contains([]int{codeNoNumber, codeNotStarted, codeNotFound}, got.code):
 				remark = "not counted: " + reason
 			case got.code != 0:
 				remark = "FAILED: " + reason
@@ -1028,9 +1112,10 @@ func (t *selftest) row(name string, args []any, got stored, remark string) {
 
 // A selftestAgent is an agent that runs, and how to reach it.
 type selftestAgent struct {
-	client *client
-	mu     sync.Mutex // guards reasons
-	reason map[any]string
+	sensors *sensors
+	client  *client
+	mu      sync.Mutex // guards reasons
+	reason  map[any]string
 }
 
 // withAgent calls f while an agent with these settings runs, but for the
@@ -1042,8 +1127,9 @@ func (t *selftest) withAgent(ctx context.Context, s settings, f func(*selftestAg
 		return err
 	}
 	tested := &selftestAgent{
-		client: newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout),
-		reason: make(map[any]string),
+		sensors: a.sensors,
+		client:  newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout),
+		reason:  make(map[any]string),
 	}
 	defer tested.client.close()
 	a.queue.deliver = func(ticket any, r reading) {

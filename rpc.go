@@ -30,6 +30,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -45,7 +46,12 @@ const (
 	maxValues  = 4096      // values in a message, so that 512 KiB of <value/> stay within a few 100 KiB of memory
 	maxCalls   = 64        // calls in a system.multicall
 	maxHeader  = 8 << 10   // bytes of HTTP header
+	maxToken   = 64 << 10  // bytes of one tag or text of a command; a tag of 512 KiB could hold 130,000 attributes in 25 MiB
 	maxConns   = 64        // connections open at once
+
+	smallMessage = 16 << 10 // bytes: commands are smaller, and wait for no larger one
+	largeAtOnce  = 4        // messages that are larger and read at once
+	decodeAtOnce = 2        // messages decoded at once
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
@@ -73,6 +79,15 @@ func faultf(code int, format string, args ...any) error {
 	return &fault{code, oneLine(fmt.Sprintf(format, args...))}
 }
 
+// cut quotes a text that came from outside, and shortens it.
+func cut(s string) string {
+	const most = 80
+	if len(s) > most {
+		return fmt.Sprintf("%q...", s[:most])
+	}
+	return strconv.Quote(s)
+}
+
 // oneLine makes a text that came from outside fit for a line of a log.
 func oneLine(s string) string {
 	const most = 300
@@ -80,7 +95,7 @@ func oneLine(s string) string {
 		s = s[:most] + "..."
 	}
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
+		if !unicode.IsPrint(r) { // nor what only changes how the rest is shown
 			return ' '
 		}
 		return r
@@ -148,14 +163,45 @@ func parseDecimal(s string) (float64, error) {
 // are faults: faultSyntax or faultRequest.
 type decoder struct {
 	xml    *xml.Decoder
+	input  *tokenReader
 	root   bool // the root element has begun
 	values int
 }
 
-func newDecoder(message []byte) *decoder {
-	d := &decoder{xml: xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(message, []byte(byteOrder))))}
+// newDecoder returns a decoder of a message in which no tag or text is longer
+// than limit bytes.
+func newDecoder(message []byte, limit int) *decoder {
+	input := &tokenReader{Reader: bytes.NewReader(bytes.TrimPrefix(message, []byte("\xef\xbb\xbf"))), limit: limit, left: limit}
+	d := &decoder{xml: xml.NewDecoder(input), input: input}
 	d.xml.CharsetReader = charsetReader
 	return d
+}
+
+// A tokenReader gives encoding/xml so many bytes for a token and no more.
+type tokenReader struct {
+	*bytes.Reader
+	limit, left int
+}
+
+func (t *tokenReader) ReadByte() (byte, error) {
+	if t.left == 0 {
+		return 0, t.tooLong()
+	}
+	t.left--
+	return t.Reader.ReadByte()
+}
+
+func (t *tokenReader) tooLong() error {
+	return faultf(faultRequest, "a tag or text of more than %d bytes", t.limit)
+}
+
+func (t *tokenReader) Read(p []byte) (int, error) {
+	if t.left == 0 {
+		return 0, t.tooLong()
+	}
+	n, err := t.Reader.Read(p[:min(len(p), t.left)])
+	t.left -= n
+	return n, err
 }
 
 // charsetReader decodes the encodings, besides UTF-8, that old peers declare.
@@ -199,14 +245,27 @@ func (l *latin1Reader) Read(p []byte) (int, error) {
 	return len(out), err
 }
 
+// next returns the next token, or io.EOF behind the last one.
+func (d *decoder) next() (xml.Token, error) {
+	d.input.left = d.input.limit
+	t, err := d.xml.Token()
+	if f := (*fault)(nil); err == nil || errors.Is(err, io.EOF) || errors.As(err, &f) {
+		return t, err
+	}
+	return nil, faultf(faultSyntax, "not well-formed XML: %v", err)
+}
+
 // token returns the next start element, end element or text. Comments,
 // processing instructions and a DOCTYPE before the root are passed over.
 func (d *decoder) token() (xml.Token, error) {
 	for {
 		first := d.xml.InputOffset() == 0
-		t, err := d.xml.Token()
+		t, err := d.next()
+		if errors.Is(err, io.EOF) {
+			err = faultf(faultSyntax, "not well-formed XML: there is no message")
+		}
 		if err != nil {
-			return nil, faultf(faultSyntax, "not well-formed XML: %v", err)
+			return nil, err
 		}
 		switch t := t.(type) {
 		case xml.Comment:
@@ -296,13 +355,13 @@ func (d *decoder) text() (string, error) {
 // finish reads what follows the root element: nothing of meaning.
 func (d *decoder) finish() error {
 	for {
-		t, err := d.xml.Token()
+		t, err := d.next()
 		switch t := t.(type) {
 		case nil:
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
-			return faultf(faultSyntax, "not well-formed XML: %v", err)
+			return err
 		case xml.StartElement, xml.Directive:
 			return faultf(faultSyntax, "not well-formed XML: something follows the message")
 		case xml.CharData:
@@ -481,7 +540,7 @@ func (d *decoder) params() ([]any, error) {
 
 // decodeCall reads a methodCall.
 func decodeCall(message []byte) (method string, params []any, err error) {
-	d := newDecoder(message)
+	d := newDecoder(message, maxToken)
 	if err := d.expect("methodCall"); err != nil {
 		return "", nil, err
 	}
@@ -513,10 +572,11 @@ func decodeCall(message []byte) (method string, params []any, err error) {
 	return method, params, d.finish()
 }
 
-// decodeResponse reads a methodResponse: its one value, or as the error the
-// fault that the peer sent. Any other error is no *fault: the message was none.
+// decodeResponse reads a methodResponse: its value (nil where it has none),
+// or as the error the fault that the peer sent. Any other error is no *fault:
+// the message was no response.
 func decodeResponse(message []byte) (any, error) {
-	v, sent, err := newDecoder(message).response()
+	v, sent, err := newDecoder(message, maxMessage).response()
 	if err != nil {
 		return nil, errors.New(err.(*fault).text)
 	}
@@ -540,10 +600,9 @@ func (d *decoder) response() (v any, sent *fault, err error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		if len(params) != 1 {
-			return nil, nil, faultf(faultRequest, "%d values where one belongs", len(params))
+		if len(params) > 0 {
+			v = params[0]
 		}
-		v = params[0]
 	case t != nil && t.Name.Local == "fault":
 		if err := d.expect("value"); err != nil {
 			return nil, nil, err
@@ -555,13 +614,14 @@ func (d *decoder) response() (v any, sent *fault, err error) {
 		if err := d.end(); err != nil {
 			return nil, nil, err
 		}
-		members, _ := v.(map[string]any)
-		code, ok := members["faultCode"].(int)
-		text, ok2 := members["faultString"].(string)
-		if !ok || !ok2 {
-			return nil, nil, faultf(faultRequest, "a fault without faultCode and faultString")
+		members, _ := v.(map[string]any) // whatever is in it, it is a fault
+		sent = &fault{}
+		if code, ok := members["faultCode"]; ok {
+			sent.code, _ = strconv.Atoi(fmt.Sprint(code))
 		}
-		sent = &fault{code, oneLine(text)}
+		if text, ok := members["faultString"]; ok {
+			sent.text = oneLine(fmt.Sprint(text))
+		}
 	default:
 		return nil, nil, faultf(faultRequest, "neither <params> nor <fault>")
 	}
@@ -681,7 +741,7 @@ type method struct {
 	name       string
 	signatures string // "string int string, string string string": what it returns, then what it takes
 	help       string
-	call       func(ctx context.Context, r request, params []any) (any, error)
+	call       func(r request, params []any) (any, error)
 }
 
 // A request says where a call comes from and since when it is being answered.
@@ -693,8 +753,10 @@ type request struct {
 // A handler answers XML-RPC calls over HTTP. Besides its methods it has
 // those of introspection.
 type handler struct {
-	methods map[string]method
-	refused logLimit
+	methods  map[string]method
+	refused  logLimit
+	large    chan struct{} // one is taken by each message larger than most, until it is answered
+	decoding chan struct{} // one is taken while a message is decoded
 
 	mu    sync.Mutex // guards what is below
 	conns map[net.Conn]*connState
@@ -709,9 +771,11 @@ type connState struct {
 
 func newHandler(methods []method) *handler {
 	h := &handler{
-		methods: make(map[string]method),
-		refused: logLimit{burst: 20, perSecond: 0.2},
-		conns:   make(map[net.Conn]*connState),
+		methods:  make(map[string]method),
+		refused:  logLimit{burst: 20, perSecond: 0.2},
+		large:    make(chan struct{}, largeAtOnce),
+		decoding: make(chan struct{}, decodeAtOnce),
+		conns:    make(map[net.Conn]*connState),
 	}
 	for _, m := range append(methods, h.introspection()...) {
 		h.methods[m.name] = m
@@ -731,7 +795,7 @@ func (h *handler) server() *http.Server {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     log.New(io.Discard, "", 0), // what peers do wrong
+		ErrorLog:                     log.New(&h.refused, "", 0), // mostly what peers do wrong
 		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ConnState:                    h.connChanged,
 	}
@@ -744,7 +808,10 @@ func (h *handler) connChanged(c net.Conn, state http.ConnState) {
 	case http.StateNew:
 		h.conns[c] = &connState{idle: time.Now()}
 		if len(h.conns) > maxConns {
-			h.closeOldest()
+			if oldest := h.oldestIdle(); oldest != nil {
+				delete(h.conns, oldest)
+				go oldest.Close() // over TLS it may take a while
+			}
 		}
 	case http.StateIdle:
 		if s := h.conns[c]; s != nil {
@@ -755,17 +822,13 @@ func (h *handler) connChanged(c net.Conn, state http.ConnState) {
 	}
 }
 
-func (h *handler) closeOldest() {
-	var oldest net.Conn
+func (h *handler) oldestIdle() (oldest net.Conn) {
 	for c, s := range h.conns {
 		if !s.working && (oldest == nil || s.idle.Before(h.conns[oldest].idle)) {
 			oldest = c
 		}
 	}
-	if oldest != nil {
-		delete(h.conns, oldest)
-		oldest.Close()
-	}
+	return oldest
 }
 
 // working notes whether a call is being answered on the request's connection.
@@ -774,11 +837,12 @@ func (h *handler) working(r *http.Request, working bool) {
 	defer h.mu.Unlock()
 	c, _ := r.Context().Value(connKey{}).(net.Conn)
 	if s := h.conns[c]; s != nil {
-		s.working = working
+		s.working, s.idle = working, time.Now()
 	}
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer h.working(r, false)
 	status, answer := h.answer(w, r)
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
 	if status != http.StatusOK {
@@ -810,7 +874,8 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	case r.ContentLength > maxMessage:
 		return http.StatusRequestEntityTooLarge, nil
 	}
-	message, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
+	message, done, err := h.readMessage(w, r)
+	defer done()
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -820,42 +885,61 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // it would end the call, too
 	h.working(r, true)
-	defer h.working(r, false)
+	h.decoding <- struct{}{}
 	name, params, err := decodeCall(message)
-	var v any
-	if err == nil {
-		v, err = h.call(r.Context(), request{r.RemoteAddr, time.Now()}, name, params)
-	}
+	<-h.decoding
 	if err != nil {
-		h.refused.printf("%s: %s: %v", r.RemoteAddr, cut(name), err)
+		h.refused.printf("%s: %v", r.RemoteAddr, err)
+		return http.StatusOK, encodeResponse(nil, err)
 	}
-	return http.StatusOK, encodeResponse(v, err)
+	return http.StatusOK, encodeResponse(h.call(request{r.RemoteAddr, time.Now()}, name, params))
 }
 
-// call runs one method. A panic in it is a fault, and the agent goes on.
-func (h *handler) call(ctx context.Context, r request, name string, params []any) (v any, err error) {
+// readMessage reads the body of a request. Many small ones are read at once,
+// but few large ones: together they could take more memory than there is.
+func (h *handler) readMessage(w http.ResponseWriter, r *http.Request) (message []byte, done func(), err error) {
+	done = func() {}
+	body := http.MaxBytesReader(w, r.Body, maxMessage)
+	message, err = io.ReadAll(io.LimitReader(body, smallMessage))
+	if err != nil || len(message) < smallMessage {
+		return message, done, err
+	}
+	select {
+	case h.large <- struct{}{}:
+	case <-time.After(readTimeout):
+		return nil, done, errors.New("too many large messages at once")
+	}
+	done = func() { <-h.large }
+	rest, err := io.ReadAll(body)
+	return append(message, rest...), done, err
+}
+
+// call runs one method. Its error is a fault, and logged; so is a panic.
+func (h *handler) call(r request, name string, params []any) (v any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			v, err = nil, fmt.Errorf("%v\n%s", p, debug.Stack())
+		}
+		f := (*fault)(nil)
+		switch {
+		case errors.As(err, &f):
+			h.refused.printf("%s: %s: %v", r.peer, cut(name), err)
+		case err != nil:
+			log.Printf("%s: %s: defect: %v", r.peer, cut(name), err)
+			err = faultf(faultInternal, "internal error")
+		}
+	}()
 	m, ok := h.methods[name]
 	if !ok {
 		return nil, faultf(faultMethod, "no such method: %s", cut(name))
 	}
-	defer func() {
-		if p := recover(); p != nil {
-			log.Printf("method %s: defect: %v\n%s", name, p, debug.Stack())
-			v, err = nil, faultf(faultInternal, "internal error")
-		}
-	}()
-	v, err = m.call(ctx, r, params)
-	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-		log.Printf("method %s: %v", name, err)
-		err = faultf(faultInternal, "internal error")
-	}
-	return v, err
+	return m.call(r, params)
 }
 
 // introspection is what every XML-RPC server has under system.
 func (h *handler) introspection() []method {
 	return []method{
-		{"system.listMethods", "array", "The names of all methods.", func(_ context.Context, _ request, params []any) (any, error) {
+		{"system.listMethods", "array", "The names of all methods.", func(_ request, params []any) (any, error) {
 			if len(params) != 0 {
 				return nil, faultf(faultParams, "system.listMethods takes no parameters")
 			}
@@ -865,11 +949,11 @@ func (h *handler) introspection() []method {
 			}
 			return names, nil
 		}},
-		{"system.methodHelp", "string string", "What a method does.", func(_ context.Context, _ request, params []any) (any, error) {
+		{"system.methodHelp", "string string", "What a method does.", func(_ request, params []any) (any, error) {
 			m, err := h.named("system.methodHelp", params)
 			return m.help, err
 		}},
-		{"system.methodSignature", "array string", "For each way to call a method: the type that it returns, then those of its parameters.", func(_ context.Context, _ request, params []any) (any, error) {
+		{"system.methodSignature", "array string", "For each way to call a method: the type that it returns, then those of its parameters.", func(_ request, params []any) (any, error) {
 			m, err := h.named("system.methodSignature", params)
 			if err != nil {
 				return nil, err
@@ -885,7 +969,7 @@ func (h *handler) introspection() []method {
 			return signatures, nil
 		}},
 		{"system.multicall", "array array", "Calls several methods, each a struct of methodName and params; for each there is an array of its one result, or the struct of a fault.", h.multicall},
-		{"system.getCapabilities", "struct", "The specifications that are followed.", func(_ context.Context, _ request, params []any) (any, error) {
+		{"system.getCapabilities", "struct", "The specifications that are followed.", func(_ request, params []any) (any, error) {
 			if len(params) != 0 {
 				return nil, faultf(faultParams, "system.getCapabilities takes no parameters")
 			}
@@ -917,7 +1001,7 @@ func (h *handler) named(caller string, params []any) (method, error) {
 	return method{}, faultf(faultParams, "%s takes the name of a method", caller)
 }
 
-func (h *handler) multicall(ctx context.Context, r request, params []any) (any, error) {
+func (h *handler) multicall(r request, params []any) (any, error) {
 	var calls []any
 	if len(params) == 1 {
 		calls, _ = params[0].([]any)
@@ -939,7 +1023,7 @@ func (h *handler) multicall(ctx context.Context, r request, params []any) (any, 
 		case name == "system.multicall":
 			err = faultf(faultParams, "system.multicall cannot call itself")
 		case ok && (ok2 || call["params"] == nil):
-			v, err = h.call(ctx, r, name, params)
+			v, err = h.call(r, name, params)
 		}
 		if err != nil {
 			results = append(results, faultStruct(err))
@@ -964,6 +1048,7 @@ func newClient(u *url.URL, timeout time.Duration) *client {
 		Timeout:       timeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
+			DialContext:            (&net.Dialer{Timeout: timeout}).DialContext, // else a dial outlives its call by minutes
 			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
 			IdleConnTimeout:        200 * time.Millisecond, // between two readings of a burst; a monitor that serves one connection waits for its end
 			MaxResponseHeaderBytes: maxHeader,
@@ -996,7 +1081,7 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 		return nil, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode/100 != 2 {
 		return nil, fmt.Errorf("HTTP %s", cut(resp.Status))
 	}
 	message, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage+1))
@@ -1014,6 +1099,9 @@ const (
 	maxBackoff  = 5 * time.Minute // between two attempts to reach it
 	maxTries    = 3               // of a reading that the monitor answers with a fault
 	faultFactor = 10              // a fault waits so much longer than a monitor that is away: a locked database takes its time
+	lastTime    = time.Second     // for an attempt when the agent ends
+	lastMisses  = 4               // after so many then, one after the other, the monitor counts as away
+	roomForRuns = 64              // readings of those that run when no more may begin
 )
 
 // A reading is what one run of a sensor came to.
@@ -1032,6 +1120,7 @@ type undelivered struct {
 	faults    int       // attempts that the monitor answered with a fault
 	notBefore time.Time // the next attempt
 	sending   bool
+	last      bool // its attempt when the agent ends has begun
 	discarded bool // not to be kept if this attempt fails
 }
 
@@ -1044,7 +1133,8 @@ type delivery struct {
 	client  *client
 	zone    *time.Location // of the times that are sent
 	noValue string         // sent where there is no number
-	retry   time.Duration  // before the second attempt; doubled from then on, up to 5 minutes
+	clock   func() time.Time
+	retry   time.Duration // before the second attempt; doubled from then on, up to 5 minutes
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when nothing is sent any more
 	dropped logLimit
@@ -1055,21 +1145,23 @@ type delivery struct {
 	away    time.Time      // since when the monitor has been away; zero when it is not
 	missed  int            // attempts since then
 	probeAt time.Time      // the next one
+	last    bool           // what comes now is the last, and not limited
 	closing bool
+	abort   context.CancelFunc // of the attempt under way
 }
 
 // newDelivery returns a delivery that is at work until close.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration) *delivery {
 	ctx, cancel := context.WithCancel(context.Background())
 	d := &delivery{
-		client: c, zone: zone, noValue: noValue, retry: retry, cancel: cancel,
+		client: c, zone: zone, noValue: noValue, clock: time.Now, retry: retry, cancel: cancel,
 		done: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2},
 	}
 	d.changed = sync.NewCond(&d.mu)
 	go func() {
 		defer close(d.done)
 		for u := d.next(); u != nil; u = d.next() {
-			d.settle(u, d.store(ctx, u))
+			d.settle(u, d.attempt(ctx, u))
 		}
 	}()
 	return d
@@ -1079,7 +1171,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.kept) >= maxKept {
+	if len(d.kept) >= maxKept && !d.last {
 		oldest := d.kept[0]
 		if oldest.sending {
 			oldest = d.kept[1]
@@ -1089,6 +1181,30 @@ func (d *delivery) put(ticket any, r reading) {
 	}
 	d.kept = append(d.kept, &undelivered{reading: r, ticket: ticket})
 	d.changed.Broadcast()
+}
+
+// putLast lets more than 1,024 readings in from now on: when the agent ends,
+// those of the commands that waited must not push out what was measured.
+func (d *delivery) putLast() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.last = true
+}
+
+// waitRoom waits while the monitor is there, but slower than the sensors: then
+// it is the dispatcher that has to wait, and nothing is dropped.
+func (d *delivery) waitRoom(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() {
+		d.mu.Lock() // not before Wait waits
+		defer d.mu.Unlock()
+		d.changed.Broadcast()
+	})
+	defer stop()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for len(d.kept) >= maxKept-roomForRuns && d.away.IsZero() && !d.closing && ctx.Err() == nil {
+		d.changed.Wait()
+	}
 }
 
 // discard forgets an undelivered reading: the monitor has given its ticket
@@ -1141,8 +1257,10 @@ func (d *delivery) next() *undelivered {
 }
 
 // pick chooses the reading to send now, or says when there may be one (zero:
-// nobody knows). While the monitor is away each attempt is made with another
-// reading, so that one that it always chokes on does not hold up the rest.
+// nobody knows). It is the oldest. While the monitor is away, or the agent
+// ends, every second attempt is made with the newest, and no reading is tried
+// much more often than others: one that the monitor always chokes on must not
+// hold up the rest.
 func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
 	away := !d.away.IsZero()
 	if away && now.Before(d.probeAt) {
@@ -1154,13 +1272,25 @@ func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
 			if at.IsZero() || u.notBefore.Before(at) {
 				at = u.notBefore
 			}
-		case best == nil || u.missed < best.missed:
-			if best = u; !away {
-				return best, at
-			}
+		case best == nil, d.closing && u.missed < best.missed, away && u.missed/8 < best.missed/8, away && !d.closing && d.missed%2 == 0:
+			best = u
 		}
 	}
 	return best, at
+}
+
+// attempt tries to deliver one reading; when the agent ends, not for long.
+func (d *delivery) attempt(ctx context.Context, u *undelivered) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	d.mu.Lock()
+	d.abort = cancel
+	u.last = d.closing
+	d.mu.Unlock()
+	if u.last {
+		defer time.AfterFunc(lastTime, cancel).Stop()
+	}
+	return d.store(ctx, u)
 }
 
 // store makes one attempt. The time that it sends is now less the reading's
@@ -1171,7 +1301,7 @@ func (d *delivery) store(ctx context.Context, u *undelivered) error {
 	if value == "" {
 		value = d.noValue
 	}
-	taken := time.Now().Add(-time.Since(u.taken)).In(d.zone)
+	taken := d.clock().Add(-time.Since(u.taken)).In(d.zone)
 	_, err := d.client.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
 }
@@ -1180,6 +1310,7 @@ func (d *delivery) store(ctx context.Context, u *undelivered) error {
 func (d *delivery) settle(u *undelivered, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	defer d.changed.Broadcast()
 	u.sending = false
 	now := time.Now()
 	var f *fault
@@ -1206,6 +1337,12 @@ func (d *delivery) settle(u *undelivered, err error) {
 		if u.notBefore = d.probeAt; u.missed > d.missed { // it choked on this one before
 			u.notBefore = now.Add(backoff(d.retry, u.missed))
 		}
+		if d.closing && d.missed < lastMisses { // the others still have their chance
+			d.probeAt = time.Time{}
+		}
+		if d.closing && !u.last {
+			u.notBefore = time.Time{}
+		}
 	}
 	if u.discarded {
 		d.remove(u)
@@ -1215,7 +1352,7 @@ func (d *delivery) settle(u *undelivered, err error) {
 // reached notes that the monitor has answered.
 func (d *delivery) reached(now time.Time) {
 	if !d.away.IsZero() {
-		log.Printf("monitor %s: back after %s, %d readings to deliver", d.client.url.Redacted(), now.Sub(d.away).Round(time.Second), len(d.kept))
+		log.Printf("monitor %s: back after %s, %s more to deliver", d.client.url.Redacted(), now.Sub(d.away).Round(time.Second), plural(len(d.kept), "reading"))
 	}
 	d.away, d.missed = time.Time{}, 0
 }
@@ -1236,9 +1373,12 @@ func backoff(first time.Duration, n int) time.Duration {
 func (d *delivery) close(ctx context.Context) {
 	d.mu.Lock()
 	d.closing = true
-	d.probeAt = time.Time{}
+	d.probeAt, d.missed = time.Time{}, 0
 	for _, u := range d.kept {
 		u.notBefore = time.Time{}
+	}
+	if d.abort != nil { // an attempt may have been under way for long
+		defer time.AfterFunc(lastTime, d.abort).Stop()
 	}
 	d.changed.Broadcast()
 	d.mu.Unlock()
@@ -1247,9 +1387,19 @@ func (d *delivery) close(ctx context.Context) {
 	<-d.done
 	d.cancel()
 	d.client.close()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if n := len(d.kept); n > 0 {
-		log.Printf("monitor %s: %d readings not delivered", d.client.url.Redacted(), n)
+		log.Printf("monitor %s: %s not delivered", d.client.url.Redacted(), plural(n, "reading"))
 	}
+}
+
+// plural is 1 reading, 2 readings.
+func plural(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprint(n, " ", noun)
 }
 
 // ticketText is a ticket for the log.
@@ -1263,16 +1413,20 @@ func ticketText(ticket any) string {
 // localZone is the zone that the box's own date shows: TZ (the name or path
 // of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
 // /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. What
-// can't be read there counts as UTC, as it does for date.
+// can't be read there counts as UTC, as it does for date, and is logged.
 func localZone() *time.Location {
 	tz, ok := os.LookupEnv("TZ")
+	return zoneOf(tz, ok, "/etc")
+}
+
+func zoneOf(tz string, ok bool, etc string) *time.Location {
 	if !ok {
-		if data, err := os.ReadFile("/etc/localtime"); err == nil {
+		if data, err := os.ReadFile(filepath.Join(etc, "localtime")); err == nil {
 			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
 				return zone
 			}
 		}
-		text, err := os.ReadFile("/etc/TZ")
+		text, err := os.ReadFile(filepath.Join(etc, "TZ"))
 		if err != nil {
 			return time.UTC
 		}
@@ -1287,10 +1441,12 @@ func localZone() *time.Location {
 	if zone, err := time.LoadLocation(tz); err == nil {
 		return zone
 	}
-	if zone, err := posixZone(tz); err == nil {
-		return zone
+	zone, err := posixZone(tz)
+	if err != nil {
+		log.Printf("time zone: %v; UTC instead", err)
+		return time.UTC
 	}
-	return time.UTC
+	return zone
 }
 
 // posixZone makes a zone of a POSIX TZ string. Go reads one only as the last
@@ -1333,8 +1489,14 @@ func (l *logLimit) printf(format string, args ...any) {
 	}
 	l.spent++
 	if l.left > 0 {
-		log.Printf("%d lines like the next one left out", l.left)
+		log.Printf("%s left out", plural(l.left, "line"))
 		l.left = 0
 	}
 	log.Printf(format, args...)
+}
+
+// Write logs a line of somebody else's log.
+func (l *logLimit) Write(p []byte) (int, error) {
+	l.printf("%s", oneLine(strings.TrimSpace(string(p))))
+	return len(p), nil
 }

@@ -32,13 +32,15 @@ import (
 )
 
 const (
-	maxOutput    = 4 << 10         // bytes on standard output: a number has twenty, a help text a few hundred
-	maxReason    = 1 << 10         // bytes of standard error that are kept, the last
-	maxName      = 255             // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10         // bytes of a command's arguments: 256 queued commands are 2 MiB
-	freeOutput   = 64 << 10        // bytes read at full speed; a sensor that goes on writing is slowed down
-	killDelay    = 2 * time.Second // from SIGTERM to SIGKILL, and from there to giving up
-	busyRetries  = 100             // of 10 ms, while an executable just written is still open somewhere
+	helpTime     = 10 * time.Second // for a help text, where the time-out is longer
+	badHelpTime  = time.Minute      // before a sensor without one is asked again
+	maxOutput    = 4 << 10          // bytes on standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10          // bytes of standard error that are kept, the last
+	maxName      = 255              // bytes of a sensor's name, as file systems have it
+	maxArguments = 8 << 10          // bytes of a command's arguments: 256 queued commands are 2 MiB
+	freeOutput   = 64 << 10         // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
+	killDelay    = 2 * time.Second  // from SIGTERM to SIGKILL, and from there to giving up
+	busyRetries  = 100              // of 10 ms, while an executable just written is still open somewhere
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -56,9 +58,18 @@ type sensors struct {
 	user                   *syscall.Credential // nil: as the agent
 	env                    []string
 	slots                  chan struct{} // one is taken by each run
+	listing                chan struct{} // is taken by who uses helps
+	helps                  map[string]helpEntry
 
-	mu    sync.Mutex          // guards what is below
-	stuck map[string]struct{} // sensors with a process that SIGKILL did not end
+	mu    sync.Mutex     // guards what is below
+	stuck map[string]int // processes of a sensor that SIGKILL did not end
+}
+
+// A helpEntry is a help text that need not be asked for again.
+type helpEntry struct {
+	file  os.FileInfo // of the executable that gave it
+	text  string
+	until time.Time // zero: until the file changes
 }
 
 // newSensors returns the sensors of a directory, of which at most concurrency
@@ -67,9 +78,11 @@ func newSensors(path, executable, help string, timeout time.Duration, concurrenc
 	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
 	return &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, user: user,
-		env:   append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
-		slots: make(chan struct{}, concurrency),
-		stuck: make(map[string]struct{}),
+		env:     append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
+		slots:   make(chan struct{}, concurrency),
+		listing: make(chan struct{}, 1),
+		stuck:   make(map[string]int),
+		helps:   make(map[string]helpEntry),
 	}
 }
 
@@ -80,7 +93,7 @@ func sensorName(v any) (string, error) {
 	if !ok {
 		return "", fmt.Errorf("a sensor's name is a string, not %s", typeName(v))
 	}
-	bad := func(r rune) bool { return r == '/' || r == utf8.RuneError || unicode.IsControl(r) }
+	bad := func(r rune) bool { return r == '/' || r == utf8.RuneError || !unicode.IsPrint(r) }
 	if name == "" || len(name) > maxName || name[0] == '.' || strings.ContainsFunc(name, bad) {
 		return "", fmt.Errorf("%s is not the name of a sensor", cut(name))
 	}
@@ -211,41 +224,66 @@ func (s *sensors) names() ([]string, error) {
 
 // helpText asks a sensor what it can be asked.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, helpTime)
+	defer cancel()
 	o := s.run(ctx, name, []string{s.help}, nil)
 	switch {
 	case o.code != 0:
-		return "", fmt.Errorf("%s %s: exit %d %s", name, s.help, o.code, o.reason())
+		return "", fmt.Errorf("%s %s: exit %d: %s", name, s.help, o.code, o.reason())
 	case o.tooLong:
 		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
+	case len(strings.TrimSpace(string(o.output))) == 0:
+		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
 	}
 	return strings.TrimSpace(string(o.output)), nil
 }
 
-// helpTexts asks all sensors. The text of one that does not answer says so.
+// helpTexts asks all sensors, one after the other, so that readings go on
+// beside it. The text of one that does not answer says so. What is known is
+// not asked for again, until the executable changes.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
+	select {
+	case s.listing <- struct{}{}:
+		defer func() { <-s.listing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	names, err := s.names()
 	if err != nil {
 		return nil, err
 	}
-	texts := make([]string, len(names))
-	var done sync.WaitGroup
-	for i, name := range names {
-		done.Add(1)
-		go func(i int, name string) {
-			defer done.Done()
-			text, err := s.helpText(ctx, name)
-			if err != nil {
-				text = fmt.Sprintf("no help: %v", err)
+	texts := make(map[string]string)
+	helps := make(map[string]helpEntry)
+	for _, name := range names {
+		file, err := os.Stat(filepath.Join(s.path, name, s.executable))
+		if err != nil {
+			continue // it has just gone
+		}
+		h := s.helps[name]
+		if h.file == nil || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
+			h = helpEntry{file: file}
+			if h.text, err = s.helpText(ctx, name); err != nil {
+				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
 			}
-			texts[i] = text
-		}(i, name)
+		}
+		texts[name], helps[name] = h.text, h
 	}
-	done.Wait()
-	byName := make(map[string]string)
-	for i, name := range names {
-		byName[name] = texts[i]
-	}
-	return byName, nil
+	s.helps = helps
+	return texts, nil
+}
+
+// noHelp begins the text of a sensor that did not give one.
+const noHelp = "no help: "
+
+// awaitListing waits until no help text is being asked for.
+func (s *sensors) awaitListing() {
+	s.listing <- struct{}{}
+	<-s.listing
+}
+
+// sameVersion reports whether a file is what it was.
+func sameVersion(before, now os.FileInfo) bool {
+	return os.SameFile(before, now) && before.ModTime().Equal(now.ModTime()) && before.Size() == now.Size() && before.Mode() == now.Mode()
 }
 
 // read runs a sensor and makes a reading of it. Whatever the sensor does, there
@@ -303,6 +341,9 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 	case <-ctx.Done():
 		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
 	}
+	if ctx.Err() != nil { // select takes either way when both are open
+		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
+	}
 	if s.isStuck(name) {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
@@ -337,6 +378,9 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
 		}
 	})
+	if errors.Is(err, os.ErrNotExist) {
+		return outcome{code: codeNotStarted, why: err.Error() + " (its interpreter, or a line end of DOS behind that?)"}
+	}
 	if err != nil {
 		return outcome{code: codeNotStarted, why: err.Error()}
 	}
@@ -372,15 +416,15 @@ func start(command func() *exec.Cmd) (*exec.Cmd, error) {
 // group. It does so before the process is reaped: until then its number, and
 // so the group's, can be nobody else's.
 func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome {
-	group := -cmd.Process.Pid
+	pid := cmd.Process.Pid
 	ended := make(chan struct{})
 	go func() {
-		waitEnded(cmd.Process.Pid)
+		waitEnded(pid)
 		close(ended)
 	}()
 	reap := func() {
-		syscall.Kill(group, syscall.SIGKILL) // who is left
-		cmd.Wait()                           // its error is the exit code
+		syscall.Kill(-pid, syscall.SIGKILL) // who is left
+		cmd.Wait()                          // its error is the exit code
 	}
 	timer := time.NewTimer(s.timeout)
 	defer timer.Stop()
@@ -394,12 +438,13 @@ func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome
 		}
 		return outcome{code: status.ExitStatus()}
 	case <-timer.C:
-		why = fmt.Sprintf("killed after %v", s.timeout)
+		why = fmt.Sprintf("timed out after %v", s.timeout)
 	case <-ctx.Done():
-		why = "killed as the agent ends"
+		why = "ended with the agent, or with the time for a help text"
 	}
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		syscall.Kill(group, signal)
+		syscall.Kill(-pid, signal)
+		syscall.Kill(pid, signal) // it may have left its group
 		timer := time.NewTimer(killDelay)
 		defer timer.Stop()
 		select {
@@ -411,11 +456,11 @@ func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome
 	}
 	// In the kernel, waiting for a dead disk or network. It must neither hold
 	// up the others nor be joined by another like it.
-	s.setStuck(name, true)
+	s.addStuck(name, 1)
 	go func() {
 		<-ended
 		reap()
-		s.setStuck(name, false)
+		s.addStuck(name, -1)
 	}()
 	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}
 }
@@ -423,16 +468,13 @@ func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome
 func (s *sensors) isStuck(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, stuck := s.stuck[name]
-	return stuck
+	return s.stuck[name] > 0
 }
 
-func (s *sensors) setStuck(name string, stuck bool) {
+func (s *sensors) addStuck(name string, n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if stuck {
-		s.stuck[name] = struct{}{}
-	} else {
+	if s.stuck[name] += n; s.stuck[name] == 0 {
 		delete(s.stuck, name)
 	}
 }
@@ -455,7 +497,7 @@ type capture struct {
 	limit int
 	tail  bool
 	kept  []byte
-	total int
+	total int64
 	done  chan struct{}
 }
 
@@ -477,15 +519,16 @@ func (c *capture) begin() {
 			if err != nil {
 				return
 			}
-			if c.total > freeOutput {
-				time.Sleep(5 * time.Millisecond) // one that writes for ever must not cost the processor
+			if c.total > freeOutput { // one that writes for ever must not cost the processor
+				buf = slices.Grow(buf, freeOutput/2)[:freeOutput/2]
+				time.Sleep(time.Millisecond)
 			}
 		}
 	}()
 }
 
 func (c *capture) keep(b []byte) {
-	c.total += len(b)
+	c.total += int64(len(b))
 	c.kept = append(c.kept, b...)
 	if over := len(c.kept) - c.limit; over > 0 && c.tail {
 		c.kept = c.kept[over:]
@@ -512,7 +555,7 @@ func (c *capture) finish() (kept []byte, more bool) {
 			}
 		})
 	}
-	return c.kept, c.total > c.limit
+	return c.kept, c.total > int64(c.limit)
 }
 
 func (c *capture) close() { c.pipe.Close() }
@@ -561,7 +604,7 @@ func newQueue(concurrency, size int, read func(context.Context, command) reading
 // equal to one that waits or runs is that one. Any other with a ticket that
 // is known takes its place: the monitor has given the ticket away again, and
 // no reading is delivered for the command before.
-func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+func (q *queue) accept(c command, deadline time.Time) error {
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	for {
@@ -572,8 +615,6 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 		select {
 		case <-room:
 		case <-timer.C:
-			return faultf(faultBusy, "the queue of %d commands is full", q.size)
-		case <-ctx.Done():
 			return faultf(faultBusy, "the queue of %d commands is full", q.size)
 		}
 	}
