@@ -4,9 +4,12 @@ package main
 // whole story over HTTP. Tests use loopback and temporary directories only.
 
 import (
+	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"encoding/base64"
 	"errors"
 	"flag"
 	"fmt"
@@ -39,6 +42,10 @@ const patience = 30 * time.Second
 func TestMain(m *testing.M) {
 	if os.Getenv("PICKET_TEST_MAIN") != "" { // a child that is to be the program
 		main()
+		os.Exit(0)
+	}
+	if spec := os.Getenv("PICKET_TEST_CRASH"); spec != "" { // a child that is to die
+		crashChild(spec)
 		os.Exit(0)
 	}
 	flag.Parse()
@@ -577,6 +584,7 @@ c.cfg:4: unknown option "z" in [sensor]`},
 	}
 	want := settings{
 		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup", timeout: 30 * time.Second, concurrency: 2,
+		update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
 		monitor: &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"}, monitorTimeout: 15 * time.Second, noValue: "nan",
 		listen: ":8080", queue: 256,
 	}
@@ -662,7 +670,7 @@ func TestEditINI(t *testing.T) {
 		done.Add(1)
 		go func(i int) {
 			defer done.Done()
-			if err := editINI(link, func(c *ini) error { return c.set("a", fmt.Sprint("y", i), "1") }); err != nil {
+			if err := editINI(link, nil, func(c *ini) error { return c.set("a", fmt.Sprint("y", i), "1") }); err != nil {
 				t.Error(err)
 			}
 		}(i)
@@ -688,7 +696,7 @@ func TestEditINI(t *testing.T) {
 	if err := os.MkdirAll(target+".new/x", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := editINI(link, func(c *ini) error { return c.set("a", "x", "2") }); err == nil {
+	if err := editINI(link, nil, func(c *ini) error { return c.set("a", "x", "2") }); err == nil {
 		t.Error("no error where there is no room for a temporary file")
 	}
 	if again, err := readINI(target); err != nil || again.text() != c.text() {
@@ -1234,7 +1242,7 @@ func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
 
 func (q *testQueue) submit(t *testing.T, ticket any, sensor string, args ...string) {
 	t.Helper()
-	if err := q.accept(command{ticket, sensor, args}, time.Now().Add(patience)); err != nil {
+	if err := q.accept(command{ticket: ticket, sensor: sensor, args: args}, time.Now().Add(patience)); err != nil {
 		t.Errorf("%v %s: %v", ticket, sensor, err)
 	}
 }
@@ -1303,7 +1311,7 @@ func TestQueueClose(t *testing.T) {
 			}
 		}
 	}()
-	await(t, "the queue is full", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.waiting) == 10 })
+	await(t, "the queue is full", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.readings.waiting) == 10 })
 	within(0, q.close)
 	if err := receive(t, "a fault", full); err == nil || !strings.Contains(err.Error(), "shutting down") {
 		t.Errorf("got %v", err)
@@ -1872,7 +1880,7 @@ func TestDeliveryFaultSpread(t *testing.T) {
 	within(patience, d.close)
 	u := &undelivered{}
 	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
-		d.settle(u, faultf(1, "locked"))
+		d.settle(u, d.client, faultf(1, "locked"))
 		if wait := time.Until(u.notBefore); wait < want/2-time.Second || wait > want*3/2 {
 			t.Errorf("got %v; want %v ±50 %%", wait, want)
 		}
@@ -2081,6 +2089,1037 @@ func TestLogLimit(t *testing.T) {
 	}
 }
 
+// A packed is one entry of a package that a test builds.
+type packed struct {
+	tar.Header
+	body string
+}
+
+// packageOf returns a package, not compressed, with these entries in order.
+func packageOf(t testing.TB, entries ...packed) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, e := range entries {
+		h := e.Header
+		if h.Typeflag == 0 {
+			h.Typeflag = tar.TypeReg
+			if strings.HasSuffix(h.Name, "/") {
+				h.Typeflag = tar.TypeDir
+			}
+		}
+		if h.Mode == 0 && h.Typeflag != tar.TypeXGlobalHeader {
+			h.Mode = 0o755
+		}
+		if h.Typeflag == tar.TypeReg && h.Size == 0 {
+			h.Size = int64(len(e.body))
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, e.body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Flush()
+	b.Write(make([]byte, 1024))
+	return b.Bytes()
+}
+
+// entry is a file of a package, or with a slash at the end of its name a directory.
+func entry(name, body string) packed { return packed{tar.Header{Name: name}, body} }
+
+// writeTree makes the files of a map, executable; names that end in a slash are directories.
+func writeTree(t testing.TB, dir string, files map[string]string) {
+	t.Helper()
+	for _, name := range sortedKeys(files) {
+		file := filepath.Join(dir, name)
+		parent := filepath.Dir(file)
+		if strings.HasSuffix(name, "/") {
+			parent = file
+		}
+		err := os.MkdirAll(parent, 0o755)
+		if err == nil && parent != file {
+			err = os.WriteFile(file, []byte(files[name]), 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// readTree is what writeTree has written, times replaced by TIME.
+func readTree(t testing.TB, dir string) map[string]string {
+	t.Helper()
+	files := make(map[string]string)
+	err := filepath.WalkDir(dir, func(file string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		name, err := filepath.Rel(dir, file)
+		if err != nil {
+			return err
+		}
+		text, err := os.ReadFile(file)
+		files[regexp.MustCompile(`_\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`).ReplaceAllString(name, "_TIME")] = string(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// leftovers lists what an update must not leave in its two directories.
+func leftovers(t testing.TB, dirs ...string) []string {
+	t.Helper()
+	var left []string
+	for _, dir := range dirs {
+		files, err := filepath.Glob(filepath.Join(dir, ".*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		left = append(left, files...)
+	}
+	return left
+}
+
+// testUpdater returns an updater of dir/sensors and dir/backup with these
+// files in them, which takes packages of 1 MiB that unpack to 2 MiB.
+func testUpdater(t testing.TB, dir string, before map[string]string) *updater {
+	t.Helper()
+	writeTree(t, dir, before)
+	for _, name := range []string{"sensors", "backup"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, 2, nil)
+	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+}
+
+// fromBytes is a source of a package that is in memory.
+func fromBytes(archive []byte, signature string) source {
+	return source{
+		archive:   func(_ context.Context, to io.Writer) error { _, err := to.Write(archive); return err },
+		signature: func(context.Context) ([]byte, error) { return []byte(signature), nil },
+	}
+}
+
+// printing is a sensor that prints a number.
+func printing(n int) string { return fmt.Sprintf("#!/bin/sh\necho %d\n", n) }
+
+func TestInstall(t *testing.T) {
+	read := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join("testdata/packages", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	one, two := printing(1), printing(2)
+	demo := map[string]string{
+		"sensors/demo/check":      "#!/bin/sh\n. ./lib/answer\ncase $1 in options) echo \"answer  the answer\" ;; *) echo $answer ;; esac\n",
+		"sensors/demo/lib/answer": "answer=42\n", "sensors/demo/version": "1.0\n",
+	}
+	tests := []struct {
+		name          string
+		before, after map[string]string
+		archive       []byte
+	}{
+		{"bzip2", nil, demo, read("demo.tar.bz2")},
+		{"gzip", nil, demo, read("demo.tar.gz")},
+		{"with ./", nil, demo, read("dot.tar.bz2")},
+		{"PAX", nil, demo, read("pax.tar.bz2")},
+		{"replaced", map[string]string{"sensors/demo/check": one, "sensors/demo/data": "x", "sensors/other/check": one},
+			map[string]string{"sensors/demo/check": two, "sensors/other/check": one, "backup/demo_TIME/check": one, "backup/demo_TIME/data": "x"},
+			packageOf(t, entry("demo/", ""), entry("demo/check", two))},
+		{"no entries for directories", nil, map[string]string{"sensors/demo/check": one, "sensors/demo/a/b/c": "d"},
+			packageOf(t, entry("demo/a/b/c", "d"), entry("demo/a/", ""), entry("demo/", ""), entry("demo/check", one))},
+		{"a newer version", map[string]string{"sensors/demo/check": one, "sensors/demo/version": "1.9\n"},
+			map[string]string{"sensors/demo/check": two, "sensors/demo/version": "1.10", "backup/demo_TIME/check": one, "backup/demo_TIME/version": "1.9\n"},
+			packageOf(t, entry("demo/", ""), entry("demo/version", "1.10"), entry("demo/check", two))},
+		{"left by a power cut", map[string]string{"sensors/.picket-staging/x/y": "z", "sensors/.picket-trial-x/y": "z", "backup/.x_2026-01-01T00:00:00/y": "z", "backup/.profile": "mine"},
+			map[string]string{"sensors/demo/check": one, "backup/.profile": "mine"},
+			packageOf(t, entry("demo/", ""), entry("demo/check", one))},
+	}
+	for _, test := range tests {
+		dir := t.TempDir()
+		u := testUpdater(t, dir, test.before)
+		if err := u.install(context.Background(), "demo", fromBytes(test.archive, "")); err != nil {
+			t.Errorf("%s: %v", test.name, err)
+		}
+		if got := readTree(t, dir); !reflect.DeepEqual(got, test.after) {
+			t.Errorf("%s: got %q; want %q", test.name, got, test.after)
+		}
+		if r := u.sensors.read(context.Background(), "demo", nil, nil); r.code != 0 {
+			t.Errorf("%s: got %+v", test.name, r)
+		}
+	}
+
+	dir := t.TempDir()
+	u := testUpdater(t, dir, nil)
+	archive := packageOf(t, packed{tar.Header{Name: "demo/", Mode: 0o7777}, ""}, packed{tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, printing(1)}, packed{tar.Header{Name: "demo/secret", Mode: 0o600}, "x"})
+	if err := u.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]os.FileMode{"demo": os.ModeDir | 0o775, "demo/check": 0o775, "demo/secret": 0o600} {
+		info, err := os.Stat(u.at(name))
+		if err != nil || info.Mode() != want || int(info.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() {
+			t.Errorf("%s: got %v, %v; want %v", name, info.Mode(), err, want)
+		}
+	}
+}
+
+// TestInstallRefused: whatever is wrong with a package, nothing changes.
+func TestInstallRefused(t *testing.T) {
+	read := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join("testdata/packages", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	top, check, newest := entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/version", "9")
+	typed := func(typeflag byte, name, link string) packed {
+		return packed{tar.Header{Typeflag: typeflag, Name: name, Linkname: link}, ""}
+	}
+	with := func(entries ...packed) []byte { return packageOf(t, append([]packed{top, check}, entries...)...) }
+	many := []packed{top, check}
+	for i := 0; i < maxEntries; i++ {
+		many = append(many, entry(fmt.Sprintf("demo/%d", i), ""))
+	}
+	good := with()
+	badSize := slices.Clone(good) // the size of demo/check made negative in base 256, the sum corrected
+	copy(badSize[512+124:], "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xfe")
+	hugeSize := slices.Clone(good)
+	copy(hugeSize[512+124:], "77777777777\x00")
+	for _, b := range [][]byte{badSize, hugeSize} {
+		sum := 0
+		for i, c := range b[512:1024] {
+			if i >= 148 && i < 156 {
+				c = ' '
+			}
+			sum += int(c)
+		}
+		copy(b[512+148:], fmt.Sprintf("%06o\x00 ", sum))
+	}
+	tests := []struct {
+		name    string
+		archive []byte
+		want    string
+	}{
+		{"empty", nil, "unpack: the package is empty"},
+		{"rubbish", bytes.Repeat([]byte("rubbish "), 200), "unpack: archive/tar: invalid tar header"},
+		{"HTML", []byte("<html>not found</html>"), "unpack: .*"},
+		{"cut off in an entry", good[:1030], "unpack .*unexpected EOF"},
+		{"cut off behind an entry", good[:1536], "unpack: the archive is cut off"},
+		{"cut off in the end", good[:1536+512], "unpack: the archive is cut off"},
+		{"zeros", make([]byte, 1024), "unpack: no directory \"demo\" in the package"},
+		{"truncated bzip2", read("truncated.tar.bz2"), "unpack.*EOF"},
+		{"changed bzip2", read("crc.tar.bz2"), "unpack.*(bzip2|invalid tar header).*"},
+		{"truncated gzip", read("demo.tar.gz")[:150], "unpack.*EOF"},
+		{"a bomb", read("bomb.tar.bz2"), `unpack "demo/check": unpacks to more than max_unpacked, 2097152 bytes`},
+		{"a bomb behind the end", read("tail.tar.bz2"), "unpack: too many zeros follow the archive's end"},
+		{"something behind the end", append(slices.Clone(good), "x"...), "unpack: something follows the archive's end"},
+		{"a second archive", append(slices.Clone(good), good...), "unpack: something follows the archive's end"},
+		{"a negative size", badSize, "unpack: archive/tar: invalid tar header"},
+		{"a huge size", hugeSize, `unpack "demo/check": unpacks to more than .*`},
+		{"too large", bytes.Repeat([]byte("x"), 1<<20+1), "fetch: larger than max_package, 1048576 bytes"},
+		{"too much in many files", with(packed{tar.Header{Name: "demo/a"}, strings.Repeat("x", 500000)}, packed{tar.Header{Name: "demo/b"}, strings.Repeat("x", 500000)}), ""},
+		{"too many entries", packageOf(t, many...), `unpack "demo/[0-9]+": more than 1024 entries`},
+		{"absolute", with(entry("/etc/passwd", "x")), `unpack "/etc/passwd": an absolute path`},
+		{"absolute directory", with(entry("/etc/", "")), `unpack "/etc/": an absolute path`},
+		{"escapes", with(entry("../passwd", "x")), `unpack "../passwd": path escapes the package`},
+		{"escapes within", with(entry("demo/../../passwd", "x")), `unpack .*: path escapes the package`},
+		{"comes back", with(entry("demo/../demo/x", "x")), `unpack .*: path escapes the package`},
+		{"dots", with(entry("demo/./x", "x")), `unpack .*: not a plain path`},
+		{"slashes", with(entry("demo//x", "x")), `unpack .*: not a plain path`},
+		{"PAX path", withRecords(t, entry("demo/x", "x"), "path", "../x"), `unpack .*: path escapes the package`},
+		{"a symbolic link", with(typed(tar.TypeSymlink, "demo/x", "/etc/passwd")), `unpack "demo/x": links are refused`},
+		{"a link", with(typed(tar.TypeLink, "demo/x", "demo/check")), `unpack "demo/x": links are refused`},
+		{"the top a link", packageOf(t, typed(tar.TypeSymlink, "demo", "/etc")), `unpack "demo": links are refused`},
+		{"a device", with(typed(tar.TypeChar, "demo/x", "")), `unpack "demo/x": neither a file nor a directory .*`},
+		{"a block device", with(typed(tar.TypeBlock, "demo/x", "")), `unpack "demo/x": neither a file nor a directory .*`},
+		{"a fifo", with(typed(tar.TypeFifo, "demo/x", "")), `unpack "demo/x": neither a file nor a directory .*`},
+		{"a global header", packageOf(t, packed{tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"comment": "x"}}, ""}, top, check), `unpack .*: neither a file nor a directory .*`},
+		{"sparse", withRecords(t, entry("demo/GNUSparseFile.0/x", "1\n0\n0\n"+strings.Repeat("\x00", 506)), "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "demo/x", "GNU.sparse.realsize", "1048576"), `unpack "demo/x": sparse files are refused`},
+		{"a duplicate", with(check), `unpack "demo/check": twice in the package`},
+		{"a directory twice", with(top), `unpack "demo/": twice in the package`},
+		{"a file on a directory", with(entry("demo/d/", ""), entry("demo/d", "x")), `unpack "demo/d": twice in the package`},
+		{"a file on an implied directory", with(entry("demo/d/e", "x"), entry("demo/d", "x")), `unpack "demo/d": twice in the package`},
+		{"a directory on a file", with(entry("demo/check/x", "x")), `unpack "demo/check/x": .*(not a directory|file exists)`},
+		{"a second top", with(entry("other/x", "x")), `unpack "other/x": not in the directory "demo"`},
+		{"another top", packageOf(t, entry("other/", ""), entry("other/check", "x")), `unpack "other/": not in the directory "demo"`},
+		{"no top", packageOf(t, entry("check", "x")), `unpack "check": not in the directory "demo"`},
+		{"the top a file", packageOf(t, entry("demo", "x")), `unpack "demo": not a directory`},
+		{"a long name", with(entry("demo/"+strings.Repeat("x", 255), "x")), `unpack .*: a name of more than 255 bytes`},
+		{"a newline", with(entry("demo/a\nb", "x")), `unpack .*: a name with control characters`},
+		{"an escape", with(entry("demo/a\x1b[2J", "x")), `unpack .*: a name with control characters`},
+		{"not UTF-8", with(entry("demo/a\xff", "x")), `unpack .*: a name with control characters`},
+		{"no check", packageOf(t, top, entry("demo/other", "x"), newest), `try check options: exit 127 .*`},
+		{"check a directory", packageOf(t, top, entry("demo/check/", ""), newest), `try check options: exit 126 .*`},
+		{"no run bit", packageOf(t, top, packed{tar.Header{Name: "demo/check", Mode: 0o644}, printing(1)}, newest), `try check options: exit 126 .*permission denied`},
+		{"the trial fails", packageOf(t, top, entry("demo/check", "#!/bin/sh\necho no >&2; exit 3\n"), newest), `try check options: exit 3 "no"`},
+		{"no version", with(), `version: none in the package; 1.2.3 is installed`},
+		{"an older version", with(entry("demo/version", "1.2.2.9")), `version: 1.2.2.9 is older than 1.2.3, which is installed`},
+		{"no sane version", with(entry("demo/version", "latest")), `version: "latest" is not a version such as 1.4.2`},
+	}
+	for _, test := range tests {
+		dir := t.TempDir()
+		before := map[string]string{"sensors/demo/check": printing(0), "sensors/demo/version": "1.2.3.0\n", "backup/demo_TIME/check": "x"}
+		u := testUpdater(t, dir, before)
+		if test.want == "" { // too much in many files: within the limit here, not there
+			u.maxUnpacked, test.want = 900000, `unpack "demo/b": unpacks to more than max_unpacked, 900000 bytes`
+		}
+		err := u.install(context.Background(), "demo", fromBytes(test.archive, ""))
+		if !regexp.MustCompile("^(?s:" + test.want + ")$").MatchString(fmt.Sprint(err)) {
+			t.Errorf("%s: got %v; want %s", test.name, err, test.want)
+		}
+		if got := readTree(t, dir); !reflect.DeepEqual(got, before) {
+			t.Errorf("%s: got %q; want nothing changed", test.name, got)
+		}
+		if left := leftovers(t, u.sensors.path, u.backup); len(left) > 0 {
+			t.Errorf("%s: left %q", test.name, left)
+		}
+	}
+	t.Logf("%d hostile packages refused", len(tests))
+}
+
+// withRecords is a package in which these PAX records stand before an entry.
+func withRecords(t *testing.T, e packed, records ...string) []byte {
+	t.Helper()
+	var text string
+	for i := 0; i < len(records); i += 2 {
+		record := " " + records[i] + "=" + records[i+1] + "\n"
+		n := len(record) + 2 // its length counts itself: two digits
+		text += strconv.Itoa(n) + record
+	}
+	b := packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/pax", text), e)
+	h := b[bytes.Index(b, []byte("demo/pax")):][:512]
+	h[156] = 'x' // no file, but records of the next entry
+	copy(h[148:], "        ")
+	sum := 0
+	for _, c := range h {
+		sum += int(c)
+	}
+	copy(h[148:], fmt.Sprintf("%06o\x00 ", sum))
+	return b
+}
+
+func TestInstallNoSpace(t *testing.T) {
+	u := testUpdater(t, t.TempDir(), nil)
+	if err := u.enoughSpace(u.backup, 1); err != nil {
+		t.Error(err)
+	}
+	if err := u.enoughSpace(u.backup, 1<<60); err == nil || !strings.Contains(err.Error(), "no space: ") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// signify makes a key pair and returns the public key's file and a function
+// that signs.
+func signify(t *testing.T, number string) (public string, sign func([]byte) string) {
+	key, secret, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := func(what string, data []byte) string {
+		return "untrusted comment: " + what + "\n" + base64.StdEncoding.EncodeToString(append([]byte("Ed"+number), data...)) + "\n"
+	}
+	return text("picket public key", key), func(message []byte) string { return text("verify with picket.pub", ed25519.Sign(secret, message)) }
+}
+
+func TestVerify(t *testing.T) {
+	dir := t.TempDir()
+	u := testUpdater(t, dir, nil)
+	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)))
+	public, sign := signify(t, "keynum_1")
+	public2, sign2 := signify(t, "keynum_2")
+	_, impostor := signify(t, "keynum_1")
+	u.keys = filepath.Join(dir, "keys")
+	writeTree(t, u.keys, map[string]string{"a.pub": public, "b.pub": public2, "README": "no key"})
+	install := func(name string, archive []byte, signature string) string {
+		return fmt.Sprint(u.install(context.Background(), name, fromBytes(archive, signature)))
+	}
+	for i, signature := range []string{sign(archive), sign2(archive), strings.TrimSuffix(sign(archive), "\n")} {
+		if got := install("demo", archive, signature); got != "<nil>" {
+			t.Errorf("%d: %s", i, got)
+		}
+	}
+	_, stranger := signify(t, "keynum_3")
+	line := strings.Split(sign(archive), "\n")[1]
+	tests := []struct{ name, signature, want string }{
+		{"demo", stranger(archive), "verify: signed with key 6b65796e756d5f33, which is not known"},
+		{"demo", impostor(archive), "verify: the signature does not fit the package"},
+		{"demo", sign(archive[1:]), "verify: the signature does not fit the package"},
+		{"other", sign(archive), `unpack "demo/": not in the directory "other"`},
+		{"demo", "", "verify: signature: its first line is no untrusted comment"},
+		{"demo", "untrusted comment: x", "verify: signature: it has one line only"},
+		{"demo", "trusted comment: x\n" + line + "\n", "verify: signature: its first line is no untrusted comment"},
+		{"demo", sign(archive) + "\n", "verify: signature: it has more than two lines"},
+		{"demo", sign(archive) + line, "verify: signature: it has more than two lines"},
+		{"demo", "untrusted comment: x\r\n" + line + "\r\n", "verify: signature: it has more than two lines"},
+		{"demo", "untrusted comment: x\n" + line[4:] + "\n", "verify: signature: .*"},
+		{"demo", "untrusted comment: x\n!" + line[1:] + "\n", "verify: signature: its second line is not base64: .*"},
+		{"demo", "untrusted comment: x\n" + base64.StdEncoding.EncodeToString([]byte("RS"+strings.Repeat("x", 72))) + "\n", `verify: signature: its algorithm is "RS"; want "Ed"`},
+		{"demo", public, "verify: signature: its second line holds 42 bytes; want 74"},
+	}
+	for _, test := range tests {
+		if got := install(test.name, archive, test.signature); !regexp.MustCompile("^" + test.want + "$").MatchString(got) {
+			t.Errorf("got %s; want %s", got, test.want)
+		}
+	}
+
+	// One flipped bit anywhere.
+	file := filepath.Join(dir, "package")
+	flipped := 0
+	verify := func(archive []byte, signature string) error {
+		if err := os.WriteFile(file, archive, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		flipped++
+		return u.verify(context.Background(), file, fromBytes(nil, signature))
+	}
+	signature := sign(archive)
+	if err := verify(archive, signature); err != nil {
+		t.Fatal(err)
+	}
+	start := strings.Index(signature, "\n") + 1 // the comment is not trusted, nor is it used
+	for i := start; i < len(signature)-1; i++ {
+		bad := []byte(signature)
+		bad[i] ^= 1 << (i % 8)
+		if err := verify(archive, string(bad)); err == nil {
+			t.Errorf("bit flipped in byte %d of the signature: taken", i)
+		}
+	}
+	for i := range archive {
+		bad := slices.Clone(archive)
+		bad[i] ^= 1 << (i % 8)
+		if err := verify(bad, signature); err == nil {
+			t.Errorf("bit flipped in byte %d of the package: taken", i)
+		}
+	}
+	for i := strings.Index(public, "\n") + 1; i < len(public)-1; i++ {
+		bad := []byte(public)
+		bad[i] ^= 1 << (i % 8)
+		writeTree(t, u.keys, map[string]string{"a.pub": string(bad)})
+		if err := verify(archive, signature); err == nil {
+			t.Errorf("bit flipped in byte %d of the key: taken", i)
+		}
+	}
+	t.Logf("%d flipped bits refused", flipped-1)
+
+	writeTree(t, u.keys, map[string]string{"a.pub": "rubbish"})
+	if got := install("demo", archive, sign(archive)); !regexp.MustCompile("^verify: public key: .*a.pub: its first line is no untrusted comment$").MatchString(got) {
+		t.Errorf("got %s", got)
+	}
+	u.keys = filepath.Join(dir, "keys", "b.pub")
+	if got := install("demo", archive, sign2(archive)); got != "<nil>" {
+		t.Errorf("a key that is a file: %s", got)
+	}
+	for keys, want := range map[string]string{dir: "verify: public key: no \\*.pub in .*", dir + "/none": "verify: public key: .*no such file or directory"} {
+		u.keys = keys
+		if got := install("demo", archive, sign2(archive)); !regexp.MustCompile("^" + want + "$").MatchString(got) {
+			t.Errorf("%s: got %s; want %s", keys, got, want)
+		}
+	}
+	if left := leftovers(t, u.sensors.path, u.backup); len(left) > 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// TestVerifySignify takes what the real tools make.
+func TestVerifySignify(t *testing.T) {
+	tool := program(t, "signify-openbsd")
+	dir := t.TempDir()
+	archive, err := os.ReadFile("testdata/packages/demo.tar.bz2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(archive)})
+	for _, args := range []string{"-G -n -p fleet.pub -s fleet.sec", "-S -s fleet.sec -m demo.tar.bz2"} {
+		cmd := exec.Command(tool, strings.Fields(args)...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v %s", args, err, out)
+		}
+	}
+	u := testUpdater(t, dir, nil)
+	u.keys = filepath.Join(dir, "fleet.pub")
+	if err := u.install(context.Background(), "demo", fromFile(filepath.Join(dir, "demo.tar.bz2"))); err != nil {
+		t.Error(err)
+	}
+	archive[100] ^= 1
+	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(archive)})
+	if err := u.install(context.Background(), "demo", fromFile(filepath.Join(dir, "demo.tar.bz2"))); err == nil || !strings.Contains(err.Error(), "does not fit") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestInstallRealTools takes what tar and bzip2 of this machine make of the
+// shipped sensors.
+func TestInstallRealTools(t *testing.T) {
+	tool := program(t, "tar")
+	program(t, "bzip2")
+	dir := t.TempDir()
+	u := testUpdater(t, dir, nil)
+	for _, name := range []string{"disk", "uptime"} {
+		file := filepath.Join(dir, name+".tar.bz2")
+		if out, err := exec.Command(tool, "-C", "sensors", "-cjf", file, name).CombinedOutput(); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		if err := u.install(context.Background(), name, fromFile(file)); err != nil {
+			t.Error(err)
+		}
+		if !reflect.DeepEqual(readTree(t, u.at(name)), readTree(t, filepath.Join("sensors", name))) {
+			t.Errorf("%s is not what was packed", name)
+		}
+	}
+}
+
+func TestRollback(t *testing.T) {
+	dir := t.TempDir()
+	u := testUpdater(t, dir, map[string]string{"sensors/demo/check": printing(1)})
+	state := func() string { // the version in place, and the backups, oldest first
+		backups, err := u.backups("demo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all []string
+		for _, file := range append([]string{u.at("demo", "check")}, backups...) {
+			if !filepath.IsAbs(file) {
+				file = filepath.Join(u.backup, file, "check")
+			}
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, strings.Fields(string(text))[2])
+		}
+		return strings.Join(all, " ")
+	}
+	ctx := context.Background()
+	install := func(n int) error {
+		return u.install(ctx, "demo", fromBytes(packageOf(t, entry("demo/", ""), entry("demo/check", printing(n))), ""))
+	}
+	rollback := func(int) error { return u.rollback(ctx, "demo") }
+	if err := u.rollback(ctx, "demo"); err == nil || err.Error() != "there is no backup" {
+		t.Errorf("got %v", err)
+	}
+	for _, step := range []struct {
+		do   func(int) error
+		n    int
+		want string
+	}{
+		{install, 2, "2 1"}, {install, 3, "3 1 2"}, {rollback, 0, "2 1 3"}, {rollback, 0, "3 1 2"},
+		{install, 4, "4 1 2 3"}, {install, 5, "5 2 3 4"}, {install, 6, "6 3 4 5"},
+	} {
+		if err := step.do(step.n); err != nil || state() != step.want {
+			t.Fatalf("got %s, %v; want %s", state(), err, step.want)
+		}
+	}
+	u.keep = 0
+	if err := install(7); err != nil || state() != "7 3 4 5 6" {
+		t.Errorf("got %s, %v; want 7 3 4 5 6", state(), err)
+	}
+	u.keep = 1
+	if err := install(8); err != nil || state() != "8 7" {
+		t.Errorf("got %s, %v; want 8 7", state(), err)
+	}
+	// Where the clock is behind, order is kept all the same.
+	backups, err := u.backups("demo")
+	if err != nil || len(backups) != 1 {
+		t.Fatal(backups, err)
+	}
+	if err := os.Rename(filepath.Join(u.backup, backups[0]), filepath.Join(u.backup, "demo_2999-12-31T23:59:59")); err != nil {
+		t.Fatal(err)
+	}
+	u.keep = 2
+	if err := install(9); err != nil || state() != "9 7 8" {
+		t.Errorf("got %s, %v; want 9 7 8", state(), err)
+	}
+	if _, err := os.Stat(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")); err != nil {
+		t.Error(err)
+	}
+}
+
+// otherFileSystem returns a new directory that renaming cannot reach from
+// temporary ones, or "".
+func otherFileSystem(t *testing.T) string {
+	for _, parent := range []string{"/dev/shm", "/run", "/var/tmp"} {
+		dir, err := os.MkdirTemp(parent, "picket-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		if err := os.Link(dir, filepath.Join(t.TempDir(), "x")); !errors.Is(err, syscall.EXDEV) {
+			from := filepath.Join(t.TempDir(), "x")
+			os.Mkdir(from, 0o700)
+			if err := os.Rename(from, filepath.Join(dir, "y")); !errors.Is(err, syscall.EXDEV) {
+				continue
+			}
+		}
+		return dir
+	}
+	return ""
+}
+
+// A crash is a change that a test stops dead at each step.
+type crash struct {
+	name    string
+	before  map[string]string
+	run     func(u *updater) error
+	outcome []string // what is in place then: "" is nothing
+}
+
+var crashPackage = func(t testing.TB) source {
+	return fromBytes(packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)), entry("demo/lib/data", "2")), "")
+}
+
+func crashes(t testing.TB) []crash {
+	one := map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"}
+	rolled := map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1", "backup/demo_2026-01-01T00:00:00/check": printing(2), "backup/demo_2026-01-01T00:00:00/lib/data": "2"}
+	install := func(u *updater) error { return u.install(context.Background(), "demo", crashPackage(t)) }
+	return []crash{
+		{"update", one, install, []string{"1", "2"}},
+		{"deploy", map[string]string{}, install, []string{"", "2"}},
+		{"rollback", rolled, func(u *updater) error { return u.rollback(context.Background(), "demo") }, []string{"1", "2"}},
+		{"prune", map[string]string{
+			"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1",
+			"backup/demo_2026-01-01T00:00:00/check": printing(1), "backup/demo_2026-01-01T00:00:00/lib/data": "1",
+			"backup/demo_2026-01-02T00:00:00/check": printing(1), "backup/demo_2026-01-02T00:00:00/lib/data": "1",
+			"backup/demo_2026-01-03T00:00:00/check": printing(1), "backup/demo_2026-01-03T00:00:00/lib/data": "1",
+		}, install, []string{"1", "2"}},
+	}
+}
+
+var errDead = errors.New("dead")
+
+// deadAt makes every step from the n-th on fail. A removal that is stopped has
+// removed something already.
+func deadAt(u *updater, n int) (steps func() int) {
+	count := 0
+	u.change = func(what string) error {
+		if count++; count < n {
+			return nil
+		}
+		if dir, ok := strings.CutPrefix(what, "remove "); ok && count == n {
+			os.Remove(filepath.Join(dir, "check"))
+			os.Remove(filepath.Join(dir, "demo", "check"))
+		}
+		return errDead
+	}
+	return func() int { return count }
+}
+
+// intact checks what the agent finds after a start.
+func intact(t *testing.T, u *updater, c crash, where string) {
+	t.Helper()
+	if left := leftovers(t, u.sensors.path, u.backup); len(left) > 0 {
+		t.Errorf("%s: left %q", where, left)
+	}
+	whole := func(dir string) string { // the version of a complete sensor
+		files := readTree(t, dir)
+		for n := 1; n <= 2; n++ {
+			if reflect.DeepEqual(files, map[string]string{"check": printing(n), "lib/data": strconv.Itoa(n)}) {
+				return strconv.Itoa(n)
+			}
+		}
+		return fmt.Sprintf("half: %q", files)
+	}
+	got := ""
+	if exists(u.at("demo")) {
+		got = whole(u.at("demo"))
+		if _, err := u.sensors.helpText(context.Background(), "demo"); err != nil {
+			t.Errorf("%s: %v", where, err)
+		}
+	}
+	if !slices.Contains(c.outcome, got) {
+		t.Errorf("%s: got %q; want one of %q", where, got, c.outcome)
+	}
+	backups, err := u.backups("demo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := make(map[string]bool)
+	for _, b := range backups {
+		version := whole(filepath.Join(u.backup, b))
+		if kept[version] = true; version != "1" && version != "2" {
+			t.Errorf("%s: backup %s is %s", where, b, version)
+		}
+	}
+	if got == "2" && c.outcome[0] == "1" && !kept["1"] {
+		t.Errorf("%s: the version before is lost", where)
+	}
+	if len(backups) > u.keep {
+		t.Errorf("%s: %d backups", where, len(backups))
+	}
+}
+
+// TestCrash stops every change dead at each of its steps, then recovery at
+// each of its own, and looks at what the next start makes of it.
+func TestCrash(t *testing.T) {
+	other := otherFileSystem(t)
+	if other == "" {
+		defer t.Skip("no second file system on this machine")
+	}
+	points, again := 0, 0
+	for _, c := range crashes(t) {
+		for _, apart := range []bool{false, true} {
+			if apart && other == "" {
+				continue
+			}
+			setUp := func() *updater {
+				dir := t.TempDir()
+				u := testUpdater(t, dir, c.before)
+				if apart {
+					backup, err := os.MkdirTemp(other, "")
+					if err != nil {
+						t.Fatal(err)
+					}
+					for name, text := range c.before {
+						if rest, ok := strings.CutPrefix(name, "backup/"); ok {
+							writeTree(t, backup, map[string]string{rest: text})
+						}
+					}
+					u.backup = backup
+				}
+				return u
+			}
+			where := fmt.Sprintf("%s, apart %v", c.name, apart)
+			u := setUp()
+			steps := deadAt(u, 1<<30)
+			if err := c.run(u); err != nil {
+				t.Fatalf("%s: %v", where, err)
+			}
+			last := c
+			last.outcome = c.outcome[1:]
+			intact(t, u, last, where)
+			total := steps()
+			for n := 1; n <= total; n++ {
+				for m := 1; ; m++ { // m is the step at which recovery stops
+					u := setUp()
+					deadAt(u, n)
+					c.run(u)
+					recovery := *u
+					made := deadAt(&recovery, m)
+					err := recovery.recover(context.Background())
+					where := fmt.Sprintf("%s, step %d of %d, recovery step %d", where, n, total, m)
+					if err != nil && !errors.Is(err, errDead) {
+						t.Errorf("%s: %v", where, err)
+					}
+					finally := *u
+					finally.change = func(string) error { return nil }
+					if err := finally.recover(context.Background()); err != nil {
+						t.Errorf("%s: %v", where, err)
+					}
+					intact(t, &finally, c, where)
+					again++
+					if made() < m {
+						break // recovery was through
+					}
+				}
+				points++
+			}
+		}
+	}
+	t.Logf("stopped dead at %d points, and %d times in recovery after that", points, again)
+}
+
+// TestCrashKill does so with real processes and SIGKILL.
+func TestCrashKill(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	points := 0
+	for i, c := range crashes(t) {
+		for n := 1; ; n++ {
+			dir := t.TempDir()
+			u := testUpdater(t, dir, c.before)
+			cmd := exec.Command(self)
+			cmd.Env = append(os.Environ(), fmt.Sprintf("PICKET_TEST_CRASH=%s %d %d", dir, i, n))
+			out, err := cmd.CombinedOutput()
+			where := fmt.Sprintf("%s, killed at step %d", c.name, n)
+			if err := u.recover(context.Background()); err != nil {
+				t.Errorf("%s: %v", where, err)
+			}
+			intact(t, u, c, where)
+			if err == nil {
+				break // it was through
+			}
+			if !strings.Contains(err.Error(), "killed") {
+				t.Fatalf("%s: %v %s", where, err, out)
+			}
+			points++
+		}
+	}
+	t.Logf("killed at %d points", points)
+}
+
+// crashChild makes one change and kills itself at a step of it.
+func crashChild(spec string) {
+	var dir string
+	var i, n int
+	if _, err := fmt.Sscan(spec, &dir, &i, &n); err != nil {
+		log.Fatal(err)
+	}
+	t := &testing.B{}
+	u := testUpdater(t, dir, nil)
+	u.change = func(string) error {
+		if n--; n == 0 {
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+		return nil
+	}
+	if err := crashes(t)[i].run(u); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// TestCrashConfig stops the saving of client.cfg dead at each step.
+func TestCrashConfig(t *testing.T) {
+	const before, after = "[monitor]\nurl = http://one/ ; here\n", "[monitor]\nurl = http://two/ ; here\n"
+	for n := 1; ; n++ {
+		file := filepath.Join(t.TempDir(), "client.cfg")
+		if err := os.WriteFile(file, []byte(before), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		count := 0
+		err := editINI(file, func(string) error {
+			if count++; count >= n {
+				return errDead
+			}
+			return nil
+		}, func(c *ini) error { return c.set("monitor", "url", "http://two/") })
+		want := before
+		if err == nil {
+			want = after
+		}
+		text, err2 := os.ReadFile(file)
+		left, err3 := filepath.Glob(file + "?*")
+		if string(text) != want || err2 != nil || err3 != nil || len(left) > 0 {
+			t.Errorf("step %d: %v: got %q, %q; want %q", n, err, text, left, want)
+		}
+		if err == nil {
+			if n < 4 {
+				t.Errorf("%d steps only", n-1)
+			}
+			break
+		}
+	}
+}
+
+// TestUpdateUnderLoad: readings at full rate while their sensor is replaced a
+// hundred times; none fails.
+func TestUpdateUnderLoad(t *testing.T) {
+	dir := t.TempDir()
+	m := newRecorder(t)
+	s := testSettings(t, filepath.Join(dir, "sensors"), m.url)
+	s.backup, s.concurrency = filepath.Join(dir, "backup"), 4
+	script := func(n int) string { return fmt.Sprintf("#!/bin/sh\n. ./lib && echo $((n + %d))\n", n) }
+	writeTree(t, dir, map[string]string{"sensors/demo/check": script(0), "sensors/demo/lib": "n=0"})
+	a, c := startAgent(t, s)
+	stop := make(chan struct{})
+	sent := make(chan int, 1)
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				sent <- n
+				return
+			default:
+			}
+			if _, err := c.call(context.Background(), "cmd_submit_reading", n, "demo"); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for i := 1; i <= 100; i++ {
+		archive := packageOf(t, entry("demo/", ""), entry("demo/check", script(i)), entry("demo/lib", fmt.Sprint("n=", i)))
+		if err := a.updater.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	n := receive(t, "the number of readings", sent)
+	for i := 0; i < n; i++ {
+		got := receive(t, "reading", m.readings)
+		value, err := strconv.Atoi(got.value)
+		if got.code != 0 || err != nil || value%2 != 0 { // odd: half of one version, half of another
+			t.Errorf("got %+v", got)
+		}
+	}
+	t.Logf("%d readings during 100 updates", n)
+}
+
+// TestUpdateMemory measures by how much an update raises the peak of resident
+// memory of a whole agent.
+func TestUpdateMemory(t *testing.T) {
+	dir := t.TempDir()
+	body := make([]byte, 4<<20-4096) // that no compression makes smaller
+	x := uint32(1)
+	for i := range body {
+		x = x*1664525 + 1013904223
+		body[i] = byte(x >> 24)
+	}
+	packages := filepath.Join(dir, "packages")
+	writeTree(t, packages, map[string]string{"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
+	if tool, err := exec.LookPath("bzip2"); err == nil { // else plain, which takes less memory
+		body := body[:len(body)-len(body)/50] // bzip2 makes it a little larger
+		writeTree(t, packages, map[string]string{"demo.tar": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
+		if out, err := exec.Command(tool, "-f9", filepath.Join(packages, "demo.tar")).CombinedOutput(); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+	}
+	m := &monitor{packages: packages, stored: func(stored) error { return nil }}
+	readings := make(chan stored, 10)
+	m.stored = func(s stored) error { readings <- s; return nil }
+	u := serve(t, newHandler(m.methods()))
+	public, sign := signify(t, "keynum_1")
+	archive, err := os.ReadFile(filepath.Join(packages, "demo.tar.bz2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeTree(t, dir, map[string]string{
+		"packages/demo.tar.bz2.sig": sign(archive), "key.pub": public,
+		"client.cfg": "[sensor]\npublic_key = key.pub\n[monitor]\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
+	})
+	cmd, lines := child(t, dir)
+	first, err := lines.ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	go io.Copy(io.Discard, lines)
+	match := regexp.MustCompile(` on (127\.0\.0\.1:[0-9]+), `).FindStringSubmatch(first)
+	if match == nil {
+		t.Fatalf("got %q", first)
+	}
+	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience)
+	defer c.close()
+	mustCall(t, c, "cmd_update_sensor_code", "none", 1) // what any first command takes
+	receive(t, "outcome", readings)
+	peak := func() int {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		kib, err := strconv.Atoi(regexp.MustCompile(`VmHWM:\s+(\d+)`).FindStringSubmatch(string(text))[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kib
+	}
+	before := peak()
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 2)
+	if got := receive(t, "outcome", readings); got.code != 0 || got.value != "1" {
+		t.Fatalf("got %+v", got)
+	}
+	after := peak()
+	t.Logf("a package of %d KiB: peak resident set %d KiB before, %d KiB after: %+d KiB", len(archive)>>10, before, after, after-before)
+	if after-before > 8<<10 {
+		t.Errorf("an update raised the peak by %d KiB; want at most 8192", after-before)
+	}
+}
+
+// TestFetch decodes base64 while it arrives.
+func TestFetch(t *testing.T) {
+	data := bytes.Repeat([]byte("0123456789"), 20000)
+	text := base64.StdEncoding.EncodeToString(data)
+	lines := regexp.MustCompile(".{76}").ReplaceAllString(text, "$0\r\n")
+	around := func(value string) string {
+		return xmlDeclaration + "\n<methodResponse>\n<params><param><value>" + value + "</value></param></params></methodResponse>"
+	}
+	tests := []struct{ message, want string }{
+		{around("<base64>" + text + "</base64>"), ""},
+		{around("\n<base64>\n" + lines + "\n</base64> "), ""},
+		{around("<base64></base64>"), "empty"},
+		{around("<string>" + text[:100] + "</string>"), "got string; want one piece of base64"},
+		{around("<base64 >" + text[:100] + "</base64>"), "got base64; want one piece of base64"},
+		{around("<base64>" + text[:100] + "<!-- -->" + text[:100] + "</base64>"), "got base64; want one piece of base64"},
+		{around("<array><data><value><base64>" + text + "</base64></value></data></array>"), "got array; want one piece of base64"},
+		{around("<base64>" + text[:1001] + "</base64>"), "unexpected EOF"},
+		{around("<base64>!" + text + "</base64>"), "illegal base64 data at input byte 0"},
+		{around("<base64>" + text), "not well-formed XML: .*"},
+		{"<base64>" + text + "</base64>", "<base64> where <methodResponse> belongs"},
+		{string(encodeResponse(nil, faultf(7, "no"))), "fault 7: no"},
+		{around("<base64>"+text+"</base64>") + strings.Repeat(" ", maxMessage), "answer longer than .*"},
+	}
+	for _, test := range tests {
+		c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, test.message) })), patience)
+		var got bytes.Buffer
+		err := c.fetch(context.Background(), &got, "m")
+		c.close()
+		switch {
+		case test.want == "" && (err != nil || !bytes.Equal(got.Bytes(), data)):
+			t.Errorf("%.100q: got %d bytes, %v", test.message, got.Len(), err)
+		case test.want == "empty" && (err != nil || got.Len() > 0):
+			t.Errorf("%.100q: got %d bytes, %v", test.message, got.Len(), err)
+		case test.want != "" && test.want != "empty" && !regexp.MustCompile("^"+test.want+"$").MatchString(fmt.Sprint(err)):
+			t.Errorf("%.100q: got %v; want %s", test.message, err, test.want)
+		}
+	}
+	hold := make(chan struct{})
+	defer close(hold)
+	c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, around("<base64>" + text)[:1000])
+		w.(http.Flusher).Flush()
+		<-hold
+	})), 200*time.Millisecond)
+	if err := c.fetch(context.Background(), io.Discard, "m"); err == nil || err.Error() != "nothing has come for 200ms" {
+		t.Errorf("got %v", err)
+	}
+}
+
+func FuzzUnpack(f *testing.F) {
+	files, _ := filepath.Glob("testdata/packages/*")
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Add(packageOf(f, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/a/b/c", "d")))
+	f.Fuzz(func(t *testing.T, archive []byte) {
+		dir := t.TempDir()
+		u := testUpdater(t, filepath.Join(dir, "in"), nil)
+		u.maxUnpacked = 1 << 16
+		writeTree(t, u.at(stagingName), map[string]string{"package": string(archive)})
+		err := u.unpack(u.at(stagingName, "package"), "demo")
+		size := 0
+		for name, text := range readTree(t, dir) {
+			if name == "in/sensors/.picket-staging/package" {
+				continue
+			}
+			if size += len(text); !strings.HasPrefix(name, "in/sensors/.picket-staging/demo/") {
+				t.Errorf("%v: made %q", err, name)
+			}
+		}
+		if size > 1<<16 {
+			t.Errorf("%v: %d bytes unpacked", err, size)
+		}
+	})
+}
+
+func FuzzSignify(f *testing.F) {
+	f.Add([]byte("untrusted comment: x\n" + base64.StdEncoding.EncodeToString([]byte("Ed12345678"+strings.Repeat("k", 32))) + "\n"))
+	f.Add([]byte("untrusted comment: \n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		number, key, err := parseSignify(text, 32)
+		if err != nil {
+			return
+		}
+		want := base64.StdEncoding.EncodeToString([]byte("Ed" + number + string(key)))
+		if lines := strings.Split(string(text), "\n"); len(lines) > 3 || lines[1] != want {
+			t.Errorf("%q: got %q", text, want)
+		}
+	})
+}
+
 // TestCommandLine runs the program's commands, each with its exit code.
 func TestCommandLine(t *testing.T) {
 	dir := t.TempDir()
@@ -2252,7 +3291,7 @@ func TestSelftest(t *testing.T) {
 	dir := t.TempDir()
 	chdir(t, dir)
 	out.Reset()
-	if err := execute(context.Background(), []string{"selftest"}, &out); err != nil || strings.Count(out.String(), "\n") != 7 {
+	if err := execute(context.Background(), []string{"selftest"}, &out); err != nil || strings.Count(out.String(), "\n") != 15 {
 		t.Errorf("%v\n%s", err, &out)
 	}
 
@@ -2346,7 +3385,7 @@ func TestStory(t *testing.T) {
 		a.delivery.mu.Lock()
 		defer a.queue.mu.Unlock()
 		defer a.delivery.mu.Unlock()
-		return a.queue.running == 0 && len(a.queue.active) == 0 && len(a.delivery.kept) == 0
+		return len(a.queue.readings.running) == 0 && len(a.queue.active) == 0 && len(a.delivery.kept) == 0
 	})
 }
 
@@ -2490,6 +3529,180 @@ func TestStoryErrors(t *testing.T) {
 	}
 }
 
+// TestStoryUpdate: update, roll-back and their failures over the wire.
+func TestStoryUpdate(t *testing.T) {
+	lines := logged(t)
+	dir := t.TempDir()
+	writeTree(t, dir, map[string]string{"packages/demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(2))))})
+	readings := make(chan stored, 100)
+	hold := make(chan struct{}, 100)
+	inner := newHandler((&monitor{packages: filepath.Join(dir, "packages"), stored: func(s stored) error { readings <- s; return nil }}).methods())
+	fetched := make(chan struct{}, 100)
+	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		if bytes.Contains(body, []byte("cmd_get_sensor_code")) {
+			fetched <- struct{}{}
+			<-hold
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	s := testSettings(t, filepath.Join(dir, "sensors"), u)
+	s.backup = filepath.Join(dir, "backup")
+	writeTree(t, dir, map[string]string{"sensors/demo/check": printing(1)})
+	_, c := startAgent(t, s)
+	want := func(text string) {
+		t.Helper()
+		if got := receive(t, "reading", readings).String(); !strings.HasSuffix(got, "127.0.0.1 "+text) {
+			t.Errorf("got %s; want %s", got, text)
+		}
+	}
+	for range [4]int{} {
+		hold <- struct{}{}
+	}
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 7)
+	want("ticket 7: exit 0, value 1")
+	mustCall(t, c, "cmd_submit_reading", 8, "demo")
+	want("ticket 8: exit 0, value 2")
+	mustCall(t, c, "cmd_rollback_sensor_code", "demo", "nine")
+	want(`ticket "nine": exit 0, value 1`)
+	mustCall(t, c, "cmd_submit_reading", 8, "demo")
+	want("ticket 8: exit 0, value 1")
+	mustCall(t, c, "cmd_update_sensor_code", "none", 10)
+	want("ticket 10: exit 1, value nan")
+	mustCall(t, c, "cmd_rollback_sensor_code", "none", 11)
+	want("ticket 11: exit 1, value nan")
+	mustCall(t, c, "cmd_update_sensor_code", "none") // without a ticket the outcome is only logged
+	await(t, "the log line", func() bool {
+		return strings.Count(lines.String(), "update none: fetch: fault -32602: no none.tar.bz2 here\n") == 2
+	})
+	for len(fetched) > 0 {
+		<-fetched
+	}
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 12)
+	hold <- struct{}{}
+	want("ticket 12: exit 0, value 1")
+	receive(t, "the fetch", fetched)
+
+	// Whoever asks for what is under way joins it; readings go on meanwhile.
+	for len(hold) > 0 {
+		<-hold
+	}
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 13)
+	receive(t, "the fetch", fetched)
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 14)
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 14)
+	mustCall(t, c, "cmd_update_sensor_code", "demo")
+	mustCall(t, c, "cmd_submit_reading", 15, "demo")
+	want("ticket 15: exit 0, value 2")
+	hold <- struct{}{}
+	want("ticket 13: exit 0, value 1")
+	want("ticket 14: exit 0, value 1")
+	if len(fetched) > 0 {
+		t.Error("fetched again")
+	}
+	for _, params := range [][]any{{}, {"../x"}, {1}, {"demo", 1, 2}, {"demo", 1.5}} {
+		for _, name := range []string{"cmd_update_sensor_code", "cmd_rollback_sensor_code"} {
+			_, err := c.call(context.Background(), name, params...)
+			if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultParams {
+				t.Errorf("%s%v: got %v; want fault %d", name, params, err, faultParams)
+			}
+		}
+	}
+
+	s.update = false
+	_, c = startAgent(t, s)
+	mustCall(t, c, "cmd_update_sensor_code", "demo", 1)
+	want("ticket 1: exit 1, value nan")
+	if !strings.Contains(lines.String(), "update demo: refused: [sensor] update = no\n") {
+		t.Errorf("got %s", lines)
+	}
+}
+
+// TestStoryMove: the agent moves when, and only when, all is well.
+func TestStoryMove(t *testing.T) {
+	healthy := newRecorder(t)
+	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", func(request, []any) (any, error) { return "ILL", nil }}}))
+	first := &monitor{}
+	readings := make(chan stored, 10)
+	away := atomic.Bool{}
+	first.stored = func(s stored) error {
+		if away.Load() {
+			return faultf(1, "not now")
+		}
+		readings <- s
+		return nil
+	}
+	old := serve(t, newHandler(first.methods()))
+	dir := t.TempDir()
+	config := "# top\r\n[monitor]\r\nurl : " + old.String() + " ; the monitor\r\n[agent]\r\nlisten = 127.0.0.1:0 ; here"
+	file := filepath.Join(dir, "client.cfg")
+	writeTree(t, dir, map[string]string{"client.cfg": config, "sensors/s/check": printing(1)})
+	s := testSettings(t, filepath.Join(dir, "sensors"), old)
+	s.file = file
+	a, c := startAgent(t, s)
+	a.delivery.retry = time.Hour
+	for i, test := range []struct{ next, want string }{
+		{"", "fault -32602: there is no new monitor"},
+		{"ftp://127.0.0.1/", "neither an http nor an https URL"},
+		{"http://", "names no host"},
+		{"http://127.0.0.1:1/", "refused"},
+		{sick.String(), `got "ILL"`},
+	} {
+		first.next = test.next
+		lines := logged(t)
+		mustCall(t, c, "cmd_register_new_server", i)
+		if got := receive(t, "outcome", readings); got.code != 1 || got.value != "nan" {
+			t.Errorf("%s: got %+v", test.next, got)
+		}
+		if !strings.Contains(lines.String(), "move: ") || !strings.Contains(lines.String(), test.want) {
+			t.Errorf("%s: got %s; want %s", test.next, lines, test.want)
+		}
+		if text, err := os.ReadFile(file); err != nil || string(text) != config {
+			t.Errorf("%s: got %q, %v", test.next, text, err)
+		}
+	}
+	// A file that cannot be written keeps it where it is.
+	first.next = healthy.url.String()
+	if err := os.MkdirAll(file+".new/x", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mustCall(t, c, "cmd_register_new_server", 10)
+	if got := receive(t, "outcome", readings); got.code != 1 {
+		t.Errorf("got %+v", got)
+	}
+	if err := os.RemoveAll(file + ".new"); err != nil {
+		t.Fatal(err)
+	}
+	// What is not delivered yet goes to the new monitor.
+	away.Store(true)
+	mustCall(t, c, "cmd_submit_reading", 11, "s")
+	await(t, "a try at the old one", func() bool {
+		a.delivery.mu.Lock()
+		defer a.delivery.mu.Unlock()
+		return len(a.delivery.kept) == 1 && a.delivery.kept[0].faults == 1
+	})
+	mustCall(t, c, "cmd_register_new_server", 12)
+	for _, want := range []string{"ticket 11: exit 0, value 1", "ticket 12: exit 0, value 1"} {
+		if got := receive(t, "reading", healthy.readings).String(); !strings.HasSuffix(got, want) {
+			t.Errorf("got %s; want %s", got, want)
+		}
+	}
+	if text, err := os.ReadFile(file); err != nil || string(text) != strings.Replace(config, old.String(), healthy.url.String(), 1) {
+		t.Errorf("got %q, %v", text, err)
+	}
+	if _, err := nextMonitor(context.Background(), &client{url: &url.URL{Scheme: "https", Host: "x"}, http: http.Client{Transport: answerTransport("http://127.0.0.1:1/")}}, httpURL); err == nil || !strings.Contains(err.Error(), "from https to http://127.0.0.1:1/") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// An answerTransport answers every call with itself.
+type answerTransport string
+
+func (a answerTransport) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: 200, Body: io.NopCloser(bytes.NewReader(encodeResponse(string(a), nil)))}, nil
+}
+
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and
 // take its readings.
 func TestPeers(t *testing.T) {
@@ -2558,7 +3771,7 @@ func testPeer(t *testing.T, command ...string) {
 	if err != nil {
 		t.Errorf("caller: %v", err)
 	}
-	want := "healthcheck OK\narray OK\nstring OK\nnil OK\nnone OK\nutf8 OK\ni8 OK\nmethod fault -32601\nparams fault -32602\nsensors words\nmulticall OK fault -32601\nmethods 2\n"
+	want := "healthcheck OK\narray OK\nstring OK\nnil OK\nnone OK\nutf8 OK\ni8 OK\nmethod fault -32601\nparams fault -32602\nsensors words\nmulticall OK fault -32601\nmethods 5\n"
 	tickets := map[string]string{"int 7": "2", "string t-8": "2", "int 9": "0", "int 10": "0", "int 11": "2", "i8 5000000000": "3"}
 	if strings.Contains(command[0], "python") { // whose library cannot send an i8
 		want = strings.Replace(want, "i8 OK\n", "", 1)

@@ -308,13 +308,11 @@ func (c *ini) getBool(section, option string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	switch strings.ToLower(s) {
-	case "1", "yes", "true", "on":
-		return true, nil
-	case "0", "no", "false", "off":
-		return false, nil
+	v, err := boolean(s)
+	if err != nil {
+		return false, c.errorAt(section, option, err)
 	}
-	return false, c.errorAt(section, option, fmt.Errorf("%q is not a boolean (yes or no)", s))
+	return v, nil
 }
 
 // getInt returns a decimal whole number.
@@ -469,10 +467,15 @@ func (c *ini) remove(doomed func(iniLine) bool) (bool, error) {
 
 // Settings are what client.cfg says, checked and typed. Paths are absolute.
 type settings struct {
+	file                           string // client.cfg itself; "" where there is none
 	executable, help, path, backup string
 	timeout                        time.Duration
 	concurrency                    int
 	user                           *syscall.Credential // nil: whoever runs the agent
+	update                         bool
+	maxPackage, maxUnpacked        int64 // bytes
+	publicKey                      string
+	keep                           int
 
 	monitor        *url.URL
 	monitorTimeout time.Duration
@@ -497,6 +500,11 @@ var options = []struct {
 	{"sensor", "timeout", "30s", func(s *settings, v, _ string) (err error) { s.timeout, err = duration(v); return }},
 	{"sensor", "concurrency", "2", func(s *settings, v, _ string) (err error) { s.concurrency, err = between(v, 1, 64); return }},
 	{"sensor", "user", "", func(s *settings, v, _ string) (err error) { s.user, err = credential(v); return }},
+	{"sensor", "update", "yes", func(s *settings, v, _ string) (err error) { s.update, err = boolean(v); return }},
+	{"sensor", "keep", "3", func(s *settings, v, _ string) (err error) { s.keep, err = between(v, 0, 1000); return }},
+	{"sensor", "public_key", "", func(s *settings, v, dir string) (err error) { s.publicKey, err = keyFile(v, dir); return }},
+	{"sensor", "max_package", "4M", func(s *settings, v, _ string) (err error) { s.maxPackage, err = size(v); return }},
+	{"sensor", "max_unpacked", "16M", func(s *settings, v, _ string) (err error) { s.maxUnpacked, err = size(v); return }},
 	{"monitor", "url", "http://localhost:8081/xmlrpc/", func(s *settings, v, _ string) (err error) { s.monitor, err = httpURL(v); return }},
 	{"monitor", "timeout", "15s", func(s *settings, v, _ string) (err error) { s.monitorTimeout, err = duration(v); return }},
 	{"monitor", "time", "local", func(s *settings, v, _ string) (err error) { s.utc, err = oneOf(v, "local", "utc"); return }},
@@ -526,6 +534,9 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 		if err := o.set(&s, value, dir); err != nil {
 			bad(o.section, o.name, c.errorAt(o.section, o.name, err))
 		}
+	}
+	if s.path == s.backup && len(errs) == 0 {
+		errs = append(errs, c.errorAt("sensor", "backup", errors.New("the same directory as path")))
 	}
 	for _, section := range c.sections {
 		known := namesIn(section)
@@ -650,6 +661,48 @@ func absolute(v, dir string) (string, error) {
 		return filepath.Clean(v), nil
 	}
 	return filepath.Join(dir, v), nil
+}
+
+// boolean reads yes, no and what else stands for them.
+func boolean(v string) (bool, error) {
+	switch strings.ToLower(v) {
+	case "1", "yes", "true", "on":
+		return true, nil
+	case "0", "no", "false", "off":
+		return false, nil
+	}
+	return false, fmt.Errorf("%q is not a boolean (yes or no)", v)
+}
+
+// keyFile returns v as an absolute path of something that is there, or nothing
+// for nothing: a key that is missing must not turn into no check.
+func keyFile(v, dir string) (string, error) {
+	if v == "" {
+		return "", nil
+	}
+	file, err := absolute(v, dir)
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(file); err != nil {
+		return "", err
+	}
+	return file, nil
+}
+
+// size reads a number of bytes: 65536, 64K or 4M.
+func size(v string) (int64, error) {
+	digits, factor := v, int64(1)
+	for suffix, f := range map[string]int64{"K": 1 << 10, "M": 1 << 20, "G": 1 << 30} {
+		if rest, ok := strings.CutSuffix(strings.ToUpper(v), suffix); ok {
+			digits, factor = rest, f
+		}
+	}
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || n <= 0 || n > math.MaxInt64/factor {
+		return 0, fmt.Errorf("%q is not a size such as 65536, 64K or 4M", v)
+	}
+	return n * factor, nil
 }
 
 // duration reads 30 (seconds), 30s, 5m or 1h30m; it is more than zero.
@@ -796,8 +849,9 @@ func readINI(file string) (*ini, error) {
 
 // editINI reads a file, lets change alter it and, where it did, saves it. Two
 // that edit the same file at once wait for each other. If anything fails, the
-// file is what it was.
-func editINI(file string, change func(*ini) error) error {
+// file is what it was. Where step is not nil, it is asked before each change of
+// the file system.
+func editINI(file string, step func(what string) error, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
 		return err
@@ -812,6 +866,7 @@ func editINI(file string, change func(*ini) error) error {
 	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil && !errors.Is(err, syscall.ENOLCK) && !errors.Is(err, syscall.ENOTSUP) && !errors.Is(err, syscall.ENOSYS) {
 		return &os.PathError{Op: "lock", Path: dir.Name(), Err: err}
 	}
+	os.Remove(target + ".new") // of a power cut; replaceFile reports what is wrong with it
 	c, err := readINI(target)
 	if err != nil {
 		return err
@@ -824,7 +879,7 @@ func editINI(file string, change func(*ini) error) error {
 	if c.text() == before {
 		return nil
 	}
-	if err := replaceFile(target, []byte(c.text())); err != nil {
+	if err := replaceFile(target, []byte(c.text()), step); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
 	return nil
@@ -835,14 +890,19 @@ func editINI(file string, change func(*ini) error) error {
 // file has either the old content or the new one, whole: the new one, and on the
 // disk, when replaceFile returns nil; the old one when it returns an error, but
 // for one of the last step, the sync of the directory. What a power cut leaves behind is at
-// most NAME.new, which the next call removes.
-func replaceFile(file string, data []byte) (err error) {
+// most NAME.new.
+func replaceFile(file string, data []byte, step func(what string) error) (err error) {
 	old, err := os.Stat(file)
 	if err != nil {
 		return err
 	}
+	if step == nil {
+		step = func(string) error { return nil }
+	}
 	next := file + ".new"
-	os.Remove(next) // what is wrong with it the next line says
+	if err := step("create " + next); err != nil {
+		return err
+	}
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -859,13 +919,22 @@ func replaceFile(file string, data []byte) (err error) {
 	if err := f.Chmod(old.Mode()); err != nil {
 		return err
 	}
+	if err := step("write " + next); err != nil {
+		return err
+	}
 	if _, err := f.Write(data); err != nil {
+		return err
+	}
+	if err := step("sync " + next); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := step("rename " + next); err != nil {
 		return err
 	}
 	if err := os.Rename(next, file); err != nil {

@@ -16,17 +16,19 @@
 // # Trust
 //
 // The agent runs what is installed in its directory of sensors and nothing
-// else; a command only chooses among them and gives them arguments, which no
+// else; only its monitor can change them, or with [sensor] public_key whoever
+// has the secret key. A command only chooses among them and gives them arguments, which no
 // shell ever sees. What it measured goes to the monitor of client.cfg or
 // nowhere. Who can reach its port can have sensors run, at most [sensor]
 // concurrency at once, but not see what they print.
 //
 // # Files
 //
-// They depend downwards: main, sensors, rpc; config is used by main alone.
+// They depend downwards: main, update, sensors, rpc; config is used by main alone.
 package main
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -141,6 +143,9 @@ func subcommands() []subcommand {
 		{"config get", "SECTION OPTION", "print one value", nil},
 		{"config set", "SECTION OPTION VALUE", "change one value in place", nil},
 		{"config unset", "SECTION [OPTION]", "remove an option or a section", nil},
+		{"update", "SENSOR", "fetch a package and install it", runUpdate},
+		{"rollback", "SENSOR", "put the newest backup back in place", runRollback},
+		{"install", "FILE.tar.bz2", "install a package that lies here", runInstall},
 		{"call", "URL METHOD [ARG...]", "call an XML-RPC method", runCall},
 		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]", "a stand-in that prints readings", runMonitor},
 		{"selftest", "", "prove that all works on this box", runSelftest},
@@ -293,6 +298,7 @@ func loadSettings(named string) (settings, error) {
 	if err != nil {
 		return settings{}, &exitError{exitUsage, err}
 	}
+	s.file = file
 	return s, nil
 }
 
@@ -311,6 +317,7 @@ func runAgent(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
+	a.settle(ctx)
 	return a.run(ctx)
 }
 
@@ -329,6 +336,7 @@ func logToSyslog() {
 type agent struct {
 	settings settings
 	sensors  *sensors
+	updater  *updater
 	delivery *delivery
 	queue    *queue
 	listener net.Listener
@@ -349,9 +357,9 @@ func newAgent(s settings) (*agent, error) {
 	if !s.utc {
 		zone = localZone()
 	}
-	a := &agent{settings: s, sensors: sensors, listener: listener, events: logLimit{burst: 1000, perSecond: 10}}
+	a := &agent{settings: s, sensors: sensors, updater: updaterOf(s, sensors), listener: listener, events: logLimit{burst: 1000, perSecond: 10}}
 	a.delivery = newDelivery(newClient(s.monitor, s.monitorTimeout), zone, s.noValue, time.Second)
-	a.queue = newQueue(s.concurrency, s.queue, a.read, a.delivery.put, a.delivery.discard)
+	a.queue = newQueue(s.concurrency, s.queue, a.perform, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
 }
@@ -359,6 +367,21 @@ func newAgent(s settings) (*agent, error) {
 // installedSensors are the sensors as the settings have them run.
 func installedSensors(s settings) *sensors {
 	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, s.user)
+}
+
+func updaterOf(s settings, sensors *sensors) *updater {
+	return newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)
+}
+
+// settle finishes or undoes what a power cut interrupted. The agent runs all
+// the same where it can't, as on a read-only file system.
+func (a *agent) settle(ctx context.Context) {
+	if err := a.updater.recover(ctx); err != nil {
+		log.Printf("recover sensors: %v", err)
+	}
+	if err := editINI(a.settings.file, nil, func(*ini) error { return nil }); err != nil {
+		log.Printf("recover %s: %v", a.settings.file, err)
+	}
 }
 
 // run answers commands until ctx ends. Then it takes no more, gives running
@@ -425,6 +448,24 @@ func (a *agent) commands() []method {
 			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once.",
 			a.submitReading,
 		},
+		{
+			"cmd_update_sensor_code",
+			"string string, string string int, string string string",
+			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, tries it and installs it. Returns OK at once; stores exit code 0 and value 1 when it is done.",
+			a.updateSensor,
+		},
+		{
+			"cmd_rollback_sensor_code",
+			"string string, string string int, string string string",
+			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place. Returns OK at once; stores exit code 0 and value 1 when it is done.",
+			a.rollbackSensor,
+		},
+		{
+			"cmd_register_new_server",
+			"string, string int, string string",
+			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, and moves there if its healthcheck answers OK. Returns OK at once; stores exit code 0 and value 1 when it is done.",
+			a.registerServer,
+		},
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
 	}
@@ -452,6 +493,48 @@ func (a *agent) submitReading(r request, params []any) (any, error) {
 	return "OK", nil
 }
 
+func (a *agent) updateSensor(r request, params []any) (any, error) {
+	return a.acceptChange(r, "cmd_update_sensor_code", "update", params)
+}
+
+func (a *agent) rollbackSensor(r request, params []any) (any, error) {
+	return a.acceptChange(r, "cmd_rollback_sensor_code", "rollback", params)
+}
+
+func (a *agent) registerServer(r request, params []any) (any, error) {
+	return a.acceptChange(r, "cmd_register_new_server", "move", params)
+}
+
+// acceptChange takes a command on that changes the agent: of a sensor, or "move".
+func (a *agent) acceptChange(r request, name, change string, params []any) (any, error) {
+	c := command{change: change}
+	rest := params
+	if change != "move" {
+		if len(params) == 0 {
+			return nil, faultf(faultParams, "%s takes sensor, [ticket]", name)
+		}
+		var err error
+		if c.sensor, err = sensorName(params[0]); err != nil {
+			return nil, faultf(faultParams, "%s: %v", name, err)
+		}
+		rest = params[1:]
+	}
+	if len(rest) > 1 {
+		return nil, faultf(faultParams, "%s: %d parameters are too many", name, len(params))
+	}
+	if len(rest) == 1 && rest[0] != nil {
+		var err error
+		if c.ticket, err = ticketOf(rest[0]); err != nil {
+			return nil, faultf(faultParams, "%s: %v", name, err)
+		}
+	}
+	a.events.printf("command %s from %s: %s, sensor %q", name, r.peer, ticketText(c.ticket), c.sensor)
+	if err := a.queue.accept(c, r.received.Add(acceptTime)); err != nil {
+		return nil, err
+	}
+	return "OK", nil
+}
+
 // ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
 func ticketOf(v any) (any, error) {
 	switch v := v.(type) {
@@ -464,6 +547,53 @@ func ticketOf(v any) (any, error) {
 		return v, nil
 	}
 	return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
+}
+
+// perform does what a queued command asks.
+func (a *agent) perform(ctx context.Context, c command) reading {
+	if c.change == "" {
+		return a.read(ctx, c)
+	}
+	begun := time.Now()
+	err := a.alter(ctx, c)
+	subject := strings.TrimSpace(c.change + " " + c.sensor)
+	if err != nil {
+		log.Printf("%s: %v", subject, err)
+		return reading{code: 1, taken: time.Now(), reason: err.Error()}
+	}
+	log.Printf("%s: done in %v", subject, time.Since(begun).Round(time.Millisecond))
+	debug.FreeOSMemory() // decompressing took more than all else
+	return reading{code: 0, value: "1", taken: time.Now()}
+}
+
+// alter changes a sensor, or the monitor that the agent belongs to. An error
+// means that nothing has changed.
+func (a *agent) alter(ctx context.Context, c command) error {
+	switch {
+	case c.change == "move":
+		return a.move(ctx)
+	case !a.settings.update:
+		return errors.New("refused: [sensor] update = no")
+	case c.change == "rollback":
+		return a.updater.rollback(ctx, c.sensor)
+	}
+	return a.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor))
+}
+
+// move makes the monitor that the present one names the only one: in
+// client.cfg first, then for every reading that is not delivered yet.
+func (a *agent) move(ctx context.Context) error {
+	u, err := nextMonitor(ctx, a.delivery.monitor(), httpURL)
+	if err != nil {
+		return err
+	}
+	err = editINI(a.settings.file, nil, func(c *ini) error { return c.set("monitor", "url", u.String()) })
+	if err != nil {
+		return err
+	}
+	a.delivery.moveTo(newClient(u, a.settings.monitorTimeout))
+	log.Printf("move: from now on the monitor is %s", u.Redacted())
+	return nil
 }
 
 // read runs a queued command.
@@ -569,6 +699,58 @@ func indent(text, by string) string {
 	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
 }
 
+func runUpdate(ctx context.Context, in invocation) error {
+	return changeSensor(ctx, in, "update SENSOR", func(s settings, u *updater, name string) error {
+		c := newClient(s.monitor, s.monitorTimeout)
+		defer c.close()
+		return u.install(ctx, name, fromMonitor(c, name))
+	})
+}
+
+func runRollback(ctx context.Context, in invocation) error {
+	return changeSensor(ctx, in, "rollback SENSOR", func(_ settings, u *updater, name string) error {
+		return u.rollback(ctx, name)
+	})
+}
+
+func runInstall(ctx context.Context, in invocation) error {
+	if err := in.takes(1, 1, "install FILE.tar.bz2"); err != nil {
+		return err
+	}
+	file := in.args[0]
+	in.args = []string{strings.TrimSuffix(filepath.Base(file), ".tar.bz2")}
+	return changeSensor(ctx, in, "install FILE.tar.bz2", func(_ settings, u *updater, name string) error {
+		return u.install(ctx, name, fromFile(file))
+	})
+}
+
+// changeSensor makes a change of a sensor by hand, and shows it going on
+// where somebody watches.
+func changeSensor(ctx context.Context, in invocation, usage string, change func(settings, *updater, string) error) error {
+	if err := in.takes(1, 1, usage); err != nil {
+		return err
+	}
+	name, err := sensorName(in.args[0])
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	s, err := loadSettings(in.config)
+	if err != nil {
+		return err
+	}
+	u := updaterOf(s, installedSensors(s))
+	verb, _, _ := strings.Cut(usage, " ")
+	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s %s: %s", verb, name, step) }
+		defer fmt.Fprintln(os.Stderr)
+	}
+	if err := change(s, u, name); err != nil {
+		return fmt.Errorf("%s %s: %w", verb, name, err)
+	}
+	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)
+	return nil
+}
+
 func runConfig(_ context.Context, in invocation) error {
 	file, err := findConfig(in.config)
 	if err != nil {
@@ -624,7 +806,7 @@ func runConfig(_ context.Context, in invocation) error {
 // order.
 func editConfig(file string, change func(*ini) error) error {
 	var warnings []string
-	err := editINI(file, func(c *ini) error {
+	err := editINI(file, nil, func(c *ini) error {
 		_, known, before := c.settings(filepath.Dir(file))
 		if err := change(c); err != nil {
 			return err
@@ -894,16 +1076,39 @@ func (m *monitor) nextURL(_ request, params []any) (any, error) {
 	return m.next, nil
 }
 
-// Own sensors of the selftest: what every box must be able to do.
-var ownSensors = []struct {
-	name, script string
-	code         int
-	value        string
+// Own sensors of the selftest: what every box must be able to run.
+var ownSensors = map[string]string{
+	"good":    "echo 42",
+	"failing": "echo no such thing >&2; exit 3",
+	"hanging": "sleep 60",
+	"garbage": "echo hello",
+}
+
+// Own packages of the selftest, and what is in them.
+var ownPackages = map[string]string{
+	"good":    "echo 43",
+	"garbage": "exit 1",
+}
+
+// ownCommands is what the selftest asks of its own sensors, and what must
+// come of it.
+var ownCommands = []struct {
+	command, sensor string
+	code            int
+	value           string
 }{
-	{"good", "echo 42", 0, "42"},
-	{"failing", "echo no such thing >&2; exit 3", 3, "nan"},
-	{"hanging", "sleep 60", -15, "nan"},
-	{"garbage", "echo hello", 65, "nan"},
+	{"cmd_submit_reading", "good", 0, "42"},
+	{"cmd_submit_reading", "failing", 3, "nan"},
+	{"cmd_submit_reading", "hanging", -15, "nan"},
+	{"cmd_submit_reading", "garbage", 65, "nan"},
+	{"cmd_update_sensor_code", "good", 0, "1"},
+	{"cmd_submit_reading", "good", 0, "43"},
+	{"cmd_update_sensor_code", "garbage", 1, "nan"}, // a package whose trial fails
+	{"cmd_submit_reading", "garbage", 65, "nan"},
+	{"cmd_rollback_sensor_code", "good", 0, "1"},
+	{"cmd_submit_reading", "good", 0, "42"},
+	{"cmd_register_new_server", "", 0, "1"},
+	{"cmd_submit_reading", "good", 0, "42"},
 }
 
 // A selftest runs agents against a stand-in monitor, all on loopback.
@@ -990,20 +1195,20 @@ func writeScript(file, script string) error {
 }
 
 func (t *selftest) run(ctx context.Context, s settings, dir string, installed bool) error {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	t.stored = make(chan stored, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	var ended sync.WaitGroup
+	defer func() { cancel(); ended.Wait() }()
+	packages := filepath.Join(dir, "packages")
+	next, err := t.startMonitor(ctx, &ended, &monitor{})
+	if err == nil {
+		t.monitor, err = t.startMonitor(ctx, &ended, &monitor{packages: packages, next: next.String()})
+	}
 	if err != nil {
 		return err
 	}
-	t.stored = make(chan stored, 1)
-	m := &monitor{stored: func(s stored) error { t.stored <- s; return nil }}
-	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan error, 1)
-	go func() { ended <- m.serve(ctx, listener) }()
-	defer func() { cancel(); <-ended }()
-	t.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
-
 	fmt.Fprintf(t.out, "%-12s %-16s %4s  %s\n", "sensor", "arguments", "exit", "value")
-	if err := t.ownSensors(ctx, s, dir); err != nil {
+	if err := t.ownSensors(ctx, s, dir, packages); err != nil {
 		return err
 	}
 	if installed {
@@ -1017,37 +1222,92 @@ func (t *selftest) run(ctx context.Context, s settings, dir string, installed bo
 	return nil
 }
 
-// ownSensors takes readings from sensors whose outcome is known.
-func (t *selftest) ownSensors(ctx context.Context, s settings, dir string) error {
-	s.path, s.executable, s.timeout = filepath.Join(dir, "sensors"), "check", time.Second
-	for _, own := range ownSensors {
-		for _, dir := range []string{s.path, filepath.Join(s.path, own.name)} {
-			if err := os.MkdirAll(dir, 0o755); err != nil {
-				return err
-			}
-			if err := os.Chmod(dir, 0o755); err != nil {
-				return err
-			}
+// startMonitor runs a stand-in for the monitor until ctx ends.
+func (t *selftest) startMonitor(ctx context.Context, ended *sync.WaitGroup, m *monitor) (*url.URL, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	m.stored = func(s stored) error { t.stored <- s; return nil }
+	ended.Add(1)
+	go func() {
+		defer ended.Done()
+		if err := m.serve(ctx, listener); err != nil {
+			log.Print(err)
 		}
-		if err := writeScript(filepath.Join(s.path, own.name, s.executable), own.script); err != nil {
+	}()
+	return &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}, nil
+}
+
+// ownSensors does with the selftest's own sensors all that a monitor can ask.
+func (t *selftest) ownSensors(ctx context.Context, s settings, dir, packages string) error {
+	s.file, s.path, s.backup = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors"), filepath.Join(dir, "backup")
+	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", time.Second, true, ""
+	if err := os.WriteFile(s.file, nil, 0o600); err != nil {
+		return err
+	}
+	for name, script := range ownSensors {
+		if err := makeSensor(filepath.Join(s.path, name), script); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(packages, 0o700); err != nil {
+		return err
+	}
+	for name, script := range ownPackages {
+		if err := os.WriteFile(filepath.Join(packages, name+".tar.bz2"), tarOf(name, "#!/bin/sh\n"+script+"\n"), 0o600); err != nil {
 			return err
 		}
 	}
 	return t.withAgent(ctx, s, func(a *selftestAgent) error {
-		for _, own := range ownSensors {
-			got, _, err := t.reading(ctx, a, own.name, nil)
+		for _, c := range ownCommands {
+			got, _, err := t.outcome(ctx, a, c.command, c.sensor, nil)
 			if err != nil {
 				return err
 			}
 			remark := "as it should be"
-			if got.code != own.code || got.value != own.value {
-				remark = fmt.Sprintf("FAILED: should be exit %d, value %s", own.code, own.value)
+			if got.code != c.code || got.value != c.value {
+				remark = fmt.Sprintf("FAILED: should be exit %d, value %s", c.code, c.value)
 				t.failed++
 			}
-			t.row(own.name, nil, got, remark)
+			label := c.sensor
+			var args []any
+			if c.command != "cmd_submit_reading" {
+				label, args = strings.Split(c.command, "_")[1], []any{c.sensor}
+			}
+			t.row(label, args, got, remark)
 		}
 		return nil
 	})
+}
+
+// makeSensor makes a directory with a script in it, for any user to run.
+func makeSensor(dir, script string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, dir := range []string{filepath.Dir(dir), dir} {
+		if err := os.Chmod(dir, 0o755); err != nil { // whatever the umask
+			return err
+		}
+	}
+	return writeScript(filepath.Join(dir, "check"), script)
+}
+
+// tarOf returns a package, not compressed, of a sensor with nothing but its
+// executable.
+func tarOf(name, check string) []byte {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range []*tar.Header{
+		{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o755},
+		{Typeflag: tar.TypeReg, Name: name + "/check", Mode: 0o755, Size: int64(len(check))},
+	} {
+		w.WriteHeader(h) // writing to a Buffer cannot fail
+	}
+	io.WriteString(w, check)
+	w.Close()
+	return b.Bytes()
 }
 
 // installedSensors takes a reading from every sensor of the configured
@@ -1070,7 +1330,7 @@ func (t *selftest) installedSensors(ctx context.Context, s settings) error {
 				continue
 			}
 			args := firstOption(help)
-			got, reason, err := t.reading(ctx, a, name, args)
+			got, reason, err := t.outcome(ctx, a, "cmd_submit_reading", name, args)
 			if err != nil {
 				return err
 			}
@@ -1146,29 +1406,36 @@ func (t *selftest) withAgent(ctx context.Context, s settings, f func(*selftestAg
 	return errors.Join(err, <-ended)
 }
 
-// reading orders one reading and waits for it at the monitor.
-func (t *selftest) reading(ctx context.Context, a *selftestAgent, name string, args []any) (stored, string, error) {
+// outcome gives one command and waits for what comes of it at the monitor.
+func (t *selftest) outcome(ctx context.Context, a *selftestAgent, command, sensor string, args []any) (stored, string, error) {
 	t.tickets++
 	ticket := t.tickets
-	v, err := a.client.call(ctx, "cmd_submit_reading", ticket, name, args)
+	params := []any{ticket, sensor, args}
+	switch command {
+	case "cmd_register_new_server":
+		params = []any{ticket}
+	case "cmd_update_sensor_code", "cmd_rollback_sensor_code":
+		params = []any{sensor, ticket}
+	}
+	v, err := a.client.call(ctx, command, params...)
 	if err == nil && v != "OK" {
 		err = fmt.Errorf("acknowledged with %v", v)
 	}
 	if err != nil {
-		return stored{}, "", fmt.Errorf("cmd_submit_reading %s: %w", name, err)
+		return stored{}, "", fmt.Errorf("%s %s: %w", command, sensor, err)
 	}
 	timer := time.NewTimer(a.client.http.Timeout)
 	defer timer.Stop()
 	select {
 	case got := <-t.stored:
 		if got.ticket != any(ticket) {
-			return got, "", fmt.Errorf("sensor %s: the monitor got %v for ticket %d", name, got, ticket)
+			return got, "", fmt.Errorf("%s %s: the monitor got %v for ticket %d", command, sensor, got, ticket)
 		}
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		return got, a.reason[ticket], nil
 	case <-timer.C:
-		return stored{}, "", fmt.Errorf("sensor %s: no reading has arrived at the monitor", name)
+		return stored{}, "", fmt.Errorf("%s %s: nothing has arrived at the monitor", command, sensor)
 	case <-ctx.Done():
 		return stored{}, "", ctx.Err()
 	}

@@ -16,6 +16,7 @@ package main
 // Fault codes are those of "Specification for Fault Code Interoperability".
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -1063,6 +1064,16 @@ func (c *client) close() { c.http.CloseIdleConnections() }
 // call calls a method and returns its result. The error is a *fault exactly
 // when the peer answered with one.
 func (c *client) call(ctx context.Context, name string, params ...any) (any, error) {
+	resp, err := c.post(ctx, &c.http, name, params)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	return readResponse(resp.Body)
+}
+
+// post sends a call and returns an answer with HTTP status 200.
+func (c *client) post(ctx context.Context, over *http.Client, name string, params []any) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url.String(), bytes.NewReader(encodeCall(name, params...)))
 	if err != nil {
 		return nil, err
@@ -1072,7 +1083,7 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 	// Not sent, but it lets net/http repeat the call on a fresh connection
 	// where a kept one turns out to have been closed.
 	r.Header["Idempotency-Key"] = nil
-	resp, err := c.http.Do(r)
+	resp, err := over.Do(r)
 	if err != nil {
 		var bare *url.Error
 		if errors.As(err, &bare) {
@@ -1080,11 +1091,15 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 		}
 		return nil, err
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
+		resp.Body.Close()
 		return nil, fmt.Errorf("HTTP %s", cut(resp.Status))
 	}
-	message, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage+1))
+	return resp, nil
+}
+
+func readResponse(r io.Reader) (any, error) {
+	message, err := io.ReadAll(io.LimitReader(r, maxMessage+1))
 	if err != nil {
 		return nil, err
 	}
@@ -1092,6 +1107,113 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 		return nil, fmt.Errorf("answer longer than %d bytes", maxMessage)
 	}
 	return decodeResponse(message)
+}
+
+// fetch calls a method whose result is base64, and writes what that stands for
+// while it arrives: only a few KiB are in memory. It takes as long as it
+// takes, but ends where nothing has come for the client's timeout.
+func (c *client) fetch(ctx context.Context, to io.Writer, name string, params ...any) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	patience := c.http.Timeout
+	timer := time.AfterFunc(patience, func() { cancel(fmt.Errorf("nothing has come for %v", patience)) })
+	defer timer.Stop()
+	buffered := bufio.NewWriterSize(to, 32<<10)
+	patient := http.Client{Transport: c.http.Transport, CheckRedirect: c.http.CheckRedirect}
+	resp, err := c.post(ctx, &patient, name, params)
+	if err == nil {
+		defer resp.Body.Close()
+		err = readBase64Response(&movingReader{resp.Body, func() { timer.Reset(patience) }}, buffered)
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if err != nil {
+		return err
+	}
+	return buffered.Flush()
+}
+
+// A movingReader says when something has come.
+type movingReader struct {
+	r     io.Reader
+	moved func()
+}
+
+func (m *movingReader) Read(p []byte) (int, error) {
+	n, err := m.r.Read(p)
+	if n > 0 {
+		m.moved()
+	}
+	return n, err
+}
+
+// readBase64Response decodes the one base64 of a response to a writer. The
+// rest of the response, which a few hundred bytes are enough for, is checked
+// like any other.
+func readBase64Response(r io.Reader, to io.Writer) error {
+	filter := &base64Filter{r: bufio.NewReader(r), to: to}
+	v, err := readResponse(filter)
+	if err != nil {
+		return err
+	}
+	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !filter.found {
+		return fmt.Errorf("got %s; want one piece of base64", typeName(v))
+	}
+	return nil
+}
+
+// A base64Filter passes an XML text through, but for the first text in a
+// <base64>: that is decoded and written elsewhere.
+type base64Filter struct {
+	r     *bufio.Reader
+	to    io.Writer
+	rest  []byte // read, but not passed through yet
+	found bool
+	err   error
+}
+
+func (f *base64Filter) Read(p []byte) (int, error) {
+	for len(f.rest) == 0 {
+		if f.err != nil {
+			return 0, f.err
+		}
+		f.rest, f.err = f.r.ReadSlice('>') // valid until the next call
+		if errors.Is(f.err, bufio.ErrBufferFull) {
+			f.err = nil
+		}
+		if !f.found && bytes.HasSuffix(f.rest, []byte("<base64>")) {
+			f.found = true
+			f.rest = bytes.Clone(f.rest)
+			if _, err := io.Copy(f.to, base64.NewDecoder(base64.StdEncoding, &textReader{f.r})); err != nil {
+				f.err = err
+			}
+		}
+	}
+	n := copy(p, f.rest)
+	f.rest = f.rest[n:]
+	return n, nil
+}
+
+// A textReader reads up to the next tag, and leaves out white space.
+type textReader struct{ r *bufio.Reader }
+
+func (t *textReader) Read(p []byte) (n int, err error) {
+	for n < len(p) {
+		c, err := t.r.ReadByte()
+		switch {
+		case err != nil:
+			return n, err
+		case c == '<':
+			t.r.UnreadByte() // which was just read
+			return n, io.EOF
+		case c == ' ' || c == '\t' || c == '\r' || c == '\n':
+		default:
+			p[n] = c
+			n++
+		}
+	}
+	return n, nil
 }
 
 const (
@@ -1130,7 +1252,6 @@ type undelivered struct {
 // monitor has taken it, has answered three times with a fault or has given
 // its ticket away again, and when 1,024 newer ones wait.
 type delivery struct {
-	client  *client
 	zone    *time.Location // of the times that are sent
 	noValue string         // sent where there is no number
 	clock   func() time.Time
@@ -1140,6 +1261,7 @@ type delivery struct {
 	dropped logLimit
 
 	mu      sync.Mutex // guards what is below
+	client  *client
 	changed *sync.Cond
 	kept    []*undelivered // oldest first
 	away    time.Time      // since when the monitor has been away; zero when it is not
@@ -1160,8 +1282,8 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	d.changed = sync.NewCond(&d.mu)
 	go func() {
 		defer close(d.done)
-		for u := d.next(); u != nil; u = d.next() {
-			d.settle(u, d.attempt(ctx, u))
+		for u, c := d.next(); u != nil; u, c = d.next() {
+			d.settle(u, c, d.attempt(ctx, u, c))
 		}
 	}()
 	return d
@@ -1229,9 +1351,30 @@ func (d *delivery) remove(u *undelivered) {
 	}
 }
 
-// next waits for a reading that may be sent now. It returns nil when the
-// delivery closes and there is none.
-func (d *delivery) next() *undelivered {
+// monitor is the client of the monitor that readings go to.
+func (d *delivery) monitor() *client {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.client
+}
+
+// moveTo has readings go to another monitor from now on, those that are kept
+// too, and at once.
+func (d *delivery) moveTo(c *client) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.client.close()
+	d.client = c
+	d.away, d.missed = time.Time{}, 0
+	for _, u := range d.kept {
+		u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
+	}
+	d.changed.Broadcast()
+}
+
+// next waits for a reading that may be sent now, and says to whom. It returns
+// nil when the delivery closes and there is none.
+func (d *delivery) next() (*undelivered, *client) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for {
@@ -1239,9 +1382,9 @@ func (d *delivery) next() *undelivered {
 		switch {
 		case u != nil:
 			u.sending = true
-			return u
+			return u, d.client
 		case d.closing:
-			return nil
+			return nil, nil
 		case at.IsZero():
 			d.changed.Wait()
 		default:
@@ -1280,7 +1423,7 @@ func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
 }
 
 // attempt tries to deliver one reading; when the agent ends, not for long.
-func (d *delivery) attempt(ctx context.Context, u *undelivered) error {
+func (d *delivery) attempt(ctx context.Context, u *undelivered, c *client) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	d.mu.Lock()
@@ -1290,24 +1433,24 @@ func (d *delivery) attempt(ctx context.Context, u *undelivered) error {
 	if u.last {
 		defer time.AfterFunc(lastTime, cancel).Stop()
 	}
-	return d.store(ctx, u)
+	return d.store(ctx, u, c)
 }
 
 // store makes one attempt. The time that it sends is now less the reading's
 // age by the monotonic clock: right also where the clock was set after the
 // reading was taken, as on a box that boots in 1970.
-func (d *delivery) store(ctx context.Context, u *undelivered) error {
+func (d *delivery) store(ctx context.Context, u *undelivered, c *client) error {
 	value := u.value
 	if value == "" {
 		value = d.noValue
 	}
 	taken := d.clock().Add(-time.Since(u.taken)).In(d.zone)
-	_, err := d.client.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
+	_, err := c.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
 }
 
 // settle notes how an attempt ended.
-func (d *delivery) settle(u *undelivered, err error) {
+func (d *delivery) settle(u *undelivered, c *client, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	defer d.changed.Broadcast()
@@ -1318,6 +1461,7 @@ func (d *delivery) settle(u *undelivered, err error) {
 	case err == nil:
 		d.remove(u)
 		d.reached(now)
+	case c != d.client: // which is no longer the monitor
 	case errors.As(err, &f):
 		d.reached(now)
 		u.faults++

@@ -61,8 +61,15 @@ type sensors struct {
 	listing                chan struct{} // is taken by who uses helps
 	helps                  map[string]helpEntry
 
-	mu    sync.Mutex     // guards what is below
-	stuck map[string]int // processes of a sensor that SIGKILL did not end
+	mu    sync.Mutex        // guards what is below
+	stuck map[string]int    // processes of a sensor that SIGKILL did not end
+	inUse map[string]*usage // sensors that run or change
+}
+
+// A usage lets any number of runs of a sensor, or one that replaces it, go on.
+type usage struct {
+	sync.RWMutex
+	users int // of this usage, waiting ones included
 }
 
 // A helpEntry is a help text that need not be asked for again.
@@ -83,6 +90,7 @@ func newSensors(path, executable, help string, timeout time.Duration, concurrenc
 		listing: make(chan struct{}, 1),
 		stuck:   make(map[string]int),
 		helps:   make(map[string]helpEntry),
+		inUse:   make(map[string]*usage),
 	}
 }
 
@@ -205,6 +213,11 @@ func splitWords(s string) ([]string, error) {
 
 // names lists the sensors: the directories with the executable in them.
 func (s *sensors) names() ([]string, error) {
+	dir, err := s.lock(syscall.LOCK_SH)
+	if err != nil {
+		return nil, fmt.Errorf("list sensors: %w", err)
+	}
+	defer dir.Close()
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
 		return nil, fmt.Errorf("list sensors: %w", err)
@@ -330,11 +343,82 @@ func (o outcome) reason() string {
 	return o.why
 }
 
-// run runs a sensor to its end, of which there is one: at the time-out, or
+// use returns the usage of a sensor, which done gives back.
+func (s *sensors) use(name string) (u *usage, done func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	u = s.inUse[name]
+	if u == nil {
+		u = &usage{}
+		s.inUse[name] = u
+	}
+	u.users++
+	return u, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if u.users--; u.users == 0 {
+			delete(s.inUse, name)
+		}
+	}
+}
+
+// whileUnused calls replace while no run of the sensor goes on in this
+// process, and none begins in any.
+func (s *sensors) whileUnused(name string, replace func() error) error {
+	u, done := s.use(name)
+	defer done()
+	u.Lock()
+	defer u.Unlock()
+	dir, err := s.lock(syscall.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return replace()
+}
+
+// lock locks the directory of sensors until it is closed.
+func (s *sensors) lock(how int) (*os.File, error) {
+	dir, err := os.Open(s.path)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := syscall.Flock(int(dir.Fd()), how)
+		if errors.Is(err, syscall.EINTR) {
+			continue
+		}
+		if err != nil {
+			dir.Close()
+			return nil, &os.PathError{Op: "lock", Path: s.path, Err: err}
+		}
+		return dir, nil
+	}
+}
+
+// run runs a sensor. If another process is just replacing it, run waits.
+func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
+	u, done := s.use(name)
+	defer done()
+	u.RLock()
+	defer u.RUnlock()
+	dir := filepath.Join(s.path, name)
+	o := s.runIn(ctx, dir, name, args, stderr)
+	if o.code != codeNotFound || o.why == "" {
+		return o
+	}
+	if locked, err := s.lock(syscall.LOCK_SH); err == nil {
+		locked.Close()
+		return s.runIn(ctx, dir, name, args, stderr)
+	}
+	return o
+}
+
+// runIn runs the sensor in dir to its end, of which there is one: at the time-out, or
 // when ctx ends, its process group gets SIGTERM and two seconds later SIGKILL.
 // Whatever is left of the group after a normal end is killed, too, and nobody
 // who still holds the pipes is waited for.
-func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
+func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr *os.File) outcome {
 	select {
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()
@@ -347,7 +431,6 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 	if s.isStuck(name) {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
-	dir := filepath.Join(s.path, name)
 	file := filepath.Join(dir, s.executable)
 	if _, err := os.Stat(file); errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return outcome{code: codeNotFound, why: "no such sensor"}
@@ -378,6 +461,9 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
 		}
 	})
+	if err != nil && !exists(file) { // replaced just now
+		return outcome{code: codeNotFound, why: "no such sensor"}
+	}
 	if errors.Is(err, os.ErrNotExist) {
 		return outcome{code: codeNotStarted, why: err.Error() + " (its interpreter, or a line end of DOS behind that?)"}
 	}
@@ -560,44 +646,66 @@ func (c *capture) finish() (kept []byte, more bool) {
 
 func (c *capture) close() { c.pipe.Close() }
 
-// A command is one reading that the monitor asks for.
+// A command is what the monitor asks: a reading, or a change of the agent.
 type command struct {
-	ticket any // int, int64 or string
+	change string // "" for a reading
+	ticket any    // int, int64 or string; nil where a change has none
 	sensor string
 	args   []string
 }
 
 func (c command) equal(d command) bool {
-	return c.ticket == d.ticket && c.sensor == d.sensor && slices.Equal(c.args, d.args)
+	return c.ticket == d.ticket && c.sameWork(d)
 }
 
-// A queue runs commands in the order they came, some at a time, and hands in
-// one reading for each.
+// sameWork reports whether two commands ask the same, perhaps under two tickets.
+func (c command) sameWork(d command) bool {
+	return c.change == d.change && c.sensor == d.sensor && slices.Equal(c.args, d.args)
+}
+
+// A queue runs commands in the order they came, and hands in one reading for
+// each that has a ticket. Readings and changes have a lane each, so that an
+// update over a bad link does not hold up what is measured.
 type queue struct {
-	read        func(context.Context, command) reading
-	deliver     func(ticket any, r reading)
-	discard     func(ticket any) // the undelivered reading, if there is one
-	concurrency int
-	size        int // of waiting
+	run     func(context.Context, command) reading
+	deliver func(ticket any, r reading)
+	discard func(ticket any) // the undelivered reading, if there is one
+	size    int              // of waiting, in each lane
 
-	ctx    context.Context // of the runs
+	ctx    context.Context // of what runs
 	cancel context.CancelFunc
-	done   sync.WaitGroup // the runs
+	done   sync.WaitGroup // what runs
 
-	mu      sync.Mutex // guards what is below
-	waiting []*command // oldest first
-	active  map[any]*command
-	running int
-	closed  bool
-	room    chan struct{} // closed, and made anew, when a command leaves waiting
+	mu       sync.Mutex // guards what is below
+	readings lane
+	changes  lane
+	active   map[any]*command // waiting or running, by ticket
+	closed   bool
+	room     chan struct{} // closed, and made anew, when a command leaves waiting
 }
 
-func newQueue(concurrency, size int, read func(context.Context, command) reading, deliver func(any, reading), discard func(any)) *queue {
+// A lane is a part of the queue.
+type lane struct {
+	limit   int // of running
+	running []*command
+	waiting []*command // oldest first
+}
+
+// newQueue returns a queue in which so many readings run at once, and one change.
+func newQueue(concurrency, size int, run func(context.Context, command) reading, deliver func(any, reading), discard func(any)) *queue {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
-		read: read, deliver: deliver, discard: discard, concurrency: concurrency, size: size,
-		ctx: ctx, cancel: cancel, active: make(map[any]*command), room: make(chan struct{}),
+		run: run, deliver: deliver, discard: discard, size: size, ctx: ctx, cancel: cancel,
+		readings: lane{limit: concurrency}, changes: lane{limit: 1},
+		active: make(map[any]*command), room: make(chan struct{}),
 	}
+}
+
+func (q *queue) lane(c *command) *lane {
+	if c.change == "" {
+		return &q.readings
+	}
+	return &q.changes
 }
 
 // accept takes a command on, waiting until the deadline for room. A command
@@ -614,9 +722,10 @@ func (q *queue) accept(c command, deadline time.Time) error {
 		}
 		select {
 		case <-room:
+			continue
 		case <-timer.C:
-			return faultf(faultBusy, "the queue of %d commands is full", q.size)
 		}
+		return faultf(faultBusy, "the queue of %d commands is full", q.size)
 	}
 }
 
@@ -624,69 +733,103 @@ func (q *queue) accept(c command, deadline time.Time) error {
 func (q *queue) tryAccept(c command) (taken bool, room <-chan struct{}, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.closed {
-		return false, nil, faultf(faultBusy, "the agent is shutting down")
-	}
-	before := q.active[c.ticket]
+	l, known := q.lane(&c), q.known(&c)
+	kept := &c
 	switch {
-	case before != nil && before.equal(c):
+	case q.closed:
+		return false, nil, faultf(faultBusy, "the agent is shutting down")
+	case known != nil && known.equal(c):
 		return true, nil, nil
-	case before != nil && slices.Contains(q.waiting, before):
-		*before = c
-	case q.running < q.concurrency:
-		q.running++
+	case l == &q.readings && slices.Contains(l.waiting, known):
+		*known = c // nobody wants the other reading
+		kept = known
+	case len(l.running) < l.limit:
+		l.running = append(l.running, kept)
 		q.done.Add(1)
-		q.active[c.ticket] = &c
-		go q.work(&c)
-	case len(q.waiting) < q.size:
-		q.active[c.ticket] = &c
-		q.waiting = append(q.waiting, &c)
+		go q.work(kept)
+	case len(l.waiting) < q.size:
+		l.waiting = append(l.waiting, kept)
 	default:
 		return false, q.room, nil
 	}
-	q.discard(c.ticket)
+	if c.ticket != nil {
+		q.active[c.ticket] = kept
+		q.discard(c.ticket)
+	}
 	return true, nil, nil
 }
 
-// work runs commands until none waits.
+// known returns the command that waits or runs with the same ticket; of a
+// change without a ticket, one that is the same.
+func (q *queue) known(c *command) *command {
+	if c.ticket != nil {
+		return q.active[c.ticket]
+	}
+	for _, other := range append(slices.Clone(q.changes.running), q.changes.waiting...) {
+		if other.equal(*c) {
+			return other
+		}
+	}
+	return nil
+}
+
+// work runs commands of a lane until none waits.
 func (q *queue) work(c *command) {
 	defer q.done.Done()
 	for c != nil {
-		c = q.finish(c, q.read(q.ctx, *c))
+		c = q.finish(c, q.run(q.ctx, *c))
 	}
 }
 
-// finish hands in the reading of a command, unless its ticket was given away
-// again meanwhile, and returns the next command to run.
+// finish hands in the reading of a command, and returns the next to run. Who
+// waits for the same change joins: it is made once.
 func (q *queue) finish(c *command, r reading) *command {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.active[c.ticket] == c {
-		delete(q.active, c.ticket)
-		q.deliver(c.ticket, r)
+	q.hand(c, r)
+	l := q.lane(c)
+	l.running = slices.DeleteFunc(l.running, func(other *command) bool { return other == c })
+	if l == &q.changes {
+		l.waiting = slices.DeleteFunc(l.waiting, func(other *command) bool {
+			if other.sameWork(*c) {
+				q.hand(other, r)
+				return true
+			}
+			return false
+		})
 	}
-	if len(q.waiting) == 0 {
-		q.running--
-		return nil
-	}
-	next := q.waiting[0]
-	q.waiting = slices.Delete(q.waiting, 0, 1)
 	close(q.room)
 	q.room = make(chan struct{})
+	if len(l.waiting) == 0 {
+		return nil
+	}
+	next := l.waiting[0]
+	l.waiting = slices.Delete(l.waiting, 0, 1)
+	l.running = append(l.running, next)
 	return next
 }
 
+// hand hands in a reading, unless there is no ticket, or it was given away again.
+func (q *queue) hand(c *command, r reading) {
+	if c.ticket == nil || q.active[c.ticket] != c {
+		return
+	}
+	delete(q.active, c.ticket)
+	q.deliver(c.ticket, r)
+}
+
 // close takes no more commands. Those that wait get the reading of a run that
-// SIGTERM ended; those that run have until ctx ends. When close returns, no
-// sensor runs and every reading has been handed in.
+// SIGTERM ended; those that run have until ctx ends. When close returns, nothing
+// runs and every reading has been handed in.
 func (q *queue) close(ctx context.Context) {
 	q.mu.Lock()
 	q.closed = true
-	for _, c := range q.waiting {
-		delete(q.active, c.ticket)
-		q.deliver(c.ticket, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+	for _, l := range []*lane{&q.readings, &q.changes} {
+		for _, c := range l.waiting {
+			q.hand(c, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+		}
+		l.waiting = nil
 	}
-	q.waiting = nil
 	close(q.room)
 	q.room = make(chan struct{})
 	q.mu.Unlock()
