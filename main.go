@@ -741,10 +741,11 @@ func changeSensor(ctx context.Context, in invocation, usage string, change func(
 	u := updaterOf(s, installedSensors(s))
 	verb, _, _ := strings.Cut(usage, " ")
 	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s %s: %s", verb, name, step) }
-		defer fmt.Fprintln(os.Stderr)
+		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s", step) }
 	}
-	if err := change(s, u, name); err != nil {
+	err = change(s, u, name)
+	u.progress("") // leaves the line empty
+	if err != nil {
 		return fmt.Errorf("%s %s: %w", verb, name, err)
 	}
 	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)
