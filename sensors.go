@@ -383,16 +383,25 @@ func (s *sensors) lock(how int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := flock(dir, how); err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return dir, nil
+}
+
+// flock locks an open directory. On a file system that has no locks, where
+// nothing else could be done, it does nothing.
+func flock(dir *os.File, how int) error {
 	for {
 		err := syscall.Flock(int(dir.Fd()), how)
-		if errors.Is(err, syscall.EINTR) {
-			continue
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err == nil, errors.Is(err, syscall.ENOLCK), errors.Is(err, syscall.ENOTSUP), errors.Is(err, syscall.ENOSYS):
+			return nil
+		default:
+			return &os.PathError{Op: "lock", Path: dir.Name(), Err: err}
 		}
-		if err != nil {
-			dir.Close()
-			return nil, &os.PathError{Op: "lock", Path: s.path, Err: err}
-		}
-		return dir, nil
 	}
 }
 

@@ -286,13 +286,13 @@ func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
 		return nil, err
 	}
 	for {
-		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		err := flock(d, syscall.LOCK_EX|syscall.LOCK_NB)
 		if err == nil {
 			return func() { d.Close() }, nil
 		}
-		if !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			d.Close()
-			return nil, &os.PathError{Op: "lock", Path: dir, Err: err}
+			return nil, err
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
