@@ -659,7 +659,7 @@ func TestEditINI(t *testing.T) {
 	if err := os.Symlink("target.cfg", link); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(target+".new", []byte("left behind by a power cut"), 0o600); err != nil {
+	if err := os.WriteFile(nextFile(target), []byte("left behind by a power cut"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	before, err := os.Stat(target)
@@ -694,7 +694,7 @@ func TestEditINI(t *testing.T) {
 	}
 
 	// What fails changes nothing: here the temporary file cannot be made.
-	if err := os.MkdirAll(target+".new/x", 0o755); err != nil {
+	if err := os.MkdirAll(nextFile(target)+"/x", 0o755); err != nil {
 		t.Fatal(err)
 	}
 	if err := editINI(link, nil, func(c *ini) error { return c.set("a", "x", "2") }); err == nil {
@@ -2154,7 +2154,7 @@ func readTree(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	files := make(map[string]string)
 	err := filepath.WalkDir(dir, func(file string, e os.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
+		if err != nil || e.IsDir() || e.Name() == lockName {
 			return err
 		}
 		name, err := filepath.Rel(dir, file)
@@ -2180,7 +2180,11 @@ func leftovers(t testing.TB, dirs ...string) []string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		left = append(left, files...)
+		for _, file := range files {
+			if filepath.Base(file) != lockName {
+				left = append(left, file)
+			}
+		}
 	}
 	return left
 }
@@ -2358,12 +2362,14 @@ func TestInstallRefused(t *testing.T) {
 		{"a newline", with(entry("demo/a\nb", "x")), `unpack .*: a name with control characters`},
 		{"an escape", with(entry("demo/a\x1b[2J", "x")), `unpack .*: a name with control characters`},
 		{"not UTF-8", with(entry("demo/a\xff", "x")), `unpack .*: a name with control characters`},
-		{"no check", packageOf(t, top, entry("demo/other", "x"), newest), `try check options: exit 127 .*`},
-		{"check a directory", packageOf(t, top, entry("demo/check/", ""), newest), `try check options: exit 126 .*`},
-		{"no run bit", packageOf(t, top, packed{tar.Header{Name: "demo/check", Mode: 0o644}, printing(1)}, newest), `try check options: exit 126 .*permission denied`},
-		{"the trial fails", packageOf(t, top, entry("demo/check", "#!/bin/sh\necho no >&2; exit 3\n"), newest), `try check options: exit 3 "no"`},
-		{"no version", with(), `version: none in the package; 1.2.3 is installed`},
-		{"an older version", with(entry("demo/version", "1.2.2.9")), `version: 1.2.2.9 is older than 1.2.3, which is installed`},
+		{"no check", packageOf(t, top, entry("demo/other", "x"), newest), `try check options: exit 127: .*`},
+		{"check a directory", packageOf(t, top, entry("demo/check/", ""), newest), `try check options: exit 126: .*`},
+		{"no run bit", packageOf(t, top, packed{tar.Header{Name: "demo/check", Mode: 0o644}, printing(1)}, newest), `try check options: exit 126: .*permission denied`},
+		{"the trial fails", packageOf(t, top, entry("demo/check", "#!/bin/sh\necho no >&2; exit 3\n"), newest), `try check options: exit 3: "no"`},
+		{"directories in names only", with(entry("demo/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/b/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/c/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/d/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/e/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/f/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/g/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/h/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/i/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/j/"+strings.Repeat("a/", 100)+"x", ""), entry("demo/k/"+strings.Repeat("a/", 100)+"x", "")), `unpack .*: more than 1024 entries`},
+		{"a trial that leaves closed directories", packageOf(t, top, entry("demo/check", "#!/bin/sh\nmkdir d; echo >d/f; chmod 0 d; exit 1\n"), newest), `try check options: exit 1: .*`},
+		{"no version", with(), `version: none in the package; 1.2.3 is known here`},
+		{"an older version", with(entry("demo/version", "1.2.2.9")), `version: 1.2.2.9 is older than 1.2.3, which is known here`},
 		{"no sane version", with(entry("demo/version", "latest")), `version: "latest" is not a version such as 1.4.2`},
 	}
 	for _, test := range tests {
@@ -2614,7 +2620,7 @@ func TestRollback(t *testing.T) {
 		want string
 	}{
 		{install, 2, "2 1"}, {install, 3, "3 1 2"}, {rollback, 0, "2 1 3"}, {rollback, 0, "3 1 2"},
-		{install, 4, "4 1 2 3"}, {install, 5, "5 2 3 4"}, {install, 6, "6 3 4 5"},
+		{install, 4, "4 1 2 3"}, {rollback, 0, "3 1 2 4"}, {install, 4, "4 2 4 3"}, {install, 5, "5 4 3 4"}, {install, 1, "1 3 4 5"}, {install, 2, "2 4 5 1"}, {install, 3, "3 5 1 2"}, {install, 4, "4 1 2 3"}, {install, 5, "5 2 3 4"}, {install, 6, "6 3 4 5"},
 	} {
 		if err := step.do(step.n); err != nil || state() != step.want {
 			t.Fatalf("got %s, %v; want %s", state(), err, step.want)
@@ -2686,6 +2692,16 @@ func crashes(t testing.TB) []crash {
 		{"update", one, install, []string{"1", "2"}},
 		{"deploy", map[string]string{}, install, []string{"", "2"}},
 		{"rollback", rolled, func(u *updater) error { return u.rollback(context.Background(), "demo") }, []string{"1", "2"}},
+		{"overlay", one, func(u *updater) error {
+			ask := u.change
+			u.change = func(what string) error {
+				if what == "rename "+u.at("demo") && !exists(u.at(oldPrefix+"demo")) {
+					return syscall.EXDEV // as of a directory of the lower layer
+				}
+				return ask(what)
+			}
+			return u.install(context.Background(), "demo", crashPackage(t))
+		}, []string{"1", "2"}},
 		{"prune", map[string]string{
 			"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1",
 			"backup/demo_2026-01-01T00:00:00/check": printing(1), "backup/demo_2026-01-01T00:00:00/lib/data": "1",
@@ -2825,6 +2841,19 @@ func TestCrash(t *testing.T) {
 			}
 		}
 	}
+	for name, before := range map[string]map[string]string{ // states in which there is no directory of backups
+		"1": {"sensors/.picket-old-demo/check": printing(1), "sensors/.picket-old-demo/lib/data": "1"},
+		"2": {"sensors/.picket-old-demo/check": printing(1), "sensors/.picket-old-demo/lib/data": "1", "sensors/.picket-new-demo/check": printing(2), "sensors/.picket-new-demo/lib/data": "2"},
+	} {
+		u := testUpdater(t, t.TempDir(), before)
+		if err := os.RemoveAll(u.backup); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.recover(context.Background()); err != nil {
+			t.Error(err)
+		}
+		intact(t, u, crash{outcome: []string{name}}, "no directory of backups")
+	}
 	t.Logf("stopped dead at %d points, and %d times in recovery after that", points, again)
 }
 
@@ -2900,7 +2929,7 @@ func TestCrashConfig(t *testing.T) {
 			want = after
 		}
 		text, err2 := os.ReadFile(file)
-		left, err3 := filepath.Glob(file + "?*")
+		left, err3 := filepath.Glob(filepath.Join(filepath.Dir(file), ".*"))
 		if string(text) != want || err2 != nil || err3 != nil || len(left) > 0 {
 			t.Errorf("step %d: %v: got %q, %q; want %q", n, err, text, left, want)
 		}
@@ -2961,6 +2990,57 @@ func TestUpdateUnderLoad(t *testing.T) {
 func raceDetector() bool {
 	info, _ := debug.ReadBuildInfo()
 	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// TestUpdateBesideAgent: readings at full rate while another process replaces
+// their sensor; none fails.
+func TestUpdateBesideAgent(t *testing.T) {
+	dir := t.TempDir()
+	m := newRecorder(t)
+	s := testSettings(t, filepath.Join(dir, "sensors"), m.url)
+	s.concurrency = 4
+	writeTree(t, dir, map[string]string{
+		"sensors/demo/check": printing(0), "client.cfg": "",
+		"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)))),
+	})
+	_, c := startAgent(t, s)
+	installed := make(chan error, 1)
+	go func() {
+		for i := 0; i < 20; i++ {
+			self, err := os.Executable()
+			if err == nil {
+				cmd := exec.Command(self, "install", "demo.tar.bz2")
+				cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
+				var out []byte
+				if out, err = cmd.CombinedOutput(); err != nil {
+					err = fmt.Errorf("%w: %s", err, out)
+				}
+			}
+			if err != nil {
+				installed <- err
+				return
+			}
+		}
+		installed <- nil
+	}()
+	n := 0
+	for busy := true; busy; n++ {
+		select {
+		case err := <-installed:
+			busy = false
+			if err != nil {
+				t.Error(err)
+			}
+		default:
+		}
+		mustCall(t, c, "cmd_submit_reading", n, "demo")
+	}
+	for i := 0; i < n; i++ {
+		if got := receive(t, "reading", m.readings); got.code != 0 {
+			t.Errorf("got %+v", got)
+		}
+	}
+	t.Logf("%d readings during 20 updates by another process", n)
 }
 
 // TestUpdateMemory measures by how much an update raises the peak of resident
@@ -3058,7 +3138,7 @@ func TestFetch(t *testing.T) {
 	for _, test := range tests {
 		c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, test.message) })), patience)
 		var got bytes.Buffer
-		err := c.fetch(context.Background(), &got, "m")
+		err := c.fetch(context.Background(), &got, 1<<20, "m")
 		c.close()
 		switch {
 		case test.want == "" && (err != nil || !bytes.Equal(got.Bytes(), data)):
@@ -3076,7 +3156,7 @@ func TestFetch(t *testing.T) {
 		w.(http.Flusher).Flush()
 		<-hold
 	})), 200*time.Millisecond)
-	if err := c.fetch(context.Background(), io.Discard, "m"); err == nil || err.Error() != "nothing has come for 200ms" {
+	if err := c.fetch(context.Background(), io.Discard, 1<<20, "m"); err == nil || err.Error() != "nothing has come for 200ms" {
 		t.Errorf("got %v", err)
 	}
 }
@@ -3671,14 +3751,14 @@ func TestStoryMove(t *testing.T) {
 	}
 	// A file that cannot be written keeps it where it is.
 	first.next = healthy.url.String()
-	if err := os.MkdirAll(file+".new/x", 0o755); err != nil {
+	if err := os.MkdirAll(nextFile(file)+"/x", 0o755); err != nil {
 		t.Fatal(err)
 	}
 	mustCall(t, c, "cmd_register_new_server", 10)
 	if got := receive(t, "outcome", readings); got.code != 1 {
 		t.Errorf("got %+v", got)
 	}
-	if err := os.RemoveAll(file + ".new"); err != nil {
+	if err := os.RemoveAll(nextFile(file)); err != nil {
 		t.Fatal(err)
 	}
 	// What is not delivered yet goes to the new monitor.

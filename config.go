@@ -401,7 +401,7 @@ func (c *ini) set(section, option, value string) error {
 	want := maps.Clone(c.values)
 	want[key] = iniValue{raw: raw}
 	if err := c.become(lines, want); err != nil {
-		return fmt.Errorf("set [%s] %s to %.80q: %w", section, option, value, err)
+		return fmt.Errorf("set [%s] %s: %w", section, option, err)
 	}
 	return nil
 }
@@ -699,7 +699,7 @@ func size(v string) (int64, error) {
 		}
 	}
 	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n <= 0 || n > math.MaxInt64/factor {
+	if err != nil || n <= 0 || n > 1<<40/factor {
 		return 0, fmt.Errorf("%q is not a size such as 65536, 64K or 4M", v)
 	}
 	return n * factor, nil
@@ -866,7 +866,7 @@ func editINI(file string, step func(what string) error, change func(*ini) error)
 	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil && !errors.Is(err, syscall.ENOLCK) && !errors.Is(err, syscall.ENOTSUP) && !errors.Is(err, syscall.ENOSYS) {
 		return &os.PathError{Op: "lock", Path: dir.Name(), Err: err}
 	}
-	os.Remove(target + ".new") // of a power cut; replaceFile reports what is wrong with it
+	os.Remove(nextFile(target)) // of a power cut; replaceFile reports what is wrong with it
 	c, err := readINI(target)
 	if err != nil {
 		return err
@@ -890,7 +890,7 @@ func editINI(file string, step func(what string) error, change func(*ini) error)
 // file has either the old content or the new one, whole: the new one, and on the
 // disk, when replaceFile returns nil; the old one when it returns an error, but
 // for one of the last step, the sync of the directory. What a power cut leaves behind is at
-// most NAME.new.
+// most nextFile.
 func replaceFile(file string, data []byte, step func(what string) error) (err error) {
 	old, err := os.Stat(file)
 	if err != nil {
@@ -899,7 +899,7 @@ func replaceFile(file string, data []byte, step func(what string) error) (err er
 	if step == nil {
 		step = func(string) error { return nil }
 	}
-	next := file + ".new"
+	next := nextFile(file)
 	if err := step("create " + next); err != nil {
 		return err
 	}
@@ -941,6 +941,11 @@ func replaceFile(file string, data []byte, step func(what string) error) (err er
 		return err
 	}
 	return syncDir(filepath.Dir(file))
+}
+
+// nextFile is where the new content of a file is written first.
+func nextFile(file string) string {
+	return filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".picket")
 }
 
 // keepOwner gives f the owner and group of old, where it has others.

@@ -556,9 +556,12 @@ func (a *agent) perform(ctx context.Context, c command) reading {
 	}
 	begun := time.Now()
 	err := a.alter(ctx, c)
-	subject := strings.TrimSpace(c.change + " " + c.sensor)
+	subject := c.change
+	if c.sensor != "" {
+		subject += " " + logName(c.sensor)
+	}
 	if err != nil {
-		log.Printf("%s: %v", subject, err)
+		a.events.printf("%s: %s", subject, oneLine(err.Error()))
 		return reading{code: 1, taken: time.Now(), reason: err.Error()}
 	}
 	log.Printf("%s: done in %v", subject, time.Since(begun).Round(time.Millisecond))
@@ -577,7 +580,7 @@ func (a *agent) alter(ctx context.Context, c command) error {
 	case c.change == "rollback":
 		return a.updater.rollback(ctx, c.sensor)
 	}
-	return a.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor))
+	return a.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor, a.settings.maxPackage))
 }
 
 // move makes the monitor that the present one names the only one: in
@@ -703,7 +706,7 @@ func runUpdate(ctx context.Context, in invocation) error {
 	return changeSensor(ctx, in, "update SENSOR", func(s settings, u *updater, name string) error {
 		c := newClient(s.monitor, s.monitorTimeout)
 		defer c.close()
-		return u.install(ctx, name, fromMonitor(c, name))
+		return u.install(ctx, name, fromMonitor(c, name, s.maxPackage))
 	})
 }
 
@@ -718,7 +721,8 @@ func runInstall(ctx context.Context, in invocation) error {
 		return err
 	}
 	file := in.args[0]
-	in.args = []string{strings.TrimSuffix(filepath.Base(file), ".tar.bz2")}
+	name, _, _ := strings.Cut(filepath.Base(file), ".tar")
+	in.args = []string{name}
 	return changeSensor(ctx, in, "install FILE.tar.bz2", func(_ settings, u *updater, name string) error {
 		return u.install(ctx, name, fromFile(file))
 	})

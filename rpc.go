@@ -56,6 +56,7 @@ const (
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
+	fetchTime    = time.Hour        // for a package, over a link of 10 kbit/s
 	idleTimeout  = time.Minute      // between two requests of a connection
 )
 
@@ -1111,8 +1112,11 @@ func readResponse(r io.Reader) (any, error) {
 
 // fetch calls a method whose result is base64, and writes what that stands for
 // while it arrives: only a few KiB are in memory. It takes as long as it
-// takes, but ends where nothing has come for the client's timeout.
-func (c *client) fetch(ctx context.Context, to io.Writer, name string, params ...any) error {
+// takes, but ends where nothing has come for the client's timeout, after an
+// hour, and where there is more than a result of limit bytes needs.
+func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name string, params ...any) error {
+	ctx, stop := context.WithTimeout(ctx, fetchTime)
+	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	patience := c.http.Timeout
@@ -1123,7 +1127,7 @@ func (c *client) fetch(ctx context.Context, to io.Writer, name string, params ..
 	resp, err := c.post(ctx, &patient, name, params)
 	if err == nil {
 		defer resp.Body.Close()
-		err = readBase64Response(&movingReader{resp.Body, func() { timer.Reset(patience) }}, buffered)
+		err = readBase64Response(&movingReader{resp.Body, 2*limit + maxMessage, func() { timer.Reset(patience) }}, buffered)
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
@@ -1134,14 +1138,18 @@ func (c *client) fetch(ctx context.Context, to io.Writer, name string, params ..
 	return buffered.Flush()
 }
 
-// A movingReader says when something has come.
+// A movingReader says when something has come, and does not take it for ever.
 type movingReader struct {
 	r     io.Reader
+	left  int64
 	moved func()
 }
 
 func (m *movingReader) Read(p []byte) (int, error) {
 	n, err := m.r.Read(p)
+	if m.left -= int64(n); m.left < 0 {
+		return 0, errors.New("the answer is far longer than it may be")
+	}
 	if n > 0 {
 		m.moved()
 	}

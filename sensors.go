@@ -40,6 +40,7 @@ const (
 	maxArguments = 8 << 10          // bytes of a command's arguments: 256 queued commands are 2 MiB
 	freeOutput   = 64 << 10         // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
 	killDelay    = 2 * time.Second  // from SIGTERM to SIGKILL, and from there to giving up
+	shareTime    = time.Second      // to wait while another process replaces a sensor
 	busyRetries  = 100              // of 10 ms, while an executable just written is still open somewhere
 )
 
@@ -213,11 +214,9 @@ func splitWords(s string) ([]string, error) {
 
 // names lists the sensors: the directories with the executable in them.
 func (s *sensors) names() ([]string, error) {
-	dir, err := s.lock(syscall.LOCK_SH)
-	if err != nil {
-		return nil, fmt.Errorf("list sensors: %w", err)
+	if dir, err := s.lock(syscall.LOCK_SH, shareTime); err == nil { // else it is somebody else's lock
+		defer dir.Close()
 	}
-	defer dir.Close()
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
 		return nil, fmt.Errorf("list sensors: %w", err)
@@ -369,7 +368,7 @@ func (s *sensors) whileUnused(name string, replace func() error) error {
 	defer done()
 	u.Lock()
 	defer u.Unlock()
-	dir, err := s.lock(syscall.LOCK_EX)
+	dir, err := s.lock(syscall.LOCK_EX, lockTime)
 	if err != nil {
 		return err
 	}
@@ -377,50 +376,67 @@ func (s *sensors) whileUnused(name string, replace func() error) error {
 	return replace()
 }
 
-// lock locks the directory of sensors until it is closed.
-func (s *sensors) lock(how int) (*os.File, error) {
+// lock locks the directory of sensors until it is closed, or fails where that
+// takes too long.
+func (s *sensors) lock(how int, wait time.Duration) (*os.File, error) {
 	dir, err := os.Open(s.path)
 	if err != nil {
 		return nil, err
 	}
-	if err := flock(dir, how); err != nil {
+	if err := flockWithin(context.Background(), dir, how, wait); err != nil {
 		dir.Close()
-		return nil, err
+		return nil, fmt.Errorf("lock %s: %w", s.path, err)
 	}
 	return dir, nil
 }
 
-// flock locks an open directory. On a file system that has no locks, where
-// nothing else could be done, it does nothing.
-func flock(dir *os.File, how int) error {
+// flockWithin locks an open file or directory, and waits for who else has. On a
+// file system that has no locks, where nothing else could be done, it does
+// nothing.
+func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
 	for {
-		err := syscall.Flock(int(dir.Fd()), how)
+		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
 		switch {
-		case errors.Is(err, syscall.EINTR):
 		case err == nil, errors.Is(err, syscall.ENOLCK), errors.Is(err, syscall.ENOTSUP), errors.Is(err, syscall.ENOSYS):
 			return nil
-		default:
-			return &os.PathError{Op: "lock", Path: dir.Name(), Err: err}
+		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
+			return err
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }
 
-// run runs a sensor. If another process is just replacing it, run waits.
+// run runs a sensor. If another process replaces it just then, and it fails, it
+// is run again when that is done.
 func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
 	u, done := s.use(name)
 	defer done()
 	u.RLock()
 	defer u.RUnlock()
 	dir := filepath.Join(s.path, name)
+	before, _ := os.Lstat(dir)
 	o := s.runIn(ctx, dir, name, args, stderr)
-	if o.code != codeNotFound || o.why == "" {
+	if o.code == 0 || ctx.Err() != nil {
 		return o
 	}
-	if locked, err := s.lock(syscall.LOCK_SH); err == nil {
-		locked.Close()
-		return s.runIn(ctx, dir, name, args, stderr)
+	if after, err := os.Lstat(dir); err == nil && before != nil && os.SameFile(before, after) {
+		return o
 	}
-	return o
+	locked, err := s.lock(syscall.LOCK_SH, shareTime)
+	if err != nil {
+		return o
+	}
+	defer locked.Close()
+	if after, err := os.Lstat(dir); err != nil && before == nil || err == nil && before != nil && os.SameFile(before, after) {
+		return o // it is not there, or the same again
+	}
+	return s.runIn(ctx, dir, name, args, stderr)
 }
 
 // runIn runs the sensor in dir to its end, of which there is one: at the time-out, or
@@ -470,9 +486,6 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
 		}
 	})
-	if err != nil && !exists(file) { // replaced just now
-		return outcome{code: codeNotFound, why: "no such sensor"}
-	}
 	if errors.Is(err, os.ErrNotExist) {
 		return outcome{code: codeNotStarted, why: err.Error() + " (its interpreter, or a line end of DOS behind that?)"}
 	}
@@ -799,8 +812,9 @@ func (q *queue) finish(c *command, r reading) *command {
 	l := q.lane(c)
 	l.running = slices.DeleteFunc(l.running, func(other *command) bool { return other == c })
 	if l == &q.changes {
+		join := true // up to one that asks something else of the same sensor
 		l.waiting = slices.DeleteFunc(l.waiting, func(other *command) bool {
-			if other.sameWork(*c) {
+			if join = join && (other.sensor != c.sensor || other.sameWork(*c)); join && other.sameWork(*c) {
 				q.hand(other, r)
 				return true
 			}

@@ -19,6 +19,7 @@ package main
 // An update goes through these names, and recover knows from them how far it
 // had come when the power went:
 //
+//	sensors/.picket-lock        is locked by the process that changes sensors
 //	sensors/.picket-staging     the package and what is unpacked of it: worth nothing
 //	sensors/.picket-trial-disk  complete, being tried: worth nothing
 //	sensors/.picket-new-disk    complete, tried and on the disk
@@ -60,8 +61,10 @@ const (
 	maxVersion   = 256       // bytes of a file named version
 	spaceReserve = 256 << 10 // bytes of a file system that an update leaves free
 
+	dirSpace = 4 << 10     // bytes that a directory is taken to need
 	lockTime = time.Minute // to wait for another process that changes sensors
 
+	lockName     = ".picket-lock"
 	stagingName  = ".picket-staging"
 	trialPrefix  = ".picket-trial-"
 	newPrefix    = ".picket-new-"
@@ -100,11 +103,12 @@ type source struct {
 	signature func(ctx context.Context) ([]byte, error)
 }
 
-// fromMonitor is the package of a sensor as the monitor has it.
-func fromMonitor(c *client, name string) source {
+// fromMonitor is the package of a sensor as the monitor has it, up to a limit
+// of bytes.
+func fromMonitor(c *client, name string, limit int64) source {
 	return source{
 		archive: func(ctx context.Context, to io.Writer) error {
-			return c.fetch(ctx, to, "cmd_get_sensor_code", name)
+			return c.fetch(ctx, to, limit, "cmd_get_sensor_code", name)
 		},
 		signature: func(ctx context.Context) ([]byte, error) {
 			v, err := c.call(ctx, "cmd_get_sensor_signature", name)
@@ -180,14 +184,18 @@ func (u *updater) install(ctx context.Context, name string, from source) (err er
 			return err
 		}
 		u.progress("try")
-		if o := u.sensors.runIn(ctx, u.at(trialPrefix+name), name, []string{u.sensors.help}, nil); o.code != 0 {
-			return fmt.Errorf("try %s %s: exit %d %s", u.sensors.executable, u.sensors.help, o.code, o.reason())
+		if o := u.sensors.runIn(ctx, u.at(trialPrefix+name), trialPrefix+name, []string{u.sensors.help}, nil); o.code != 0 {
+			return fmt.Errorf("try %s %s: exit %d: %s", u.sensors.executable, u.sensors.help, o.code, o.reason())
 		}
 		if err := u.moveSynced(u.at(trialPrefix+name), u.at(newPrefix+name)); err != nil {
 			return err
 		}
 		u.progress("swap")
-		return u.swap(name)
+		if err := u.swap(name); err != nil {
+			return err
+		}
+		u.tidy(u.prune(name))
+		return nil
 	})
 }
 
@@ -207,7 +215,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 		if err := u.mkdir(u.at(stagingName), 0o700); err != nil {
 			return err
 		}
-		if err := u.copyDir(filepath.Join(u.backup, newest), u.at(stagingName, name)); err != nil {
+		if err := u.copyDir(filepath.Join(u.backup, newest), u.at(stagingName, name), os.Link); err != nil {
 			return err
 		}
 		if err := u.moveSynced(u.at(stagingName, name), u.at(newPrefix+name)); err != nil {
@@ -218,6 +226,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 			return err
 		}
 		u.tidy(u.removeBackup(newest))
+		u.tidy(u.prune(name))
 		return nil
 	})
 }
@@ -230,18 +239,29 @@ func (u *updater) exclusively(ctx context.Context, name string, wait time.Durati
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
-	unlock, err := lockDir(ctx, u.backup)
-	cancel()
+	path, err := os.Stat(u.sensors.path)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	if err := u.settle(); err != nil {
+	backup, err := os.Stat(u.backup)
+	if err != nil {
 		return err
 	}
+	if os.SameFile(path, backup) {
+		return fmt.Errorf("%s and %s are the same directory", u.sensors.path, u.backup)
+	}
+	lock, err := os.OpenFile(u.at(lockName), os.O_RDWR|os.O_CREATE, 0o600) // for nobody else to hold
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := flockWithin(ctx, lock, syscall.LOCK_EX, wait); err != nil {
+		return fmt.Errorf("another process is changing the sensors: %w", err)
+	}
+	u.tidy(u.settle()) // what is in the way will stop the work
 	if err := work(); err != nil {
-		return errors.Join(err, u.abandon(name))
+		u.tidy(u.abandon(name))
+		return err
 	}
 	u.tidy(u.settle())
 	return nil
@@ -267,10 +287,10 @@ func (u *updater) abandon(name string) error {
 }
 
 // recover finishes or undoes what a power cut interrupted. It can be
-// interrupted and repeated itself.
+// interrupted and repeated itself. Where nothing was, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
-	if _, err := os.Stat(u.backup); errors.Is(err, fs.ErrNotExist) {
-		return nil // there was never an update
+	if !u.interrupted() {
+		return nil
 	}
 	err := u.exclusively(ctx, "", 0, u.pruneAll)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -279,72 +299,65 @@ func (u *updater) recover(ctx context.Context) error {
 	return err
 }
 
-// lockDir locks a directory against other processes, and waits for them.
-func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := flock(d, syscall.LOCK_EX|syscall.LOCK_NB)
-		if err == nil {
-			return func() { d.Close() }, nil
-		}
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
-			d.Close()
-			return nil, err
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			d.Close()
-			return nil, fmt.Errorf("another process is changing the sensors: %w", ctx.Err())
+// interrupted reports whether there is anything to recover.
+func (u *updater) interrupted() bool {
+	entries, _ := os.ReadDir(u.sensors.path)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".picket-") {
+			return true
 		}
 	}
+	entries, _ = os.ReadDir(u.backup)
+	return len(entries) > 0
 }
 
 // settle brings the two directories into one of the states that mean
-// something: what is complete is put in its place, the rest removed.
+// something: what is complete is put in its place, the rest removed. What goes
+// wrong with one sensor does not keep it from the others.
 func (u *updater) settle() error {
-	entries, err := os.ReadDir(u.backup)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if isHidden(e.Name()) {
-			if err := u.removeAll(filepath.Join(u.backup, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	if entries, err = os.ReadDir(u.sensors.path); err != nil {
-		return err
-	}
+	var errs []error
+	entries, err := os.ReadDir(u.sensors.path)
+	errs = append(errs, err)
 	for _, e := range entries {
 		if name := e.Name(); name == stagingName || strings.HasPrefix(name, trialPrefix) {
-			if err := u.removeAll(u.at(name)); err != nil {
-				return err
-			}
+			errs = append(errs, u.removeAll(u.at(name)))
 		}
 	}
-	for _, e := range entries { // sorted: new before old
-		var err error
+	for _, e := range entries {
 		if name, ok := strings.CutPrefix(e.Name(), newPrefix); ok {
-			err = u.settleNew(name)
-		} else if name, ok := strings.CutPrefix(e.Name(), oldPrefix); ok {
-			err = u.settleOld(name)
-		}
-		if err != nil {
-			return err
+			errs = append(errs, u.settleNew(name))
 		}
 	}
-	return nil
+	for _, e := range entries {
+		if name, ok := strings.CutPrefix(e.Name(), oldPrefix); ok && !exists(u.at(name)) {
+			errs = append(errs, u.moveSynced(u.at(oldPrefix+name), u.at(name)))
+		}
+	}
+	backups, err := os.ReadDir(u.backup)
+	errs = append(errs, err)
+	for _, e := range backups {
+		if isHidden(e.Name()) {
+			errs = append(errs, u.removeAll(filepath.Join(u.backup, e.Name())))
+		}
+	}
+	for _, e := range entries {
+		if name, ok := strings.CutPrefix(e.Name(), oldPrefix); ok && exists(u.at(e.Name())) {
+			errs = append(errs, u.settleOld(name))
+		}
+	}
+	return errors.Join(errs...)
 }
 
-// settleNew finishes a swap that had taken the old version out of the way, or
-// that had none to take; else the swap had not begun.
+// settleNew finishes a swap in which the old version is out of the way, or
+// copied (see takeAway), or never was; else the swap had not begun.
 func (u *updater) settleNew(name string) error {
-	if exists(u.at(name)) {
+	switch {
+	case !exists(u.at(name)):
+	case exists(u.at(oldPrefix + name)):
+		if err := u.removeAll(u.at(name)); err != nil {
+			return err
+		}
+	default:
 		return u.drop(newPrefix, name)
 	}
 	return u.moveSynced(u.at(newPrefix+name), u.at(name))
@@ -359,26 +372,22 @@ func (u *updater) drop(prefix, name string) error {
 	return u.removeAll(u.at(trialPrefix + name))
 }
 
-// settleOld makes a backup of the version that gave way; or puts it back,
-// where the new one has not come.
+// settleOld makes a backup of the version that gave way.
 func (u *updater) settleOld(name string) error {
-	if !exists(u.at(name)) {
-		return u.moveSynced(u.at(oldPrefix+name), u.at(name))
-	}
 	to, err := u.nextBackup(name)
 	if err != nil {
 		return err
 	}
-	err = u.moveSynced(u.at(oldPrefix+name), to)
-	if errors.Is(err, syscall.EXDEV) {
-		if err = u.copyBackup(u.at(oldPrefix+name), to); err == nil {
-			err = u.moveSynced(hidden(to), to)
-		}
-		if err == nil {
-			err = u.drop(oldPrefix, name)
-		}
+	if err := u.moveSynced(u.at(oldPrefix+name), to); !errors.Is(err, syscall.EXDEV) {
+		return err
 	}
-	return err
+	if err := u.copyBackup(u.at(oldPrefix+name), to); err != nil {
+		return err
+	}
+	if err := u.moveSynced(hidden(to), to); err != nil {
+		return err
+	}
+	return u.drop(oldPrefix, name)
 }
 
 func exists(file string) bool {
@@ -407,33 +416,74 @@ func (u *updater) swap(name string) error {
 	}
 	err = u.sensors.whileUnused(name, func() error {
 		if deployed {
-			return u.moveSynced(u.at(newPrefix+name), u.at(name))
+			return u.move(u.at(newPrefix+name), u.at(name))
 		}
-		if err := u.moveSynced(u.at(name), u.at(oldPrefix+name)); err != nil {
-			return err
+		if err := u.takeAway(name); err != nil {
+			return u.undo(name, err)
 		}
-		err := u.moveSynced(u.at(newPrefix+name), u.at(name))
-		if err == nil && apart {
-			err = u.moveSynced(hidden(to), to)
-		} else if err == nil {
-			err = u.moveSynced(u.at(oldPrefix+name), to)
+		if err := u.move(u.at(newPrefix+name), u.at(name)); err != nil {
+			return u.undo(name, err)
 		}
-		if err != nil && exists(u.at(oldPrefix+name)) { // back to where it was
-			if exists(u.at(name)) {
-				err = errors.Join(err, u.move(u.at(name), u.at(newPrefix+name)))
-			}
-			err = errors.Join(err, u.moveSynced(u.at(oldPrefix+name), u.at(name)))
+		from := u.at(oldPrefix + name)
+		if apart {
+			from = hidden(to)
 		}
-		return err
+		if err := u.move(from, to); err != nil {
+			return u.undo(name, err)
+		}
+		return nil
 	})
 	if err != nil {
 		return err
 	}
+	u.tidy(syncDirs([]string{u.sensors.path, u.backup})) // it is done, as all can see
 	if apart {
 		u.tidy(u.drop(oldPrefix, name))
 	}
-	u.tidy(u.prune(name))
 	return nil
+}
+
+// takeAway moves the installed version out of the way. On an overlay file
+// system a directory of the lower layer cannot be renamed: it is copied, and
+// then removed.
+func (u *updater) takeAway(name string) error {
+	err := u.moveSynced(u.at(name), u.at(oldPrefix+name))
+	if !errors.Is(err, syscall.EXDEV) {
+		return err
+	}
+	if err := u.removeAll(u.at(stagingName)); err != nil {
+		return err
+	}
+	if err := u.mkdir(u.at(stagingName), 0o700); err != nil {
+		return err
+	}
+	if err := u.copyDir(u.at(name), u.at(stagingName, name), nil); err != nil {
+		return err
+	}
+	if err := u.moveSynced(u.at(stagingName, name), u.at(oldPrefix+name)); err != nil {
+		return err
+	}
+	return u.removeAll(u.at(name))
+}
+
+// undo puts the version that gave way back in its place, and returns why.
+func (u *updater) undo(name string, why error) error {
+	if !exists(u.at(oldPrefix + name)) {
+		return why
+	}
+	var err error
+	switch {
+	case !exists(u.at(name)):
+	case exists(u.at(newPrefix + name)): // the old one, perhaps half removed
+		err = u.removeAll(u.at(name))
+	default:
+		err = u.move(u.at(name), u.at(newPrefix+name))
+	}
+	if err == nil {
+		err = u.moveSynced(u.at(oldPrefix+name), u.at(name))
+	}
+	u.tidy(err)
+	return why
 }
 
 // apart reports whether sensors and backups are on two file systems.
@@ -550,7 +600,7 @@ func isHidden(name string) bool {
 
 // copyBackup copies a sensor to where a backup is made.
 func (u *updater) copyBackup(from, to string) error {
-	return u.copyDir(from, hidden(to))
+	return u.copyDir(from, hidden(to), nil)
 }
 
 // The changes of the file system, each of which change is asked for before.
@@ -590,6 +640,16 @@ func (u *updater) removeAll(file string) error {
 	if err := u.change("remove " + file); err != nil {
 		return err
 	}
+	if err := os.RemoveAll(file); err == nil {
+		return nil
+	}
+	// A trial may have left directories that their owner cannot enter.
+	filepath.WalkDir(file, func(name string, e fs.DirEntry, err error) error {
+		if e != nil && e.IsDir() {
+			os.Chmod(name, 0o700)
+		}
+		return nil
+	})
 	return os.RemoveAll(file)
 }
 
@@ -619,8 +679,9 @@ func (u *updater) writeFile(file string, from io.Reader, mode fs.FileMode) error
 }
 
 // copyDir copies a directory, of which the copy is on the disk when it
-// returns nil.
-func (u *updater) copyDir(from, to string) error {
+// returns nil. Files are linked if there is a function for that and it can,
+// which takes no space.
+func (u *updater) copyDir(from, to string, link func(from, to string) error) error {
 	var dirs []string
 	err := filepath.WalkDir(from, func(file string, e fs.DirEntry, err error) error {
 		if err != nil {
@@ -640,13 +701,16 @@ func (u *updater) copyDir(from, to string) error {
 			dirs = append(dirs, target)
 			return u.mkdir(target, info.Mode().Perm()|0o700)
 		case e.Type() == fs.ModeSymlink: // of an administrator's own sensor
-			link, err := os.Readlink(file)
+			to, err := os.Readlink(file)
 			if err != nil {
 				return err
 			}
-			return os.Symlink(link, target)
+			return os.Symlink(to, target)
 		case !e.Type().IsRegular():
 			return fmt.Errorf("copy %s: neither a file nor a directory", file)
+		}
+		if link != nil && link(file, target) == nil {
+			return nil
 		}
 		if err := u.enoughSpace(filepath.Dir(target), info.Size()); err != nil {
 			return err
@@ -680,7 +744,10 @@ func (u *updater) enoughSpace(dir string, size int64) error {
 	if err := syscall.Statfs(dir, &s); err != nil {
 		return &os.PathError{Op: "statfs", Path: dir, Err: err}
 	}
-	if free := int64(s.Bavail) * int64(s.Bsize); free-size < spaceReserve {
+	if s.Files > 0 && s.Ffree < spaceReserve/dirSpace {
+		return fmt.Errorf("no space: %d files can still be made in %s", s.Ffree, dir)
+	}
+	if free := int64(s.Bavail) * int64(s.Bsize); s.Blocks > 0 && free-size < spaceReserve { // ramfs counts nothing
 		return fmt.Errorf("no space: %d bytes free in %s, %d needed and %d to be left", free, dir, size, spaceReserve)
 	}
 	return nil
@@ -779,8 +846,15 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	if info, err := os.Stat(file); err != nil {
 		return nil, err
 	} else if info.IsDir() {
-		if files, err = filepath.Glob(filepath.Join(file, "*.pub")); err != nil {
+		entries, err := os.ReadDir(file)
+		if err != nil {
 			return nil, err
+		}
+		files = nil
+		for _, e := range entries {
+			if strings.HasSuffix(e.Name(), ".pub") {
+				files = append(files, filepath.Join(file, e.Name()))
+			}
 		}
 	}
 	keys := make(map[string]ed25519.PublicKey)
@@ -936,11 +1010,11 @@ type unpacking struct {
 
 // entry unpacks one entry of the package, if it is one that belongs there.
 func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
-	if p.entries++; p.entries > maxEntries {
-		return fmt.Errorf("more than %d entries", maxEntries)
-	}
 	name, err := p.entryName(h)
 	if err != nil || name == "." {
+		return err
+	}
+	if err := p.count(); err != nil {
 		return err
 	}
 	made, known := p.seen[name]
@@ -957,8 +1031,7 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 		if known {
 			return os.Chmod(file, mode|0o700)
 		}
-		p.dirs = append(p.dirs, file)
-		return p.mkdir(file, mode|0o700)
+		return p.makeDir(file, mode|0o700)
 	}
 	if p.left -= h.Size; p.left < 0 {
 		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
@@ -1019,27 +1092,55 @@ func (p *unpacking) parents(dir string) error {
 	if err := p.parents(path.Dir(dir)); err != nil {
 		return err
 	}
+	if err := p.count(); err != nil {
+		return err
+	}
 	p.seen[dir] = false
-	file := p.at(stagingName, filepath.FromSlash(dir))
-	p.dirs = append(p.dirs, file)
-	return p.mkdir(file, 0o755)
+	return p.makeDir(p.at(stagingName, filepath.FromSlash(dir)), 0o755)
 }
 
-// checkVersion refuses an older version than the installed one: an old
-// package, though signed, may be played again by whoever sits on the wire.
-func (u *updater) checkVersion(name string) error {
-	installed, err := readVersion(u.at(name))
-	if err != nil || installed == nil {
-		return nil // it says nothing that could be compared
+// count takes one of the entries that a package may have: also a directory
+// that only the names of others tell of is one.
+func (p *unpacking) count() error {
+	if p.entries++; p.entries > maxEntries {
+		return fmt.Errorf("more than %d entries", maxEntries)
 	}
+	return nil
+}
+
+func (p *unpacking) makeDir(file string, mode fs.FileMode) error {
+	if err := p.enoughSpace(filepath.Dir(file), dirSpace); err != nil {
+		return err
+	}
+	p.dirs = append(p.dirs, file)
+	return p.mkdir(file, mode)
+}
+
+// checkVersion refuses an older version than the installed one and its
+// backups: an old package, though signed, may be played again by whoever sits on
+// the wire, also after a roll-back.
+func (u *updater) checkVersion(name string) error {
 	offered, err := readVersion(u.at(stagingName, name))
-	switch {
-	case err != nil:
+	if err != nil {
 		return fmt.Errorf("version: %w", err)
-	case offered == nil:
-		return fmt.Errorf("version: none in the package; %s is installed", versionText(installed))
-	case slices.Compare(offered, installed) < 0:
-		return fmt.Errorf("version: %s is older than %s, which is installed", versionText(offered), versionText(installed))
+	}
+	backups, err := u.backups(name)
+	if err != nil {
+		return err
+	}
+	dirs := []string{u.at(name)}
+	for _, backup := range backups {
+		dirs = append(dirs, filepath.Join(u.backup, backup))
+	}
+	for _, dir := range dirs {
+		known, err := readVersion(dir)
+		switch {
+		case err != nil || known == nil: // it says nothing that could be compared
+		case offered == nil:
+			return fmt.Errorf("version: none in the package; %s is known here", versionText(known))
+		case slices.Compare(offered, known) < 0:
+			return fmt.Errorf("version: %s is older than %s, which is known here", versionText(offered), versionText(known))
+		}
 	}
 	return nil
 }
