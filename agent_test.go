@@ -1296,6 +1296,41 @@ func TestQueueGivenAway(t *testing.T) {
 	}
 }
 
+// TestQueueJoin: who asks for the change that is under way joins it, but not
+// past one that asks something else of the sensor.
+func TestQueueJoin(t *testing.T) {
+	q := newTestQueue(t, 1, 10)
+	for i, c := range []command{{change: "update", sensor: "a"}, {change: "update", sensor: "a"}, {change: "update", sensor: "b"}, {change: "rollback", sensor: "a"}, {change: "update", sensor: "a"}} {
+		c.ticket = i
+		if err := q.accept(c, time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q.submit(t, "r", "a") // a reading waits for none of them
+	var ran []string
+	for i := 0; i < 5; i++ {
+		c := receive(t, "start", q.started)
+		ran = append(ran, c.change+" "+c.sensor)
+		if i > 0 { // the first two run side by side
+			q.end <- reading{}
+		}
+		if i == 1 {
+			q.end <- reading{}
+			slices.Sort(ran)
+		}
+	}
+	if want := []string{" a", "update a", "update b", "rollback a", "update a"}; !slices.Equal(ran, want) {
+		t.Errorf("ran %q; want %q", ran, want)
+	}
+	seen := make(map[string]bool)
+	for range [6]int{} {
+		seen[receive(t, "delivery", q.delivered)] = true
+	}
+	if len(seen) != 6 || len(q.delivered) > 0 {
+		t.Errorf("got %v and %d more; want each of 6 once", seen, len(q.delivered))
+	}
+}
+
 func TestQueueClose(t *testing.T) {
 	q := newTestQueue(t, 2, 10)
 	for i := 1; i <= 4; i++ {
@@ -2414,6 +2449,49 @@ func withRecords(t *testing.T, e packed, records ...string) []byte {
 	return b
 }
 
+// TestInstallLocked: who else holds a lock on the sensors' directory does not
+// stop the agent, and a directory that is both is refused.
+func TestInstallLocked(t *testing.T) {
+	dir := t.TempDir()
+	u := testUpdater(t, dir, map[string]string{"sensors/demo/check": printing(1)})
+	held, err := u.sensors.lock(syscall.LOCK_EX, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if texts, err := u.sensors.helpTexts(context.Background()); err != nil || len(texts) != 1 {
+		t.Errorf("got %q, %v", texts, err)
+	}
+	if r := u.sensors.read(context.Background(), "none", nil, nil); r.code != codeNotFound {
+		t.Errorf("got %+v", r)
+	}
+	held.Close()
+	lock, err := os.OpenFile(u.at(lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := flockWithin(context.Background(), lock, syscall.LOCK_EX, 0); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if err := u.rollback(ctx, "demo"); err == nil || !strings.Contains(err.Error(), "another process is changing the sensors") {
+		t.Errorf("got %v", err)
+	}
+	if err := u.recover(context.Background()); err != nil {
+		t.Errorf("recover beside another process: %v", err)
+	}
+	lock.Close()
+	if err := os.Remove(u.backup); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("sensors", u.backup); err != nil {
+		t.Fatal(err)
+	}
+	if err := u.rollback(context.Background(), "demo"); err == nil || !strings.Contains(err.Error(), "the same directory") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestInstallNoSpace(t *testing.T) {
 	u := testUpdater(t, t.TempDir(), nil)
 	if err := u.enoughSpace(u.backup, 1); err != nil {
@@ -2895,52 +2973,67 @@ func crashChild(spec string) {
 	if _, err := fmt.Sscan(spec, &dir, &i, &n); err != nil {
 		log.Fatal(err)
 	}
-	t := &testing.B{}
-	u := testUpdater(t, dir, nil)
-	u.change = func(string) error {
+	die := func(string) error {
 		if n--; n == 0 {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
 		return nil
 	}
+	if i < 0 {
+		if err := editINI(dir, die, func(c *ini) error { return c.set("monitor", "url", "http://two/") }); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
+	t := &testing.B{}
+	u := testUpdater(t, dir, nil)
+	u.change = die
 	if err := crashes(t)[i].run(u); err != nil {
 		log.Fatal(err)
 	}
 }
 
-// TestCrashConfig stops the saving of client.cfg dead at each step.
+// TestCrashConfig kills a process at each step of saving client.cfg, which is
+// all that a move writes.
 func TestCrashConfig(t *testing.T) {
-	const before, after = "[monitor]\nurl = http://one/ ; here\n", "[monitor]\nurl = http://two/ ; here\n"
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	points := 0
 	for n := 1; ; n++ {
 		file := filepath.Join(t.TempDir(), "client.cfg")
-		if err := os.WriteFile(file, []byte(before), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(crashConfig), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		count := 0
-		err := editINI(file, func(string) error {
-			if count++; count >= n {
-				return errDead
-			}
-			return nil
-		}, func(c *ini) error { return c.set("monitor", "url", "http://two/") })
-		want := before
+		cmd := exec.Command(self)
+		cmd.Env = append(os.Environ(), fmt.Sprintf("PICKET_TEST_CRASH=%s -1 %d", file, n))
+		err := cmd.Run()
+		want := crashConfig
 		if err == nil {
-			want = after
+			want = strings.Replace(crashConfig, "one", "two", 1)
+		}
+		if err := editINI(file, nil, func(*ini) error { return nil }); err != nil { // the next start
+			t.Error(err)
 		}
 		text, err2 := os.ReadFile(file)
-		left, err3 := filepath.Glob(filepath.Join(filepath.Dir(file), ".*"))
-		if string(text) != want || err2 != nil || err3 != nil || len(left) > 0 {
+		left := leftovers(t, filepath.Dir(file))
+		if string(text) != want || err2 != nil || len(left) > 0 {
 			t.Errorf("step %d: %v: got %q, %q; want %q", n, err, text, left, want)
 		}
 		if err == nil {
-			if n < 4 {
-				t.Errorf("%d steps only", n-1)
-			}
 			break
 		}
+		points++
 	}
+	if points < 4 {
+		t.Errorf("killed at %d points only", points)
+	}
+	t.Logf("killed at %d points", points)
 }
+
+const crashConfig = "[monitor]\nurl = http://one/ ; here\n"
 
 // TestUpdateUnderLoad: readings at full rate while their sensor is replaced a
 // hundred times; none fails.
@@ -3087,8 +3180,7 @@ func TestUpdateMemory(t *testing.T) {
 	}
 	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience)
 	defer c.close()
-	mustCall(t, c, "cmd_update_sensor_code", "none", 1) // what any first command takes
-	receive(t, "outcome", readings)
+	mustCall(t, c, "healthcheck") // it is up
 	peak := func() int {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 		if err != nil {
@@ -3148,6 +3240,12 @@ func TestFetch(t *testing.T) {
 		case test.want != "" && test.want != "empty" && !regexp.MustCompile("^"+test.want+"$").MatchString(fmt.Sprint(err)):
 			t.Errorf("%.100q: got %v; want %s", test.message, err, test.want)
 		}
+	}
+	blanks := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, around("<base64>"+strings.Repeat(" ", 1<<20)))
+	})), patience)
+	if err := blanks.fetch(context.Background(), io.Discard, 1<<10, "m"); err == nil || !strings.Contains(err.Error(), "far longer") {
+		t.Errorf("got %v", err)
 	}
 	hold := make(chan struct{})
 	defer close(hold)
