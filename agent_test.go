@@ -3350,7 +3350,7 @@ func TestCommandLine(t *testing.T) {
 		{text, "config get x", 2, "!usage: .*"},
 		{text, "config set monitor url http://other/", 0, ""},
 		{text, "config set monitor timeout soon", 2, `!not changed: .*client.cfg:4: \[monitor\] timeout: "soon" is not a time .*`},
-		{text, "config set monitor no\nname x", 1, `!set \[monitor\] no\nname .*`},
+		{text, "config set monitor no\nname x", 1, `!set "no\\nname" of \[monitor\]: it cannot be written .*`},
 		{text, "config unset monitor url", 0, ""},
 		{text, "config unset monitor timeout", 1, `!.*no such section or option`},
 		{text, "config unset x", 1, `!.*no such section or option`},

@@ -401,7 +401,7 @@ func (c *ini) set(section, option, value string) error {
 	want := maps.Clone(c.values)
 	want[key] = iniValue{raw: raw}
 	if err := c.become(lines, want); err != nil {
-		return fmt.Errorf("set [%s] %s: %w", section, option, err)
+		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
 	}
 	return nil
 }
