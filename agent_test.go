@@ -2571,11 +2571,11 @@ func TestVerify(t *testing.T) {
 		t.Fatal(err)
 	}
 	start := strings.Index(signature, "\n") + 1 // the comment is not trusted, nor is it used
-	for i := start; i < len(signature)-1; i++ {
+	for i := 8 * start; i < 8*(len(signature)-1); i++ {
 		bad := []byte(signature)
-		bad[i] ^= 1 << (i % 8)
+		bad[i/8] ^= 1 << (i % 8)
 		if err := verify(archive, string(bad)); err == nil {
-			t.Errorf("bit flipped in byte %d of the signature: taken", i)
+			t.Errorf("bit %d of the signature flipped: taken", i)
 		}
 	}
 	for i := range archive {
@@ -2585,12 +2585,12 @@ func TestVerify(t *testing.T) {
 			t.Errorf("bit flipped in byte %d of the package: taken", i)
 		}
 	}
-	for i := strings.Index(public, "\n") + 1; i < len(public)-1; i++ {
+	for i := 8 * (strings.Index(public, "\n") + 1); i < 8*(len(public)-1); i++ {
 		bad := []byte(public)
-		bad[i] ^= 1 << (i % 8)
+		bad[i/8] ^= 1 << (i % 8)
 		writeTree(t, u.keys, map[string]string{"a.pub": string(bad)})
 		if err := verify(archive, signature); err == nil {
-			t.Errorf("bit flipped in byte %d of the key: taken", i)
+			t.Errorf("bit %d of the key flipped: taken", i)
 		}
 	}
 	t.Logf("%d flipped bits refused", flipped-1)
