@@ -2454,7 +2454,7 @@ func withRecords(t *testing.T, e packed, records ...string) []byte {
 func TestInstallLocked(t *testing.T) {
 	dir := t.TempDir()
 	u := testUpdater(t, dir, map[string]string{"sensors/demo/check": printing(1)})
-	held, err := u.sensors.lock(syscall.LOCK_EX, 0)
+	held, err := u.sensors.lock(context.Background(), syscall.LOCK_EX, patience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2933,6 +2933,69 @@ func TestCrash(t *testing.T) {
 		intact(t, u, crash{outcome: []string{name}}, "no directory of backups")
 	}
 	t.Logf("stopped dead at %d points, and %d times in recovery after that", points, again)
+}
+
+// TestUnsettled: what an earlier change left and could not be settled is not
+// taken for this one's: nothing is lost.
+func TestUnsettled(t *testing.T) {
+	dir := t.TempDir()
+	before := map[string]string{"sensors/demo/check": printing(2), "sensors/.picket-old-demo/check": printing(1)}
+	u := testUpdater(t, dir, before)
+	broken := errors.New("broken disk")
+	u.change = func(what string) error {
+		if what == "rename "+u.at(oldPrefix+"demo") {
+			return broken
+		}
+		return nil
+	}
+	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(3)))
+	if err := u.install(context.Background(), "demo", fromBytes(archive, "")); !errors.Is(err, broken) || !strings.Contains(err.Error(), "not settled") {
+		t.Errorf("got %v", err)
+	}
+	if got := readTree(t, dir); !reflect.DeepEqual(got, before) {
+		t.Errorf("got %q; want nothing changed", got)
+	}
+	u.change = func(string) error { return nil }
+	if err := u.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
+		t.Error(err)
+	}
+	if got, err := os.ReadFile(u.at("demo", "check")); err != nil || string(got) != printing(3) {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if backups, err := u.backups("demo"); err != nil || len(backups) != 2 {
+		t.Errorf("got %q, %v; want both versions before", backups, err)
+	}
+
+	// One step fails, once, at any place: an error means nothing changed.
+	for n := 1; ; n++ {
+		dir := t.TempDir()
+		before := map[string]string{"sensors/demo/check": printing(1), "backup/demo_2026-01-01T00:00:00/check": printing(0)}
+		u := testUpdater(t, dir, before)
+		count := 0
+		u.change = func(string) error {
+			if count++; count == n {
+				return broken
+			}
+			return nil
+		}
+		err := u.install(context.Background(), "demo", fromBytes(archive, ""))
+		got, err2 := os.ReadFile(u.at("demo", "check"))
+		if want := map[bool]string{true: printing(3), false: printing(1)}[err == nil]; string(got) != want || err2 != nil {
+			t.Errorf("step %d: %v, and %q, %v is in place", n, err, got, err2)
+		}
+		if count < n {
+			break
+		}
+	}
+}
+
+// TestRecoverNothing: where nothing was interrupted, nothing is written.
+func TestRecoverNothing(t *testing.T) {
+	dir := t.TempDir()
+	u := testUpdater(t, dir, map[string]string{"sensors/demo/check": printing(1), "backup/demo_2026-01-01T00:00:00/check": printing(0), "backup/.profile": "mine"})
+	if err := u.recover(context.Background()); err != nil || exists(u.at(lockName)) {
+		t.Errorf("got %v; want no lock file", err)
+	}
 }
 
 // TestCrashKill does so with real processes and SIGKILL.

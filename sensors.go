@@ -214,7 +214,7 @@ func splitWords(s string) ([]string, error) {
 
 // names lists the sensors: the directories with the executable in them.
 func (s *sensors) names() ([]string, error) {
-	if dir, err := s.lock(syscall.LOCK_SH, shareTime); err == nil { // else it is somebody else's lock
+	if dir, err := s.lock(context.Background(), syscall.LOCK_SH, shareTime); err == nil { // else it is somebody else's lock
 		defer dir.Close()
 	}
 	entries, err := os.ReadDir(s.path)
@@ -363,12 +363,12 @@ func (s *sensors) use(name string) (u *usage, done func()) {
 
 // whileUnused calls replace while no run of the sensor goes on in this
 // process, and none begins in any.
-func (s *sensors) whileUnused(name string, replace func() error) error {
+func (s *sensors) whileUnused(ctx context.Context, name string, replace func() error) error {
 	u, done := s.use(name)
 	defer done()
 	u.Lock()
 	defer u.Unlock()
-	dir, err := s.lock(syscall.LOCK_EX, lockTime)
+	dir, err := s.lock(ctx, syscall.LOCK_EX, lockTime)
 	if err != nil {
 		return err
 	}
@@ -378,12 +378,12 @@ func (s *sensors) whileUnused(name string, replace func() error) error {
 
 // lock locks the directory of sensors until it is closed, or fails where that
 // takes too long.
-func (s *sensors) lock(how int, wait time.Duration) (*os.File, error) {
+func (s *sensors) lock(ctx context.Context, how int, wait time.Duration) (*os.File, error) {
 	dir, err := os.Open(s.path)
 	if err != nil {
 		return nil, err
 	}
-	if err := flockWithin(context.Background(), dir, how, wait); err != nil {
+	if err := flockWithin(ctx, dir, how, wait); err != nil {
 		dir.Close()
 		return nil, fmt.Errorf("lock %s: %w", s.path, err)
 	}
@@ -421,20 +421,22 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 	defer u.RUnlock()
 	dir := filepath.Join(s.path, name)
 	before, _ := os.Lstat(dir)
+	replaced := func() bool {
+		after, err := os.Lstat(dir)
+		return before == nil && err == nil || before != nil && (err != nil || !os.SameFile(before, after))
+	}
 	o := s.runIn(ctx, dir, name, args, stderr)
-	if o.code == 0 || ctx.Err() != nil {
+	missing := o.code == codeNotFound || o.code == codeNotStarted // perhaps for an instant
+	if o.code == 0 || ctx.Err() != nil || !missing && !replaced() {
 		return o
 	}
-	if after, err := os.Lstat(dir); err == nil && before != nil && os.SameFile(before, after) {
-		return o
-	}
-	locked, err := s.lock(syscall.LOCK_SH, shareTime)
+	locked, err := s.lock(ctx, syscall.LOCK_SH, shareTime)
 	if err != nil {
 		return o
 	}
 	defer locked.Close()
-	if after, err := os.Lstat(dir); err != nil && before == nil || err == nil && before != nil && os.SameFile(before, after) {
-		return o // it is not there, or the same again
+	if before == nil && !replaced() {
+		return o // it is not there
 	}
 	return s.runIn(ctx, dir, name, args, stderr)
 }

@@ -191,7 +191,7 @@ func (u *updater) install(ctx context.Context, name string, from source) (err er
 			return err
 		}
 		u.progress("swap")
-		if err := u.swap(name); err != nil {
+		if err := u.swap(ctx, name); err != nil {
 			return err
 		}
 		u.tidy(u.prune(name))
@@ -222,7 +222,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 			return err
 		}
 		u.progress("swap")
-		if err := u.swap(name); err != nil {
+		if err := u.swap(ctx, name); err != nil {
 			return err
 		}
 		u.tidy(u.removeBackup(newest))
@@ -255,10 +255,19 @@ func (u *updater) exclusively(ctx context.Context, name string, wait time.Durati
 		return err
 	}
 	defer lock.Close()
+	if owner := path.Sys().(*syscall.Stat_t); os.Geteuid() == 0 { // an agent that is not root must get at it, too
+		if err := lock.Chown(int(owner.Uid), int(owner.Gid)); err != nil {
+			return err
+		}
+	}
 	if err := flockWithin(ctx, lock, syscall.LOCK_EX, wait); err != nil {
 		return fmt.Errorf("another process is changing the sensors: %w", err)
 	}
-	u.tidy(u.settle()) // what is in the way will stop the work
+	err = u.settle()
+	if name != "" && (exists(u.at(oldPrefix+name)) || exists(u.at(newPrefix+name))) {
+		return fmt.Errorf("an earlier change is not settled: %w", err)
+	}
+	u.tidy(err)
 	if err := work(); err != nil {
 		u.tidy(u.abandon(name))
 		return err
@@ -275,10 +284,13 @@ func (u *updater) tidy(err error) {
 	}
 }
 
-// abandon removes what a change that failed has made, so that settle does not
+// abandon undoes what a change that failed has made, so that settle does not
 // finish it.
 func (u *updater) abandon(name string) error {
-	if exists(u.at(newPrefix+name)) && !exists(u.at(oldPrefix+name)) {
+	if err := u.undo(name); err != nil {
+		return err // recover will decide
+	}
+	if exists(u.at(newPrefix + name)) {
 		if err := u.drop(newPrefix, name); err != nil {
 			return err
 		}
@@ -303,12 +315,23 @@ func (u *updater) recover(ctx context.Context) error {
 func (u *updater) interrupted() bool {
 	entries, _ := os.ReadDir(u.sensors.path)
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".picket-") {
+		if name := e.Name(); strings.HasPrefix(name, ".picket-") && name != lockName {
 			return true
 		}
 	}
 	entries, _ = os.ReadDir(u.backup)
-	return len(entries) > 0
+	count := make(map[string]int)
+	for _, e := range entries {
+		if isHidden(e.Name()) {
+			return true
+		}
+		if name, ok := backedUp(e.Name()); ok {
+			if count[name]++; u.keep > 0 && count[name] > u.keep {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // settle brings the two directories into one of the states that mean
@@ -341,7 +364,8 @@ func (u *updater) settle() error {
 		}
 	}
 	for _, e := range entries {
-		if name, ok := strings.CutPrefix(e.Name(), oldPrefix); ok && exists(u.at(e.Name())) {
+		name, ok := strings.CutPrefix(e.Name(), oldPrefix)
+		if ok && exists(u.at(e.Name())) && !exists(u.at(newPrefix+name)) { // else settleNew has failed
 			errs = append(errs, u.settleOld(name))
 		}
 	}
@@ -397,7 +421,7 @@ func exists(file string) bool {
 
 // swap puts .new-NAME in the place of the sensor. Readings of the sensor that
 // run have ended by then, others wait meanwhile.
-func (u *updater) swap(name string) error {
+func (u *updater) swap(ctx context.Context, name string) error {
 	deployed := !exists(u.at(name))
 	to, err := u.nextBackup(name)
 	if err != nil {
@@ -414,24 +438,25 @@ func (u *updater) swap(name string) error {
 			}
 		}
 	}
-	err = u.sensors.whileUnused(name, func() error {
-		if deployed {
-			return u.move(u.at(newPrefix+name), u.at(name))
+	err = u.sensors.whileUnused(ctx, name, func() error {
+		err := error(nil)
+		if !deployed {
+			err = u.takeAway(name)
 		}
-		if err := u.takeAway(name); err != nil {
-			return u.undo(name, err)
+		if err == nil {
+			err = u.move(u.at(newPrefix+name), u.at(name))
 		}
-		if err := u.move(u.at(newPrefix+name), u.at(name)); err != nil {
-			return u.undo(name, err)
+		switch {
+		case err != nil || deployed:
+		case apart:
+			err = u.move(hidden(to), to)
+		default:
+			err = u.move(u.at(oldPrefix+name), to)
 		}
-		from := u.at(oldPrefix + name)
-		if apart {
-			from = hidden(to)
+		if err != nil {
+			u.tidy(u.undo(name)) // before anybody sees the gap
 		}
-		if err := u.move(from, to); err != nil {
-			return u.undo(name, err)
-		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return err
@@ -466,10 +491,10 @@ func (u *updater) takeAway(name string) error {
 	return u.removeAll(u.at(name))
 }
 
-// undo puts the version that gave way back in its place, and returns why.
-func (u *updater) undo(name string, why error) error {
+// undo puts the version that gave way back in its place, if there is one.
+func (u *updater) undo(name string) error {
 	if !exists(u.at(oldPrefix + name)) {
-		return why
+		return nil
 	}
 	var err error
 	switch {
@@ -479,24 +504,27 @@ func (u *updater) undo(name string, why error) error {
 	default:
 		err = u.move(u.at(name), u.at(newPrefix+name))
 	}
-	if err == nil {
-		err = u.moveSynced(u.at(oldPrefix+name), u.at(name))
+	if err != nil {
+		return err
 	}
-	u.tidy(err)
-	return why
+	return u.moveSynced(u.at(oldPrefix+name), u.at(name))
 }
 
-// apart reports whether sensors and backups are on two file systems.
+// apart reports whether a sensor cannot be renamed to become a backup. Trying
+// is the only way to know: two mounts may be of one device.
 func (u *updater) apart() (bool, error) {
-	var devices [2]uint64
-	for i, dir := range []string{u.sensors.path, u.backup} {
-		info, err := os.Stat(dir)
-		if err != nil {
-			return false, err
-		}
-		devices[i] = uint64(info.Sys().(*syscall.Stat_t).Dev)
+	probe, to := u.at(stagingName, "probe"), hidden(filepath.Join(u.backup, "probe_"+backupLayout))
+	if err := os.Mkdir(probe, 0o700); err != nil {
+		return false, err
 	}
-	return devices[0] != devices[1], nil
+	err := os.Rename(probe, to)
+	if errors.Is(err, syscall.EXDEV) {
+		return true, os.Remove(probe)
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, os.Remove(to)
 }
 
 // backups lists the backups of a sensor, oldest first.
@@ -541,12 +569,11 @@ func (u *updater) prune(name string) error {
 	if err != nil || u.keep == 0 {
 		return err
 	}
+	var errs []error
 	for ; len(backups) > u.keep; backups = backups[1:] {
-		if err := u.removeBackup(backups[0]); err != nil {
-			return err
-		}
+		errs = append(errs, u.removeBackup(backups[0]))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // pruneAll prunes the backups of every sensor.
@@ -699,13 +726,19 @@ func (u *updater) copyDir(from, to string, link func(from, to string) error) err
 		switch {
 		case e.IsDir():
 			dirs = append(dirs, target)
-			return u.mkdir(target, info.Mode().Perm()|0o700)
+			if err := u.mkdir(target, info.Mode().Perm()|0o700); err != nil {
+				return err
+			}
+			return keepOwnerOf(info, target)
 		case e.Type() == fs.ModeSymlink: // of an administrator's own sensor
 			to, err := os.Readlink(file)
 			if err != nil {
 				return err
 			}
-			return os.Symlink(to, target)
+			if err := os.Symlink(to, target); err != nil {
+				return err
+			}
+			return keepOwnerOf(info, target)
 		case !e.Type().IsRegular():
 			return fmt.Errorf("copy %s: neither a file nor a directory", file)
 		}
@@ -720,12 +753,24 @@ func (u *updater) copyDir(from, to string, link func(from, to string) error) err
 			return err
 		}
 		defer f.Close()
-		return u.writeFile(target, f, info.Mode().Perm())
+		if err := u.writeFile(target, f, info.Mode().Perm()); err != nil {
+			return err
+		}
+		return keepOwnerOf(info, target)
 	})
 	if err != nil {
 		return err
 	}
 	return syncDirs(dirs)
+}
+
+// keepOwnerOf gives a copy the owner of the original, if root makes it.
+func keepOwnerOf(original fs.FileInfo, file string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	owner := original.Sys().(*syscall.Stat_t)
+	return os.Lchown(file, int(owner.Uid), int(owner.Gid))
 }
 
 func syncDirs(dirs []string) error {
