@@ -281,25 +281,32 @@ func programDir() (string, error) {
 	return filepath.Dir(file), err
 }
 
-// loadSettings reads client.cfg and logs what it warns of.
+// loadSettings finds client.cfg and reads the settings.
 func loadSettings(named string) (settings, error) {
 	file, err := findConfig(named)
 	if err != nil {
 		return settings{}, err
 	}
+	_, s, err := readSettings(file)
+	return s, err
+}
+
+// readSettings reads the settings of a file and the text they come from, and
+// logs what the file warns of.
+func readSettings(file string) (*ini, settings, error) {
 	c, err := readINI(file)
 	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
+		return nil, settings{}, &exitError{exitUsage, err}
 	}
 	s, warnings, err := c.settings(filepath.Dir(file))
 	for _, w := range warnings {
 		log.Print(w)
 	}
 	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
+		return nil, settings{}, &exitError{exitUsage, err}
 	}
 	s.file = file
-	return s, nil
+	return c, s, nil
 }
 
 func runAgent(ctx context.Context, in invocation) error {
@@ -832,16 +839,9 @@ func editConfig(file string, change func(*ini) error) error {
 // printConfig prints every option as INI, with its value or default. A
 // password in a URL is not shown.
 func printConfig(file string, out io.Writer) error {
-	c, err := readINI(file)
+	c, s, err := readSettings(file)
 	if err != nil {
-		return &exitError{exitUsage, err}
-	}
-	s, warnings, err := c.settings(filepath.Dir(file))
-	for _, w := range warnings {
-		log.Print(w)
-	}
-	if err != nil {
-		return &exitError{exitUsage, err}
+		return err
 	}
 	if warning := noSensors(installedSensors(s)); warning != "" {
 		log.Print(warning)

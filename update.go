@@ -164,7 +164,7 @@ func (u *updater) at(elements ...string) string {
 // install fetches a package, verifies it, unpacks it, tries it and puts it in
 // the place of the sensor, whose version before becomes a backup. An error
 // means that nothing has changed.
-func (u *updater) install(ctx context.Context, name string, from source) (err error) {
+func (u *updater) install(ctx context.Context, name string, from source) error {
 	return u.exclusively(ctx, name, lockTime, func() error {
 		archive, err := u.fetch(ctx, from)
 		if err != nil {
@@ -419,7 +419,7 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// swap puts .new-NAME in the place of the sensor. Readings of the sensor that
+// swap puts .picket-new-NAME in the place of the sensor. Readings of the sensor that
 // run have ended by then, others wait meanwhile.
 func (u *updater) swap(ctx context.Context, name string) error {
 	deployed := !exists(u.at(name))
