@@ -61,9 +61,18 @@ func TestMain(m *testing.M) {
 func logged(t *testing.T) fmt.Stringer {
 	var b lockedBuffer
 	before := log.Writer()
-	log.SetOutput(&b)
+	log.SetOutput(unmarked{&b})
 	t.Cleanup(func() { log.SetOutput(before) })
 	return &b
+}
+
+// Unmarked takes the severities off the lines of a log.
+type unmarked struct{ w io.Writer }
+
+func (u unmarked) Write(line []byte) (int, error) {
+	_, text := splitSeverity(string(line))
+	_, err := io.WriteString(u.w, text)
+	return len(line), err
 }
 
 type lockedBuffer struct {
@@ -205,11 +214,12 @@ func serve(t testing.TB, h http.Handler) *url.URL {
 		t.Fatal(err)
 	}
 	server := &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)}
+	run := server.Serve
 	if h, ok := h.(*handler); ok {
-		server = h.server()
+		server, run = h.http, h.serve
 	}
 	done := make(chan struct{})
-	go func() { defer close(done); server.Serve(listener) }()
+	go func() { defer close(done); run(listener) }()
 	t.Cleanup(func() { server.Close(); <-done })
 	return &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
 }
@@ -235,7 +245,7 @@ func startAgent(t testing.TB, s settings) (*agent, *client) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- a.run(ctx) }()
-	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, patience)
+	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, patience, nil)
 	t.Cleanup(func() {
 		c.close()
 		cancel()
@@ -586,7 +596,7 @@ c.cfg:4: unknown option "z" in [sensor]`},
 	want := settings{
 		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup", timeout: 30 * time.Second, concurrency: 2,
 		update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
-		monitor: &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"}, monitorTimeout: 15 * time.Second, noValue: "nan",
+		monitor: &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"}, monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20,
 		listen: ":8080", queue: 256,
 	}
 	if !reflect.DeepEqual(s, want) {
@@ -1243,7 +1253,7 @@ func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
 
 func (q *testQueue) submit(t *testing.T, ticket any, sensor string, args ...string) {
 	t.Helper()
-	if err := q.accept(command{ticket: ticket, sensor: sensor, args: args}, time.Now().Add(patience)); err != nil {
+	if err := q.accept(context.Background(), command{ticket: ticket, sensor: sensor, args: args}, time.Now().Add(patience)); err != nil {
 		t.Errorf("%v %s: %v", ticket, sensor, err)
 	}
 }
@@ -1258,7 +1268,7 @@ func TestQueue(t *testing.T) {
 	q.submit(t, "2", "string")  // another ticket
 	q.submit(t, int64(2), "i8") // and another: now the queue is full
 	q.submit(t, 2, "c")         // takes the place of the one that waits
-	err := q.accept(command{ticket: 9, sensor: "z"}, time.Now())
+	err := q.accept(context.Background(), command{ticket: 9, sensor: "z"}, time.Now())
 	if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultBusy {
 		t.Errorf("full: got %v; want a fault %d", err, faultBusy)
 	}
@@ -1302,7 +1312,7 @@ func TestQueueJoin(t *testing.T) {
 	q := newTestQueue(t, 1, 10)
 	for i, c := range []command{{change: "update", sensor: "a"}, {change: "update", sensor: "a"}, {change: "update", sensor: "b"}, {change: "rollback", sensor: "a"}, {change: "update", sensor: "a"}} {
 		c.ticket = i
-		if err := q.accept(c, time.Now().Add(patience)); err != nil {
+		if err := q.accept(context.Background(), c, time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1341,7 +1351,7 @@ func TestQueueClose(t *testing.T) {
 	full := make(chan error, 1)
 	go func() {
 		for i := 5; ; i++ {
-			if err := q.accept(command{ticket: i}, time.Now().Add(patience)); err != nil {
+			if err := q.accept(context.Background(), command{ticket: i}, time.Now().Add(patience)); err != nil {
 				full <- err
 				return
 			}
@@ -1375,7 +1385,7 @@ func TestQueueConcurrency(t *testing.T) {
 		return reading{}
 	}, func(ticket any, _ reading) { delivered <- ticket }, func(any) {})
 	for i := 0; i < 100; i++ {
-		if err := q.accept(command{ticket: i}, time.Now().Add(patience)); err != nil {
+		if err := q.accept(context.Background(), command{ticket: i}, time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1658,7 +1668,7 @@ func TestConnections(t *testing.T) {
 			io.WriteString(conn, "POST /xmlrpc HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n<?xml")
 		}
 	}
-	c := newClient(u, patience)
+	c := newClient(u, patience, nil)
 	defer c.close()
 	for i := 0; i < 10; i++ {
 		if v := mustCall(t, c, "healthcheck"); v != "OK" {
@@ -1737,7 +1747,7 @@ func TestClient(t *testing.T) {
 	for _, test := range tests {
 		u := serve(t, test.handler)
 		u.User = url.UserPassword("user", "secret")
-		c := newClient(u, patience)
+		c := newClient(u, patience, nil)
 		v, err := c.call(context.Background(), "m", 1)
 		c.close()
 		if got := fmt.Sprintf("%v %v", v, err); !regexp.MustCompile("^(?:"+test.want+")$").MatchString(got) || strings.Contains(got, "secret") {
@@ -1763,7 +1773,7 @@ func TestClientKeepsConnection(t *testing.T) {
 	c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		peers[r.RemoteAddr] = true
 		h.ServeHTTP(w, r)
-	})), patience)
+	})), patience, nil)
 	defer c.close()
 	for i := 0; i < 20; i++ {
 		mustCall(t, c, "healthcheck")
@@ -1772,14 +1782,14 @@ func TestClientKeepsConnection(t *testing.T) {
 		t.Errorf("%d connections; want 1", len(peers))
 	}
 	h = newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
-	c = newClient(serve(t, h), patience)
+	c = newClient(serve(t, h), patience, nil)
 	mustCall(t, c, "healthcheck")
 	await(t, "the connection is closed", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) == 0 })
 }
 
 // testDelivery delivers to a recorder with waits of milliseconds.
 func testDelivery(t *testing.T, m *recorder) *delivery {
-	d := newDelivery(newClient(m.url, patience), time.UTC, "nan", time.Millisecond)
+	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, nil)
 	t.Cleanup(func() { within(patience, d.close) })
 	return d
 }
@@ -1813,7 +1823,7 @@ func TestDelivery(t *testing.T) {
 func TestDeliveryClock(t *testing.T) {
 	m := newRecorder(t)
 	d := testDelivery(t, m)
-	d.clock = func() time.Time { return time.Now().AddDate(56, 0, 0) } // for the box it was 1970 before
+	d.clock = func(now time.Time) time.Time { return now.AddDate(56, 0, 0) } // for the box it was 1970 before
 	d.put(7, reading{taken: time.Now().Add(-time.Hour)})
 	at, err := time.Parse(dateTimeLayout, string(receive(t, "reading", m.readings).time))
 	if off := at.Sub(time.Now().UTC().AddDate(56, 0, 0).Add(-time.Hour)); err != nil || off < -time.Minute || off > time.Minute {
@@ -1857,7 +1867,7 @@ func TestDeliveryAway(t *testing.T) {
 		t.Errorf("got %v; want %v", got, want)
 	}
 	await(t, "two lines", func() bool { return strings.Count(lines.String(), "\n") == 2 })
-	if !regexp.MustCompile(`^monitor http://127.0.0.1:[0-9]+/xmlrpc/: away: HTTP "503 Service Unavailable"\nmonitor .*: back after [0-9]+s, 9 readings more to deliver\n$`).MatchString(lines.String()) {
+	if !regexp.MustCompile(`^monitor http://127.0.0.1:[0-9]+/xmlrpc/: away: HTTP "503 Service Unavailable"\nmonitor .*: back after [0-9]+s, 10 readings delivered\n$`).MatchString(lines.String()) {
 		t.Errorf("got %s", lines)
 	}
 }
@@ -1912,7 +1922,7 @@ func TestDeliveryFault(t *testing.T) {
 
 // TestDeliveryFaultSpread: the three tries are spread out.
 func TestDeliveryFaultSpread(t *testing.T) {
-	d := newDelivery(newClient(newRecorder(t).url, patience), time.UTC, "nan", time.Second)
+	d := newDelivery(newClient(newRecorder(t).url, patience, nil), time.UTC, "nan", time.Second, nil)
 	within(patience, d.close)
 	u := &undelivered{}
 	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
@@ -1991,14 +2001,14 @@ func TestDeliveryFull(t *testing.T) {
 	d := testDelivery(t, m)
 	d.put(1, reading{taken: time.Now()})
 	receive(t, "sending", sending)
-	for i := 2; i <= maxKept+10; i++ {
+	for i := 2; i <= 2*maxKept+10; i++ {
 		d.put(i, reading{taken: time.Now()})
 	}
 	close(hold)
 	if got := receive(t, "reading", m.readings); got.ticket != any(1) {
 		t.Errorf("got %+v; want the one that was being sent", got)
 	}
-	for i := 12; i <= maxKept+10; i++ {
+	for i := 12; i <= 2*maxKept+10; i++ {
 		if got := receive(t, "reading", m.readings); got.ticket != any(i) {
 			t.Fatalf("got %+v; want ticket %d", got, i)
 		}
@@ -2020,7 +2030,7 @@ func TestDeliveryClose(t *testing.T) {
 			}
 			return false
 		})
-		d := newDelivery(newClient(m.url, patience), time.UTC, "nan", time.Hour)
+		d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
 		for i := 0; i < 10; i++ {
 			d.put(i, reading{taken: time.Now()})
 		}
@@ -2035,7 +2045,7 @@ func TestDeliveryClose(t *testing.T) {
 	silent, hold := newRecorder(t), make(chan struct{})
 	defer close(hold)
 	silent.set(func(http.ResponseWriter, int) bool { <-hold; return true })
-	d := newDelivery(newClient(silent.url, patience), time.UTC, "nan", time.Hour)
+	d := newDelivery(newClient(silent.url, patience, nil), time.UTC, "nan", time.Hour, nil)
 	d.put(1, reading{taken: time.Now()})
 	await(t, "an attempt", func() bool { return silent.tries.Load() == 1 })
 	lines := logged(t)
@@ -3126,7 +3136,7 @@ func TestUpdateUnderLoad(t *testing.T) {
 	}()
 	for i := 1; i <= 100; i++ {
 		archive := packageOf(t, entry("demo/", ""), entry("demo/check", script(i)), entry("demo/lib", fmt.Sprint("n=", i)))
-		if err := a.updater.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
+		if err := a.setup.Load().updater.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -3241,7 +3251,7 @@ func TestUpdateMemory(t *testing.T) {
 	if match == nil {
 		t.Fatalf("got %q", first)
 	}
-	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience)
+	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
 	defer c.close()
 	mustCall(t, c, "healthcheck") // it is up
 	peak := func() int {
@@ -3291,7 +3301,7 @@ func TestFetch(t *testing.T) {
 		{around("<base64>"+text+"</base64>") + strings.Repeat(" ", maxMessage), "answer longer than .*"},
 	}
 	for _, test := range tests {
-		c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, test.message) })), patience)
+		c := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, test.message) })), patience, nil)
 		var got bytes.Buffer
 		err := c.fetch(context.Background(), &got, 1<<20, "m")
 		c.close()
@@ -3306,7 +3316,7 @@ func TestFetch(t *testing.T) {
 	}
 	blanks := newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, around("<base64>"+strings.Repeat(" ", 1<<20)))
-	})), patience)
+	})), patience, nil)
 	if err := blanks.fetch(context.Background(), io.Discard, 1<<10, "m"); err == nil || !strings.Contains(err.Error(), "far longer") {
 		t.Errorf("got %v", err)
 	}
@@ -3316,7 +3326,7 @@ func TestFetch(t *testing.T) {
 		io.WriteString(w, around("<base64>" + text)[:1000])
 		w.(http.Flusher).Flush()
 		<-hold
-	})), 200*time.Millisecond)
+	})), 200*time.Millisecond, nil)
 	if err := c.fetch(context.Background(), io.Discard, 1<<20, "m"); err == nil || err.Error() != "nothing has come for 200ms" {
 		t.Errorf("got %v", err)
 	}
@@ -3406,7 +3416,7 @@ func TestCommandLine(t *testing.T) {
 		{text, "list", 0, "s\n  x  what x is\n"},
 		{text, "list x", 2, "!usage: picket list"},
 		{text, "config", 0, "# .*client.cfg;.*\n\\[sensor\\]\nexecutable = check\n.*url = http://u:xxxxx@h/%%20\n.*queue = 256\nlog = stderr\n"},
-		{text, "config get monitor url", 0, "http://u:secret@h/%20\n"},
+		{text, "config get monitor url", 0, "http://u:xxxxx@h/%20\n"},
 		{text, "config get monitor timeout", 0, "15s\n"},
 		{text, "config get monitor none", 1, `!.*client.cfg: no option "none" in \[monitor\]`},
 		{text, "config get x y", 1, `!.*client.cfg: no section \[x\]`},
@@ -3441,7 +3451,7 @@ func TestCommandLine(t *testing.T) {
 		for i := range args {
 			args[i] = strings.ReplaceAll(args[i], "\x00", "no\nname")
 		}
-		err := execute(context.Background(), args, &out)
+		err := execute(context.Background(), nil, args, &out)
 		code, got := 0, out.String()
 		var coded *exitError
 		if errors.As(err, &coded) {
@@ -3466,7 +3476,7 @@ func TestCommandLine(t *testing.T) {
 	if err := os.Remove(cfg); err != nil {
 		t.Fatal(err)
 	}
-	err = execute(context.Background(), []string{"list"}, io.Discard)
+	err = execute(context.Background(), nil, []string{"list"}, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "no client.cfg: looked for "+cfg+", then /") {
 		t.Errorf("got %v; want where it looked", err)
 	}
@@ -3525,7 +3535,7 @@ func TestMonitorPackages(t *testing.T) {
 func TestSelftest(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	var out bytes.Buffer
-	if err := execute(context.Background(), []string{"selftest"}, &out); err != nil {
+	if err := execute(context.Background(), nil, []string{"selftest"}, &out); err != nil {
 		t.Errorf("%v\n%s", err, &out)
 	}
 	if got := out.String(); !strings.HasSuffix(got, "\nselftest passed\n") || !strings.Contains(got, "disk         percent /           0  ") {
@@ -3539,7 +3549,7 @@ func TestSelftest(t *testing.T) {
 	dir := t.TempDir()
 	chdir(t, dir)
 	out.Reset()
-	if err := execute(context.Background(), []string{"selftest"}, &out); err != nil || strings.Count(out.String(), "\n") != 15 {
+	if err := execute(context.Background(), nil, []string{"selftest"}, &out); err != nil || strings.Count(out.String(), "\n") != 15 {
 		t.Errorf("%v\n%s", err, &out)
 	}
 
@@ -3552,13 +3562,13 @@ func TestSelftest(t *testing.T) {
 		t.Fatal(err)
 	}
 	out.Reset()
-	err := execute(context.Background(), []string{"-c", cfg, "selftest"}, &out)
+	err := execute(context.Background(), nil, []string{"-c", cfg, "selftest"}, &out)
 	if err == nil || !strings.Contains(err.Error(), "1 thing not as it should be") || !strings.Contains(out.String(), `not counted: "no x here"`) || !strings.Contains(out.String(), "FAILED: not a number") {
 		t.Errorf("got %v\n%s", err, &out)
 	}
 	writeSensor(t, filepath.Join(dir, "sensors"), "mute", "exit 1")
 	out.Reset()
-	err = execute(context.Background(), []string{"selftest"}, &out)
+	err = execute(context.Background(), nil, []string{"selftest"}, &out)
 	if err == nil || !strings.Contains(err.Error(), "2 things not as") || !strings.Contains(out.String(), "mute         FAILED: no help: mute options: exit 1") {
 		t.Errorf("got %v\n%s", err, &out)
 	}
@@ -3604,7 +3614,7 @@ func TestStory(t *testing.T) {
 			t.Errorf("%.80v: got %v, %v; want fault %d", params, v, err, faultParams)
 		}
 	}
-	if got := mustCall(t, c, "cmd_list_sensors").(map[string]any); len(got) != 3 || got["words"] != "1" || got["fail"] != `no help: fail options: exit 2: "broken"` {
+	if got := mustCall(t, c, "cmd_list_sensors").(map[string]any); len(got) != 4 || got["picket"] != ownHelp() || got["words"] != "1" || got["fail"] != `no help: fail options: exit 2: "broken"` {
 		t.Errorf("got %v", got)
 	}
 	calls := []any{}
@@ -3713,7 +3723,7 @@ func TestStoryTerm(t *testing.T) {
 	if match == nil {
 		t.Fatalf("got %q", first)
 	}
-	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience)
+	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
 	defer c.close()
 	go c.call(context.Background(), "cmd_list_sensors") // asks a sensor that does not want to end
 	await(t, "the listing", func() bool { _, err := os.Stat(filepath.Join(dir, "asked")); return err == nil })
@@ -4019,7 +4029,7 @@ func testPeer(t *testing.T, command ...string) {
 	if err != nil {
 		t.Errorf("caller: %v", err)
 	}
-	want := "healthcheck OK\narray OK\nstring OK\nnil OK\nnone OK\nutf8 OK\ni8 OK\nmethod fault -32601\nparams fault -32602\nsensors words\nmulticall OK fault -32601\nmethods 5\n"
+	want := "healthcheck OK\narray OK\nstring OK\nnil OK\nnone OK\nutf8 OK\ni8 OK\nmethod fault -32601\nparams fault -32602\nsensors picket words\nmulticall OK fault -32601\nmethods 5\n"
 	tickets := map[string]string{"int 7": "2", "string t-8": "2", "int 9": "0", "int 10": "0", "int 11": "2", "i8 5000000000": "3"}
 	if strings.Contains(command[0], "python") { // whose library cannot send an i8
 		want = strings.Replace(want, "i8 OK\n", "", 1)

@@ -23,12 +23,15 @@ package main
 // it. It knows nothing of sensors or of the wire.
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"math"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/user"
@@ -125,11 +128,11 @@ func parseINI(name, text string) (*ini, error) {
 				c.sections = append(c.sections, at.section)
 			}
 		case !inSection:
-			bad("no section header yet: %.80q", trimmed)
+			bad("no section header yet: %.80q", masked(trimmed))
 		case indented:
-			bad("an indented line with no option to continue: %.80q", trimmed)
+			bad("an indented line with no option to continue: %.80q", masked(trimmed))
 		case strings.IndexAny(body, ":=") < 1:
-			bad("neither a section, an option nor a comment: %.80q", trimmed)
+			bad("neither a section, an option nor a comment: %.80q", masked(trimmed))
 		default:
 			sep := strings.IndexAny(body, ":=")
 			at.option = strings.ToLower(strings.TrimRight(body[:sep], iniSpace))
@@ -151,6 +154,15 @@ func parseINI(name, text string) (*ini, error) {
 		errs = append(errs[:maxBadLines], fmt.Errorf("%s: %d more bad lines", name, n-maxBadLines))
 	}
 	return c, errors.Join(errs...)
+}
+
+// masked is a line with the user and password of a URL replaced.
+func masked(line string) string {
+	before, rest, ok := strings.Cut(line, "://")
+	if at := strings.LastIndex(rest, "@"); ok && at >= 0 {
+		return before + "://xxxxx" + rest[at:]
+	}
+	return line
 }
 
 // isComment reports whether a line is blank or a comment, given its text
@@ -276,7 +288,11 @@ func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path 
 		}
 		end := strings.Index(rest, ")")
 		if !strings.HasPrefix(rest, "(") || end < 2 || !strings.HasPrefix(rest[end:], ")s") {
-			return fmt.Errorf("bad interpolation at %.80q: %%(name)s is a reference, %%%% a percent sign", "%"+rest)
+			shown := "%" + rest
+			if !strings.HasPrefix(rest, "(") && len(rest) > 2 {
+				shown = shown[:3] // the rest may be a password
+			}
+			return fmt.Errorf("bad interpolation at %.80q: %%(name)s is a reference, %%%% a percent sign", shown)
 		}
 		name := strings.ToLower(rest[1:end])
 		for i, p := range path {
@@ -481,10 +497,50 @@ type settings struct {
 	monitorTimeout time.Duration
 	utc            bool
 	noValue        string
+	spool          string // a directory; "" where readings are in memory alone
+	spoolSize      int64  // bytes
+	monitorTLS     tlsFiles
 
-	listen string
-	queue  int
-	syslog bool
+	listen   string
+	allow    []netip.Prefix // who may call; empty: everybody
+	agentTLS tlsFiles
+	queue    int
+	syslog   bool
+}
+
+// TLSFiles is what a section says of TLS, and what is in the files.
+type tlsFiles struct {
+	certificate, key, ca string // "" where there is none
+	name                 string // that the peer's certificate must bear; "": any
+	pair                 *tls.Certificate
+	pool                 *x509.CertPool
+}
+
+// load reads the files. Its error begins with the option that is to blame.
+func (t *tlsFiles) load() (option string, err error) {
+	switch {
+	case t.certificate != "" && t.key == "":
+		return "certificate", errors.New("needs a key")
+	case t.key != "" && t.certificate == "":
+		return "key", errors.New("needs a certificate")
+	case t.certificate != "":
+		pair, err := tls.LoadX509KeyPair(t.certificate, t.key)
+		if err != nil {
+			return "certificate", err
+		}
+		t.pair = &pair
+	}
+	if t.ca != "" {
+		text, err := os.ReadFile(t.ca)
+		if err != nil {
+			return "ca", err
+		}
+		t.pool = x509.NewCertPool()
+		if !t.pool.AppendCertsFromPEM(text) {
+			return "ca", fmt.Errorf("no certificate in %s", t.ca)
+		}
+	}
+	return "", nil
 }
 
 // options lists every option of client.cfg. The function checks a value and
@@ -509,7 +565,17 @@ var options = []struct {
 	{"monitor", "timeout", "15s", func(s *settings, v, _ string) (err error) { s.monitorTimeout, err = duration(v); return }},
 	{"monitor", "time", "local", func(s *settings, v, _ string) (err error) { s.utc, err = oneOf(v, "local", "utc"); return }},
 	{"monitor", "no_value", "nan", func(s *settings, v, _ string) (err error) { s.noValue, err = floatText(v); return }},
+	{"monitor", "spool", "", func(s *settings, v, dir string) (err error) { s.spool, err = optionalPath(v, dir); return }},
+	{"monitor", "spool_size", "1M", func(s *settings, v, _ string) (err error) { s.spoolSize, err = sizeBetween(v, 64<<10, 64<<20); return }},
+	{"monitor", "ca", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.ca, err = keyFile(v, dir); return }},
+	{"monitor", "certificate", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.certificate, err = keyFile(v, dir); return }},
+	{"monitor", "key", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.key, err = keyFile(v, dir); return }},
 	{"agent", "listen", ":8080", func(s *settings, v, _ string) (err error) { s.listen, err = address(v); return }},
+	{"agent", "allow", "", func(s *settings, v, _ string) (err error) { s.allow, err = networks(v); return }},
+	{"agent", "certificate", "", func(s *settings, v, dir string) (err error) { s.agentTLS.certificate, err = keyFile(v, dir); return }},
+	{"agent", "key", "", func(s *settings, v, dir string) (err error) { s.agentTLS.key, err = keyFile(v, dir); return }},
+	{"agent", "client_ca", "", func(s *settings, v, dir string) (err error) { s.agentTLS.ca, err = keyFile(v, dir); return }},
+	{"agent", "client_name", "", func(s *settings, v, _ string) (err error) { s.agentTLS.name = v; return }},
 	{"agent", "queue", "256", func(s *settings, v, _ string) (err error) { s.queue, err = between(v, 1, 65536); return }},
 	{"agent", "log", "stderr", func(s *settings, v, _ string) (err error) { s.syslog, err = oneOf(v, "stderr", "syslog"); return }},
 }
@@ -538,6 +604,9 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 	if s.path == s.backup && len(errs) == 0 {
 		errs = append(errs, c.errorAt("sensor", "backup", errors.New("the same directory as path")))
 	}
+	if len(errs) == 0 {
+		errs = append(errs, c.loadTLS(&s)...)
+	}
 	for _, section := range c.sections {
 		known := namesIn(section)
 		if len(known) == 0 {
@@ -554,6 +623,27 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 		}
 	}
 	return s, warnings, errors.Join(errs...)
+}
+
+// loadTLS reads the certificates and keys that the settings name, and refuses
+// what would protect less than it looks.
+func (c *ini) loadTLS(s *settings) (errs []error) {
+	if option, err := s.monitorTLS.load(); err != nil {
+		errs = append(errs, c.errorAt("monitor", option, err))
+	}
+	if option, err := s.agentTLS.load(); err != nil {
+		if option == "ca" {
+			option = "client_ca"
+		}
+		errs = append(errs, c.errorAt("agent", option, err))
+	}
+	switch t := s.agentTLS; {
+	case t.ca != "" && t.certificate == "":
+		errs = append(errs, c.errorAt("agent", "client_ca", errors.New("needs certificate and key")))
+	case t.name != "" && t.ca == "":
+		errs = append(errs, c.errorAt("agent", "client_name", errors.New("needs client_ca")))
+	}
+	return errs
 }
 
 // value returns what is in force for an option: its value in the file, with
@@ -663,6 +753,41 @@ func absolute(v, dir string) (string, error) {
 	return filepath.Join(dir, v), nil
 }
 
+// optionalPath returns v as an absolute path, or nothing for nothing.
+func optionalPath(v, dir string) (string, error) {
+	if v == "" {
+		return "", nil
+	}
+	return absolute(v, dir)
+}
+
+// networks reads addresses and networks with commas between them:
+// 192.168.1.0/24, 10.0.0.5, fd00::/8. IPv4 in IPv6 is IPv4.
+func networks(v string) ([]netip.Prefix, error) {
+	var list []netip.Prefix
+	for _, part := range strings.Split(v, ",") {
+		part = strings.TrimSpace(part)
+		if part == "" && strings.TrimSpace(v) == "" {
+			return nil, nil
+		}
+		prefix, err := netip.ParsePrefix(part)
+		if addr, err2 := netip.ParseAddr(part); err2 == nil && addr.Zone() == "" {
+			prefix, err = addr.Prefix(addr.BitLen())
+		}
+		if addr := prefix.Addr(); err == nil && addr.Is4In6() {
+			if prefix.Bits() < 96 {
+				err = errors.New("IPv4 and more")
+			}
+			prefix = netip.PrefixFrom(addr.Unmap(), prefix.Bits()-96)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%q is neither an address nor a network such as 192.168.1.0/24", part)
+		}
+		list = append(list, prefix.Masked())
+	}
+	return list, nil
+}
+
 // boolean reads yes, no and what else stands for them.
 func boolean(v string) (bool, error) {
 	switch strings.ToLower(v) {
@@ -688,6 +813,15 @@ func keyFile(v, dir string) (string, error) {
 		return "", err
 	}
 	return file, nil
+}
+
+// sizeBetween reads a number of bytes from low to high.
+func sizeBetween(v string, low, high int64) (int64, error) {
+	n, err := size(v)
+	if err == nil && (n < low || n > high) {
+		err = fmt.Errorf("%q is not from %dK to %dM", v, low>>10, high>>20)
+	}
+	return n, err
 }
 
 // size reads a number of bytes: 65536, 64K or 4M.

@@ -31,6 +31,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"flag"
@@ -51,6 +52,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -69,14 +71,20 @@ const (
 	exitUsage  = 2 // or configuration
 )
 
+// built is the time of the build in seconds since 1970, as the linker writes it;
+// "" where only the toolchain's own stamp tells.
+var built string
+
 func main() {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1) // before anything else: an init may be quick
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
 	log.SetFlags(0)
-	log.SetPrefix("picket: ")
+	log.SetOutput(plainLog{os.Stderr})
 	out := &output{w: os.Stdout}
-	err := execute(ctx, os.Args[1:], out)
+	err := execute(ctx, signals, os.Args[1:], out)
 	if err == nil {
 		err = out.err
 	}
@@ -123,9 +131,10 @@ func usagef(format string, args ...any) error {
 
 // An invocation is one call of the program.
 type invocation struct {
-	config string // -c
-	args   []string
-	out    io.Writer
+	config  string // -c
+	signals <-chan os.Signal
+	args    []string
+	out     io.Writer
 }
 
 // A subcommand is a word on the command line.
@@ -146,8 +155,8 @@ func subcommands() []subcommand {
 		{"update", "SENSOR", "fetch a package and install it", runUpdate},
 		{"rollback", "SENSOR", "put the newest backup back in place", runRollback},
 		{"install", "FILE.tar.bz2", "install a package that lies here", runInstall},
-		{"call", "URL METHOD [ARG...]", "call an XML-RPC method", runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]", "a stand-in that prints readings", runMonitor},
+		{"call", "[-ca FILE] [-cert FILE -key FILE] URL METHOD [ARG...]", "call an XML-RPC method", runCall},
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    [-cert FILE -key FILE [-ca FILE]]", "a stand-in that prints readings", runMonitor},
 		{"selftest", "", "prove that all works on this box", runSelftest},
 		{"version", "", "version, commit, Go, architecture", runVersion},
 		{"help", "", "this page", runHelp},
@@ -155,16 +164,17 @@ func subcommands() []subcommand {
 }
 
 // execute runs the program with the arguments of its command line.
-func execute(ctx context.Context, args []string, out io.Writer) error {
+func execute(ctx context.Context, signals <-chan os.Signal, args []string, out io.Writer) error {
 	flags := newFlags("picket")
 	config := flags.String("c", "", "")
 	if err := flags.Parse(args); err != nil {
 		return flagError(err, out)
 	}
-	in := invocation{config: *config, out: out}
+	in := invocation{config: *config, signals: signals, out: out}
 	name := ""
 	if rest := flags.Args(); len(rest) > 0 {
 		name, in.args = rest[0], rest[1:]
+		signal.Reset(syscall.SIGHUP, syscall.SIGUSR1) // which mean something to an agent only
 	}
 	for _, c := range subcommands() {
 		if c.name == name && c.run != nil {
@@ -310,62 +320,212 @@ func readSettings(file string) (*ini, settings, error) {
 }
 
 func runAgent(ctx context.Context, in invocation) error {
+	// Noted and dropped: the end of whoever reads the log is not the agent's.
+	// Ignored, it would be so in sensors, too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	logs := newLogWriter(os.Stderr)
+	log.SetOutput(logs)
+	defer logs.close()
 	s, err := loadSettings(in.config)
 	if err != nil {
 		return err
 	}
-	// Noted and dropped: neither the end of whoever reads the log nor that of a
-	// terminal is the agent's. Ignored, they would be so in sensors, too.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
-	if s.syslog {
-		logToSyslog()
-	}
+	logs.useSyslog(s.syslog)
 	a, err := newAgent(s)
 	if err != nil {
 		return err
 	}
+	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog) }
 	a.settle(ctx)
 	return a.run(ctx)
 }
 
-// logToSyslog sends the log to the local syslog, if there is one.
-func logToSyslog() {
-	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "picket")
-	if err != nil {
-		log.Printf("log to syslog: %v; standard error instead", err)
-		return
+// splitSeverity takes the severity off the front of a line of the log.
+func splitSeverity(line string) (severity syslog.Priority, text string) {
+	for p, mark := range map[syslog.Priority]string{syslog.LOG_ERR: severe, syslog.LOG_WARNING: warning, syslog.LOG_NOTICE: notice} {
+		if rest, ok := strings.CutPrefix(line, mark); ok {
+			return p, rest
+		}
 	}
-	log.SetOutput(w)
-	log.SetPrefix("")
+	return syslog.LOG_INFO, line
+}
+
+// A plainLog writes lines of the log as people read them.
+type plainLog struct{ w io.Writer }
+
+func (p plainLog) Write(line []byte) (int, error) {
+	_, text := splitSeverity(string(line))
+	_, err := io.WriteString(p.w, "picket: "+text)
+	return len(line), err
+}
+
+const (
+	logLines    = 256              // that wait to be written
+	repeatTime  = 10 * time.Second // before a line that was repeated is summed up
+	lastLogTime = time.Second      // to write what waits when the agent ends
+)
+
+// A logWriter writes the log to standard error or, while there is one, to the
+// local syslog. Whoever logs does not wait for either: where neither takes the
+// lines, 256 wait, more are counted and lost. A line that is the same as the one
+// before is counted, and that logged in its place.
+type logWriter struct {
+	stderr io.Writer
+	dial   func() (*syslog.Writer, error)
+	lines  chan string
+	lost   atomic.Int64
+	syslog atomic.Bool // wanted
+	done   chan struct{}
+}
+
+func newLogWriter(stderr io.Writer) *logWriter {
+	w := &logWriter{
+		stderr: stderr, lines: make(chan string, logLines), done: make(chan struct{}),
+		dial: func() (*syslog.Writer, error) { return syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "picket") },
+	}
+	go w.run()
+	return w
+}
+
+func (w *logWriter) useSyslog(wanted bool) { w.syslog.Store(wanted) }
+
+func (w *logWriter) Write(line []byte) (int, error) {
+	select {
+	case w.lines <- string(line):
+	default:
+		w.lost.Add(1)
+	}
+	return len(line), nil
+}
+
+// close writes what waits, if that is possible at once, and has the log written
+// straight to standard error from then on.
+func (w *logWriter) close() {
+	log.SetOutput(plainLog{w.stderr})
+	close(w.lines)
+	select {
+	case <-w.done:
+	case <-time.After(lastLogTime):
+	}
+}
+
+func (w *logWriter) run() {
+	defer close(w.done)
+	var (
+		to     *syslog.Writer
+		absent bool // syslog is
+		before string
+		again  int
+	)
+	write := func(line string) {
+		severity, text := splitSeverity(line)
+		err := error(nil)
+		switch {
+		case !w.syslog.Load():
+			absent = false
+		case to == nil:
+			to, err = w.dial()
+		}
+		if w.syslog.Load() && err == nil {
+			for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
+				if err = toSyslog(to, severity, part); err != nil {
+					break
+				}
+			}
+			if err == nil {
+				absent = false
+				return
+			}
+		}
+		if err != nil && !absent {
+			absent = true
+			plainLog{w.stderr}.Write([]byte(fmt.Sprintf("log to syslog: %v; standard error instead\n", err)))
+		}
+		plainLog{w.stderr}.Write([]byte(line))
+	}
+	sumUp := func() {
+		if again > 0 {
+			write(fmt.Sprintf("the line before %s more\n", plural(again, "time")))
+		}
+		again = 0
+	}
+	timer := time.NewTimer(repeatTime)
+	defer timer.Stop()
+	for {
+		select {
+		case line, more := <-w.lines:
+			if n := w.lost.Swap(0); n > 0 {
+				sumUp()
+				write(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
+			}
+			switch {
+			case !more:
+				sumUp()
+				return
+			case line == before:
+				again++
+			default:
+				sumUp()
+				write(line)
+				before = line
+			}
+		case <-timer.C:
+			sumUp()
+			timer.Reset(repeatTime)
+		}
+	}
+}
+
+func toSyslog(w *syslog.Writer, severity syslog.Priority, text string) error {
+	switch severity {
+	case syslog.LOG_ERR:
+		return w.Err(text)
+	case syslog.LOG_WARNING:
+		return w.Warning(text)
+	case syslog.LOG_NOTICE:
+		return w.Notice(text)
+	}
+	return w.Info(text)
+}
+
+// A setup is what the settings that are in force come to.
+type setup struct {
+	settings settings
+	sensors  *sensors
+	updater  *updater
 }
 
 // An agent answers commands and hands in readings.
 type agent struct {
-	settings settings
-	sensors  *sensors
-	updater  *updater
+	setup    atomic.Pointer[setup]
+	handler  *handler
 	delivery *delivery
 	queue    *queue
-	listener net.Listener
 	events   logLimit // commands and runs: a busy monitor must not fill a log
+	started  time.Time
+	signals  <-chan os.Signal // SIGHUP and SIGUSR1
+	applied  func(settings)   // is told of new settings
 
 	ctx    context.Context // of what is asked and has no place in the queue
 	cancel context.CancelFunc
+
+	changing sync.Mutex // is held while client.cfg is read again, or written
+	listener net.Listener
+	served   chan error // why a listener is served no more
 }
 
 // newAgent returns an agent that listens but does not answer yet: run does.
 func newAgent(s settings) (*agent, error) {
-	sensors := installedSensors(s)
 	listener, err := net.Listen("tcp", s.listen)
 	if err != nil {
 		return nil, fmt.Errorf("[agent] listen: %w", err)
 	}
-	zone := time.UTC
-	if !s.utc {
-		zone = localZone()
-	}
-	a := &agent{settings: s, sensors: sensors, updater: updaterOf(s, sensors), listener: listener, events: logLimit{burst: 1000, perSecond: 10}}
-	a.delivery = newDelivery(newClient(s.monitor, s.monitorTimeout), zone, s.noValue, time.Second)
+	a := &agent{listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(), served: make(chan error, 1), applied: func(settings) {}}
+	sensors := installedSensors(s)
+	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
+	a.handler = newHandler(a.commands())
+	a.handler.setAccess(accessOf(s))
+	a.delivery = newDelivery(monitorOf(s), zoneFor(s), s.noValue, time.Second, spoolOf(s))
 	a.queue = newQueue(s.concurrency, s.queue, a.perform, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
@@ -380,14 +540,83 @@ func updaterOf(s settings, sensors *sensors) *updater {
 	return newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)
 }
 
+func zoneFor(s settings) *time.Location {
+	if s.utc {
+		return time.UTC
+	}
+	return localZone()
+}
+
+func spoolOf(s settings) *spool {
+	if s.spool == "" {
+		return nil
+	}
+	return newSpool(s.spool, s.spoolSize)
+}
+
+// buildTime is when the program was built or, by the toolchain's stamp, when
+// its source was committed; zero where nobody knows.
+func buildTime() time.Time {
+	if n, err := strconv.ParseInt(built, 10, 64); err == nil {
+		return time.Unix(n, 0)
+	}
+	t := time.Time{}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.time" {
+				t, _ = time.Parse(time.RFC3339, s.Value)
+			}
+		}
+	}
+	return t
+}
+
+// monitorOf is the client of the monitor that the settings name.
+func monitorOf(s settings) *client {
+	return newClient(s.monitor, s.monitorTimeout, clientTLS(s.monitorTLS))
+}
+
+// clientTLS are the rules for calls over https.
+func clientTLS(t tlsFiles) *tls.Config {
+	c := newTLS(buildTime())
+	c.RootCAs = t.pool
+	if t.pair != nil {
+		c.Certificates = []tls.Certificate{*t.pair}
+	}
+	return c
+}
+
+// accessOf is who may call the agent, and how.
+func accessOf(s settings) *access { return &access{s.allow, serverTLS(s.agentTLS)} }
+
+// serverTLS are the rules for being called over TLS; nil is without.
+func serverTLS(t tlsFiles) *tls.Config {
+	if t.pair == nil {
+		return nil
+	}
+	c := newTLS(buildTime())
+	c.Certificates = []tls.Certificate{*t.pair}
+	if t.pool != nil {
+		c.ClientCAs, c.ClientAuth = t.pool, tls.RequireAndVerifyClientCert
+		c.VerifyConnection = func(state tls.ConnectionState) error { // unlike VerifyPeerCertificate also of a session that is resumed
+			if t.name != "" && !bearsName(state.PeerCertificates[0], t.name) {
+				return fmt.Errorf("the certificate of %s is not of %s", cut(state.PeerCertificates[0].Subject.String()), cut(t.name))
+			}
+			return nil
+		}
+	}
+	return c
+}
+
 // settle finishes or undoes what a power cut interrupted. The agent runs all
 // the same where it can't, as on a read-only file system.
 func (a *agent) settle(ctx context.Context) {
-	if err := a.updater.recover(ctx); err != nil {
-		log.Printf("recover sensors: %v", err)
+	now := a.setup.Load()
+	if err := now.updater.recover(ctx); err != nil {
+		log.Printf(warning+"recover sensors: %v", err)
 	}
-	if err := editINI(a.settings.file, nil, func(*ini) error { return nil }); err != nil {
-		log.Printf("recover %s: %v", a.settings.file, err)
+	if err := editINI(now.settings.file, nil, func(*ini) error { return nil }); err != nil {
+		log.Printf(warning+"recover %s: %v", now.settings.file, err)
 	}
 }
 
@@ -395,33 +624,204 @@ func (a *agent) settle(ctx context.Context) {
 // sensors five seconds and undelivered readings another five, and leaves no
 // goroutine and no process behind.
 func (a *agent) run(ctx context.Context) error {
-	log.Printf("%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), a.settings.path, a.settings.monitor.Redacted())
-	if warning := noSensors(a.sensors); warning != "" {
-		log.Print(warning)
-	}
-	server := newHandler(a.commands()).server()
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(a.listener) }()
-	var err error
-	select {
-	case <-ctx.Done():
-		log.Print("ending")
-	case err = <-served:
-	}
+	s := a.setup.Load().settings
+	log.Printf(notice+"%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), s.path, s.monitor.Redacted())
+	a.advise()
+	a.listen(a.listener)
+	err := a.await(ctx)
 	a.delivery.putLast()
 	within(sensorsTime, a.queue.close)
 	a.cancel()
-	a.sensors.awaitListing()
+	a.setup.Load().sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
-		if server.Shutdown(ctx) != nil {
-			server.Close()
+		if a.handler.http.Shutdown(ctx) != nil {
+			a.handler.http.Close()
 		}
 	})
 	within(deliverTime, a.delivery.close)
-	if err != nil {
-		return fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
+	return err
+}
+
+// advise logs what is allowed, but perhaps not meant.
+func (a *agent) advise() {
+	now := a.setup.Load()
+	if warns := noSensors(now.sensors); warns != "" {
+		log.Print(warning + warns)
 	}
+	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
+		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
+	}
+}
+
+// await does what signals ask until ctx or the serving ends.
+func (a *agent) await(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			log.Print(notice + "ending")
+			return nil
+		case err := <-a.served:
+			return err
+		case s := <-a.signals:
+			switch s {
+			case syscall.SIGHUP:
+				a.reload()
+			case syscall.SIGUSR1:
+				log.Print(notice + a.healthLine())
+			}
+		}
+	}
+}
+
+// listen serves a listener until it is closed.
+func (a *agent) listen(l net.Listener) {
+	go func() {
+		if err := a.handler.serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			a.served <- fmt.Errorf("serve %s: %w", l.Addr(), err)
+		}
+	}()
+}
+
+// reload reads client.cfg again. What is valid is in force from then on, as a
+// whole; else everything stays as it was. Commands that wait, sensors that run
+// and undelivered readings are not touched.
+func (a *agent) reload() {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	before := a.setup.Load()
+	_, s, err := readSettings(before.settings.file)
+	if err == nil && s.listen != before.settings.listen {
+		err = a.relisten(before.settings.listen, s.listen)
+	}
+	if err != nil {
+		for _, line := range strings.Split(err.Error(), "\n") {
+			log.Printf(severe+"reload: %s", line)
+		}
+		log.Print(severe + "reload: the settings before stay in force")
+		return
+	}
+	sensors := installedSensors(s)
+	sensors.activity = before.sensors.activity
+	sensors.setLimit(s.concurrency)
+	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
+	a.queue.resize(s.concurrency, s.queue)
+	a.handler.setAccess(accessOf(s))
+	a.delivery.configure(monitorOf(s), zoneFor(s), s.noValue)
+	if s.spool != before.settings.spool || s.spoolSize != before.settings.spoolSize {
+		a.delivery.useSpool(spoolOf(s))
+	}
+	a.applied(s)
+	log.Printf(notice+"reload: %s is in force; on %s, monitor %s", s.file, a.listener.Addr(), s.monitor.Redacted())
+	a.advise()
+}
+
+// relisten takes commands at another address. Where the old one is in its way,
+// it is left for a moment.
+func (a *agent) relisten(before, address string) error {
+	l, err := net.Listen("tcp", address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		a.listener.Close()
+		if l, err = net.Listen("tcp", address); err != nil {
+			var back error
+			if l, back = net.Listen("tcp", before); back != nil {
+				a.served <- fmt.Errorf("listen: %w", errors.Join(err, back))
+				return err
+			}
+			a.listener = l
+			a.listen(l)
+			return fmt.Errorf("[agent] listen: %w", err)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("[agent] listen: %w", err)
+	}
+	a.listener.Close()
+	a.listener = l
+	a.listen(l)
 	return nil
+}
+
+// ownSensor is the name of the sensor that is the agent itself.
+const ownSensor = "picket"
+
+// health is what it can be asked.
+var health = []struct {
+	name, help string
+	value      func(*agent) (string, error)
+}{
+	{"uptime", "seconds since the agent started", func(a *agent) (string, error) { return whole(time.Since(a.started).Seconds()), nil }},
+	{"queued", "commands that wait", func(a *agent) (string, error) { return strconv.Itoa(a.queue.count()), nil }},
+	{"running", "sensors that run", func(a *agent) (string, error) { return strconv.Itoa(a.setup.Load().sensors.running()), nil }},
+	{"undelivered", "readings that the monitor does not have yet", func(a *agent) (string, error) { n, _ := a.delivery.count(); return strconv.Itoa(n), nil }},
+	{"delivered", "readings delivered since the start", func(a *agent) (string, error) { _, t := a.delivery.count(); return strconv.Itoa(t.delivered), nil }},
+	{"dropped", "readings given up since the start", func(a *agent) (string, error) { _, t := a.delivery.count(); return strconv.Itoa(t.dropped), nil }},
+	{"refused", "calls refused since the start", func(a *agent) (string, error) { return strconv.FormatInt(a.handler.count.Load(), 10), nil }},
+	{"rss_kb", "resident memory in KiB", func(*agent) (string, error) { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(a *agent) (string, error) {
+		_, t := a.delivery.count()
+		return strconv.FormatInt(t.spoolBytes, 10), nil
+	}},
+	{"last_delivery_age", "seconds since the latest delivery", func(a *agent) (string, error) {
+		_, t := a.delivery.count()
+		if t.latest.IsZero() {
+			return "", errors.New("nothing was delivered yet")
+		}
+		return whole(time.Since(t.latest).Seconds()), nil
+	}},
+}
+
+func whole(f float64) string { return strconv.FormatFloat(f, 'f', 0, 64) }
+
+// residentKiB is the resident memory of this process.
+func residentKiB() (string, error) {
+	text, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return "", err
+	}
+	words := strings.Fields(string(text))
+	if len(words) < 2 {
+		return "", errors.New("/proc/self/statm is not what it should be")
+	}
+	pages, err := strconv.Atoi(words[1])
+	return strconv.Itoa(pages * (os.Getpagesize() >> 10)), err
+}
+
+// ownReading is what the sensor that is the agent itself reads.
+func (a *agent) ownReading(args []string) reading {
+	r := reading{code: exitUsage, taken: time.Now(), reason: fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))}
+	for _, h := range health {
+		if len(args) != 1 || args[0] != h.name {
+			continue
+		}
+		value, err := h.value(a)
+		if err != nil {
+			return reading{code: exitFailed, taken: r.taken, reason: err.Error()}
+		}
+		return reading{value: value, taken: r.taken}
+	}
+	return r
+}
+
+// ownHelp is its help text.
+func ownHelp() string {
+	var b strings.Builder
+	for _, h := range health {
+		fmt.Fprintf(&b, "%-18s %s\n", h.name, h.help)
+	}
+	return strings.TrimSpace(b.String())
+}
+
+// healthLine is all of it on one line.
+func (a *agent) healthLine() string {
+	line := "health:"
+	for _, h := range health {
+		value, err := h.value(a)
+		if err != nil {
+			value = "-"
+		}
+		line += " " + h.name + " " + value
+	}
+	return line
 }
 
 // noSensors says so where there is nothing to run: not an error, as sensors
@@ -493,8 +893,18 @@ func (a *agent) submitReading(r request, params []any) (any, error) {
 	if err != nil {
 		return nil, faultf(faultParams, "cmd_submit_reading: %v", err)
 	}
-	a.events.printf("command cmd_submit_reading from %s: %s, sensor %s", r.peer, ticketText(c.ticket), logName(c.sensor))
-	if err := a.queue.accept(c, r.received.Add(acceptTime)); err != nil {
+	return a.accept(r, "cmd_submit_reading", c)
+}
+
+// accept takes a command on, and logs it.
+func (a *agent) accept(r request, name string, c command) (any, error) {
+	line := fmt.Sprintf("command %s from %s: %s", name, r.peer, ticketText(c.ticket))
+	if c.sensor != "" {
+		line += ", sensor " + logName(c.sensor)
+	}
+	a.events.printf("%s", line)
+	c.from = neighbours(r.peer)
+	if err := a.queue.accept(r.ctx, c, r.received.Add(acceptTime)); err != nil {
 		return nil, err
 	}
 	return "OK", nil
@@ -535,11 +945,7 @@ func (a *agent) acceptChange(r request, name, change string, params []any) (any,
 			return nil, faultf(faultParams, "%s: %v", name, err)
 		}
 	}
-	a.events.printf("command %s from %s: %s, sensor %q", name, r.peer, ticketText(c.ticket), c.sensor)
-	if err := a.queue.accept(c, r.received.Add(acceptTime)); err != nil {
-		return nil, err
-	}
-	return "OK", nil
+	return a.accept(r, name, c)
 }
 
 // ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
@@ -568,10 +974,10 @@ func (a *agent) perform(ctx context.Context, c command) reading {
 		subject += " " + logName(c.sensor)
 	}
 	if err != nil {
-		a.events.printf("%s: %s", subject, oneLine(err.Error()))
+		a.events.printf(warning+"%s: %s", subject, oneLine(err.Error()))
 		return reading{code: 1, taken: time.Now(), reason: err.Error()}
 	}
-	log.Printf("%s: done in %v", subject, time.Since(begun).Round(time.Millisecond))
+	log.Printf(notice+"%s: done in %v", subject, time.Since(begun).Round(time.Millisecond))
 	debug.FreeOSMemory() // decompressing took more than all else
 	return reading{code: 0, value: "1", taken: time.Now()}
 }
@@ -579,30 +985,42 @@ func (a *agent) perform(ctx context.Context, c command) reading {
 // alter changes a sensor, or the monitor that the agent belongs to. An error
 // means that nothing has changed.
 func (a *agent) alter(ctx context.Context, c command) error {
+	now := a.setup.Load()
 	switch {
 	case c.change == "move":
 		return a.move(ctx)
-	case !a.settings.update:
+	case c.sensor == ownSensor:
+		return errors.New("refused: it is built in")
+	case !now.settings.update:
 		return errors.New("refused: [sensor] update = no")
 	case c.change == "rollback":
-		return a.updater.rollback(ctx, c.sensor)
+		return now.updater.rollback(ctx, c.sensor)
 	}
-	return a.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor, a.settings.maxPackage))
+	return now.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor, now.settings.maxPackage))
 }
 
 // move makes the monitor that the present one names the only one: in
 // client.cfg first, then for every reading that is not delivered yet.
 func (a *agent) move(ctx context.Context) error {
-	u, err := nextMonitor(ctx, a.delivery.monitor(), httpURL)
+	present := a.delivery.monitor()
+	u, err := nextMonitor(ctx, present, httpURL)
 	if err != nil {
 		return err
 	}
-	err = editINI(a.settings.file, nil, func(c *ini) error { return c.set("monitor", "url", u.String()) })
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	if a.delivery.monitor() != present {
+		return errors.New("client.cfg was read again meanwhile")
+	}
+	now := *a.setup.Load()
+	err = editINI(now.settings.file, nil, func(c *ini) error { return c.set("monitor", "url", u.String()) })
 	if err != nil {
 		return err
 	}
-	a.delivery.moveTo(newClient(u, a.settings.monitorTimeout))
-	log.Printf("move: from now on the monitor is %s", u.Redacted())
+	now.settings.monitor = u
+	a.setup.Store(&now)
+	a.delivery.moveTo(present, newClient(u, now.settings.monitorTimeout, present.tls))
+	log.Printf(notice+"move: from now on the monitor is %s", u.Redacted())
 	return nil
 }
 
@@ -610,7 +1028,12 @@ func (a *agent) move(ctx context.Context) error {
 func (a *agent) read(ctx context.Context, c command) reading {
 	a.delivery.waitRoom(ctx)
 	begun := time.Now()
-	r := a.sensors.read(ctx, c.sensor, c.args, nil)
+	var r reading
+	if c.sensor == ownSensor {
+		r = a.ownReading(c.args)
+	} else {
+		r = a.setup.Load().sensors.read(ctx, c.sensor, c.args, nil)
+	}
 	line := fmt.Sprintf("sensor %s: exit %d in %v", logName(c.sensor), r.code, time.Since(begun).Round(time.Millisecond))
 	if r.reason != "" {
 		line += ": " + r.reason
@@ -628,18 +1051,22 @@ func logName(name string) string {
 	return name
 }
 
-func (a *agent) listSensors(_ request, params []any) (any, error) {
+func (a *agent) listSensors(r request, params []any) (any, error) {
 	if len(params) != 0 {
 		return nil, faultf(faultParams, "cmd_list_sensors takes no parameters")
 	}
-	texts, err := a.sensors.helpTexts(a.ctx)
+	ctx, cancel := context.WithCancel(a.ctx)
+	defer cancel()
+	defer context.AfterFunc(r.ctx, cancel)()
+	texts, err := a.setup.Load().sensors.helpTexts(ctx)
 	if err != nil {
-		log.Print(err) // without the directory there are no sensors
+		a.handler.refused.printf(warning+"%v", err) // without the directory there are no others
 	}
 	result := map[string]any{}
 	for name, text := range texts {
 		result[name] = text
 	}
+	result[ownSensor] = ownHelp()
 	return result, nil
 }
 
@@ -711,7 +1138,7 @@ func indent(text, by string) string {
 
 func runUpdate(ctx context.Context, in invocation) error {
 	return changeSensor(ctx, in, "update SENSOR", func(s settings, u *updater, name string) error {
-		c := newClient(s.monitor, s.monitorTimeout)
+		c := monitorOf(s)
 		defer c.close()
 		return u.install(ctx, name, fromMonitor(c, name, s.maxPackage))
 	})
@@ -786,7 +1213,7 @@ func runConfig(_ context.Context, in invocation) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintln(in.out, value)
+		fmt.Fprintln(in.out, redacted(value))
 		return nil
 	case "set":
 		if err := in.takes(3, 3, "config set SECTION OPTION VALUE"); err != nil {
@@ -836,6 +1263,18 @@ func editConfig(file string, change func(*ini) error) error {
 	return err
 }
 
+// redacted is a value without the password of a URL.
+func redacted(value string) string {
+	u, err := url.Parse(value)
+	switch {
+	case err != nil:
+		return masked(value)
+	case u.User != nil:
+		return u.Redacted()
+	}
+	return value
+}
+
 // printConfig prints every option as INI, with its value or default. A
 // password in a URL is not shown.
 func printConfig(file string, out io.Writer) error {
@@ -849,14 +1288,8 @@ func printConfig(file string, out io.Writer) error {
 	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
 	for _, o := range options {
 		value, err := c.value(o.section, o.name)
-		if err == nil && o.name == "url" {
-			var u *url.URL
-			if u, err = httpURL(value); err == nil && u.User != nil {
-				value = u.Redacted()
-			}
-		}
 		if err == nil {
-			err = effective.set(o.section, o.name, value)
+			err = effective.set(o.section, o.name, redacted(value))
 		}
 		if err != nil {
 			return err
@@ -866,19 +1299,36 @@ func printConfig(file string, out io.Writer) error {
 	return nil
 }
 
+// tlsFlags adds the flags that name certificates.
+func tlsFlags(flags *flag.FlagSet) *tlsFiles {
+	t := &tlsFiles{}
+	flags.StringVar(&t.ca, "ca", "", "")
+	flags.StringVar(&t.certificate, "cert", "", "")
+	flags.StringVar(&t.key, "key", "", "")
+	return t
+}
+
 func runCall(ctx context.Context, in invocation) error {
-	if len(in.args) < 2 {
-		return usagef("usage: picket call URL METHOD [ARG...]")
+	flags := newFlags("call")
+	files := tlsFlags(flags)
+	if err := flags.Parse(in.args); err != nil {
+		return flagError(err, in.out)
+	}
+	if in.args = flags.Args(); len(in.args) < 2 {
+		return usagef("usage: picket call [-ca FILE] [-cert FILE -key FILE] URL METHOD [ARG...]")
 	}
 	u, err := httpURL(in.args[0])
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
+	if option, err := files.load(); err != nil {
+		return usagef("-%s: %w", option, err)
+	}
 	var params []any
 	for _, arg := range in.args[2:] {
 		params = append(params, wireValue(arg))
 	}
-	c := newClient(u, time.Minute)
+	c := newClient(u, time.Minute, clientTLS(*files))
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
 	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
@@ -939,6 +1389,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 	m := &monitor{}
 	flags.StringVar(&m.packages, "packages", "", "")
 	flags.StringVar(&m.next, "next", "", "")
+	files := tlsFlags(flags)
 	if err := flags.Parse(in.args); err != nil {
 		return flagError(err, in.out)
 	}
@@ -950,11 +1401,18 @@ func runMonitor(ctx context.Context, in invocation) error {
 			return &exitError{exitUsage, fmt.Errorf("-next: %w", err)}
 		}
 	}
+	if option, err := files.load(); err != nil {
+		return usagef("-%s: %w", option, err)
+	}
+	scheme := "http"
+	if m.tls = serverTLS(*files); m.tls != nil {
+		scheme = "https"
+	}
 	listener, err := net.Listen("tcp", *listen)
 	if err != nil {
 		return err
 	}
-	log.Printf("monitor on http://%s/xmlrpc/", listener.Addr())
+	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
 	m.stored = func(s stored) error {
 		_, err := fmt.Fprintln(in.out, s)
 		return err
@@ -965,7 +1423,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 // A stored is a reading that has arrived at the stand-in monitor.
 type stored struct {
 	time   dateTime
-	peer   string // host
+	peer   string
 	ticket any
 	code   int
 	value  string
@@ -980,16 +1438,20 @@ type monitor struct {
 	packages string             // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string             // the URL that agents move to; "" is none
 	stored   func(stored) error // is called for each reading, one at a time
+	tls      *tls.Config        // nil: without TLS
 
 	mu sync.Mutex // guards the calls of stored
 }
 
 // serve answers agents until ctx ends.
 func (m *monitor) serve(ctx context.Context, listener net.Listener) error {
-	server := newHandler(m.methods()).server()
-	stop := context.AfterFunc(ctx, func() { server.Close() })
+	h := newHandler(m.methods())
+	if m.tls != nil {
+		h.setAccess(&access{tls: m.tls})
+	}
+	stop := context.AfterFunc(ctx, func() { h.http.Close() })
 	defer stop()
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+	if err := h.serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -1032,11 +1494,7 @@ func storedOf(peer string, params []any) (stored, error) {
 	if !ok || !ok2 {
 		return stored{}, wrong
 	}
-	host, _, err := net.SplitHostPort(peer)
-	if err != nil {
-		host = peer
-	}
-	return stored{at, host, ticket, code, value}, nil
+	return stored{at, peer, ticket, code, value}, nil
 }
 
 func (m *monitor) sensorCode(_ request, params []any) (any, error) {
@@ -1147,7 +1605,7 @@ func runSelftest(ctx context.Context, in invocation) error {
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, which are of interest only if it fails
 	before := log.Writer()
-	log.SetOutput(&lines)
+	log.SetOutput(plainLog{&lines})
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -1386,14 +1844,15 @@ type selftestAgent struct {
 // withAgent calls f while an agent with these settings runs, but for the
 // address, the monitor and the log, which are the selftest's own.
 func (t *selftest) withAgent(ctx context.Context, s settings, f func(*selftestAgent) error) error {
-	s.listen, s.monitor, s.noValue = "127.0.0.1:0", t.monitor, "nan"
+	s.listen, s.monitor, s.noValue, s.spool = "127.0.0.1:0", t.monitor, "nan", ""
+	s.allow, s.agentTLS, s.monitorTLS = nil, tlsFiles{}, tlsFiles{}
 	a, err := newAgent(s)
 	if err != nil {
 		return err
 	}
 	tested := &selftestAgent{
-		sensors: a.sensors,
-		client:  newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout),
+		sensors: a.setup.Load().sensors,
+		client:  newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout, nil),
 		reason:  make(map[any]string),
 	}
 	defer tested.client.close()

@@ -20,15 +20,18 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"log"
 	"math/rand"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -37,6 +40,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 	"unicode"
 )
@@ -748,8 +753,69 @@ type method struct {
 
 // A request says where a call comes from and since when it is being answered.
 type request struct {
-	peer     string
+	ctx      context.Context // ends when the connection has to give way
+	peer     string          // host
 	received time.Time
+}
+
+// An access says who may call, and how.
+type access struct {
+	allow []netip.Prefix // empty: everybody
+	tls   *tls.Config    // nil: without TLS
+}
+
+// allows reports whether a host may call. IPv4 in IPv6 is IPv4.
+func (a *access) allows(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	addr = addr.Unmap().WithZone("")
+	return len(a.allow) == 0 || err == nil && slices.ContainsFunc(a.allow, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// hostOf is the host of a peer's address.
+func hostOf(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return address
+}
+
+// neighbours names who shares limits with a host: of IPv6, its network of 64
+// bits, as everybody has one to himself.
+func neighbours(host string) string {
+	addr, err := netip.ParseAddr(host)
+	if addr = addr.Unmap().WithZone(""); err != nil || addr.Is4() {
+		return addr.String()
+	}
+	prefix, _ := addr.Prefix(64) // which it has
+	return prefix.String()
+}
+
+// certificateTime is the time that certificates are checked by: the clock's,
+// but never before the program was built, as a box may boot in 1970.
+func certificateTime(now, built time.Time) time.Time {
+	if now.Before(built) {
+		return built
+	}
+	return now
+}
+
+// newTLS returns what is common to all that the agent does over TLS.
+func newTLS(built time.Time) *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time { return certificateTime(time.Now(), built) }}
+}
+
+// bearsName reports whether a certificate is of a name: its subject, the
+// subject's common name or one of the alternative names.
+func bearsName(c *x509.Certificate, name string) bool {
+	names := append([]string{c.Subject.String(), c.Subject.CommonName}, c.DNSNames...)
+	names = append(names, c.EmailAddresses...)
+	for _, ip := range c.IPAddresses {
+		names = append(names, ip.String())
+	}
+	for _, u := range c.URIs {
+		names = append(names, u.String())
+	}
+	return slices.Contains(names, name)
 }
 
 // A handler answers XML-RPC calls over HTTP. Besides its methods it has
@@ -760,24 +826,44 @@ type handler struct {
 	large    chan struct{} // one is taken by each message larger than most, until it is answered
 	decoding chan struct{} // one is taken while a message is decoded
 
-	mu    sync.Mutex // guards what is below
-	conns map[net.Conn]*connState
+	http  *http.Server
+	count atomic.Int64 // refused
+
+	mu     sync.Mutex // guards what is below
+	access *access
+	conns  map[net.Conn]*connState
 }
 
-// A connState tells a connection that a call is being answered on from one
-// that only takes up room.
+// A connState is what is known of a connection.
 type connState struct {
-	idle    time.Time
-	working bool
+	access  *access         // what was in force when it came
+	from    string          // its peer's neighbours
+	barred  bool            // nothing that it asks is answered
+	since   time.Time       // when it came, or the latest call on it began or ended
+	working bool            // a call is being answered on it
+	ctx     context.Context // of that
+	cancel  context.CancelFunc
 }
 
+// newHandler returns a handler that answers everybody, without TLS.
 func newHandler(methods []method) *handler {
 	h := &handler{
 		methods:  make(map[string]method),
 		refused:  logLimit{burst: 20, perSecond: 0.2},
 		large:    make(chan struct{}, largeAtOnce),
 		decoding: make(chan struct{}, decodeAtOnce),
+		access:   &access{},
 		conns:    make(map[net.Conn]*connState),
+	}
+	h.http = &http.Server{
+		Handler:                      h,
+		ReadTimeout:                  readTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     log.New(refusals{h}, "", 0), // mostly what peers do wrong
+		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		ConnState:                    h.connChanged,
 	}
 	for _, m := range append(methods, h.introspection()...) {
 		h.methods[m.name] = m
@@ -787,68 +873,171 @@ func newHandler(methods []method) *handler {
 
 type connKey struct{}
 
-// server returns an HTTP server with limits on all that a peer can send. Of
-// more than 64 connections the one that has been without a call for longest is
-// closed, so that nobody keeps the monitor out by holding many.
-func (h *handler) server() *http.Server {
-	return &http.Server{
-		Handler:                      h,
-		ReadTimeout:                  readTimeout,
-		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
-		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     log.New(&h.refused, "", 0), // mostly what peers do wrong
-		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
-		ConnState:                    h.connChanged,
+// Refusals take what net/http logs: each is a peer that was not served.
+type refusals struct{ *handler }
+
+func (r refusals) Write(p []byte) (int, error) {
+	r.refuse("%s", oneLine(strings.TrimSpace(string(p))))
+	return len(p), nil
+}
+
+// refuse counts and logs what was not done.
+func (h *handler) refuse(format string, args ...any) {
+	h.count.Add(1)
+	h.refused.printf(warning+format, args...)
+}
+
+// serve answers the calls that come in until the listener or the server is
+// closed. There are limits on all that a peer can send.
+func (h *handler) serve(l net.Listener) error { return h.http.Serve(gate{l, h}) }
+
+// A gate is a listener whose connections are what the handler's access says.
+type gate struct {
+	net.Listener
+	h *handler
+}
+
+func (g gate) Accept() (net.Conn, error) {
+	c, err := g.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return g.h.admit(c), nil
+}
+
+// admit takes a connection in. Of more than 64 one is closed: the one that has
+// been without a call for longest, first of those that may not call or of who
+// holds more than a quarter, so that nobody keeps the monitor out by holding
+// many.
+func (h *handler) admit(c net.Conn) net.Conn {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	host := hostOf(c.RemoteAddr().String())
+	s := &connState{access: h.access, from: neighbours(host), barred: !h.access.allows(host), since: time.Now()}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if h.access.tls != nil {
+		c = tls.Server(c, h.access.tls)
+	}
+	h.conns[c] = s
+	if len(h.conns) > maxConns {
+		h.drop(h.weakest())
+	}
+	return c
+}
+
+// drop closes a connection and ends the call on it.
+func (h *handler) drop(c net.Conn) {
+	h.conns[c].cancel()
+	delete(h.conns, c)
+	go c.Close() // over TLS it may take a while
+}
+
+// weakest is the connection that gives way.
+func (h *handler) weakest() (weakest net.Conn) {
+	held := make(map[string]int)
+	for _, s := range h.conns {
+		held[s.from]++
+	}
+	greed := func(s *connState) int { return max(held[s.from], maxConns/4) }
+	before := func(a, b *connState) bool {
+		switch {
+		case a.barred != b.barred:
+			return a.barred
+		case greed(a) != greed(b):
+			return greed(a) > greed(b)
+		case a.working != b.working:
+			return b.working
+		case a.working:
+			return a.since.After(b.since)
+		}
+		return a.since.Before(b.since)
+	}
+	for c, s := range h.conns {
+		if weakest == nil || before(s, h.conns[weakest]) {
+			weakest = c
+		}
+	}
+	return weakest
+}
+
+// setAccess changes who may call, and how. Connections that came under other
+// rules end, those with a call on them when it is answered.
+func (h *handler) setAccess(a *access) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.access = a
+	for c, s := range h.conns {
+		if !s.working {
+			h.drop(c)
+		}
 	}
 }
 
 func (h *handler) connChanged(c net.Conn, state http.ConnState) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	s := h.conns[c]
+	if s == nil {
+		return
+	}
 	switch state {
-	case http.StateNew:
-		h.conns[c] = &connState{idle: time.Now()}
-		if len(h.conns) > maxConns {
-			if oldest := h.oldestIdle(); oldest != nil {
-				delete(h.conns, oldest)
-				go oldest.Close() // over TLS it may take a while
-			}
-		}
 	case http.StateIdle:
-		if s := h.conns[c]; s != nil {
-			s.idle = time.Now()
-		}
+		s.since = time.Now()
 	case http.StateClosed, http.StateHijacked:
+		s.cancel()
 		delete(h.conns, c)
 	}
 }
 
-func (h *handler) oldestIdle() (oldest net.Conn) {
-	for c, s := range h.conns {
-		if !s.working && (oldest == nil || s.idle.Before(h.conns[oldest].idle)) {
-			oldest = c
-		}
-	}
-	return oldest
-}
-
-// working notes whether a call is being answered on the request's connection.
-func (h *handler) working(r *http.Request, working bool) {
+// begin notes that a call on the request's connection is being answered, and
+// returns a context that ends when it has to give way. It reports false where
+// the connection came under rules that are no longer in force.
+func (h *handler) begin(r *http.Request) (ctx context.Context, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c, _ := r.Context().Value(connKey{}).(net.Conn)
-	if s := h.conns[c]; s != nil {
-		s.working, s.idle = working, time.Now()
+	c, ok := r.Context().Value(connKey{}).(net.Conn)
+	if !ok { // another server's
+		return r.Context(), true
 	}
+	s := h.conns[c]
+	if s == nil || s.access != h.access {
+		return nil, false
+	}
+	s.working, s.since = true, time.Now()
+	return s.ctx, true
+}
+
+// end notes that it was answered, and reports whether the connection may stay.
+func (h *handler) end(r *http.Request) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c, ok := r.Context().Value(connKey{}).(net.Conn)
+	if !ok {
+		return true
+	}
+	s := h.conns[c]
+	if s == nil {
+		return false
+	}
+	s.working, s.since = false, time.Now()
+	return s.access == h.access
+}
+
+// barred reports whether nothing is answered on the request's connection.
+func (h *handler) barred(r *http.Request) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return !h.access.allows(hostOf(r.RemoteAddr))
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	defer h.working(r, false)
 	status, answer := h.answer(w, r)
+	if !h.end(r) {
+		w.Header().Set("Connection", "close")
+	}
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
 	if status != http.StatusOK {
-		h.refused.printf("%s: %s %s: HTTP %d", r.RemoteAddr, cut(r.Method), cut(r.URL.Path), status)
+		h.refuse("%s: %s %s: HTTP %d", hostOf(r.RemoteAddr), cut(r.Method), cut(r.URL.Path), status)
 		http.Error(w, http.StatusText(status), status)
 		return
 	}
@@ -859,6 +1048,10 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // answer returns the HTTP status and, with 200, the methodResponse.
 func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
+	if h.barred(r) {
+		w.Header().Set("Connection", "close") // so that net/http does not read the body either
+		return http.StatusForbidden, nil
+	}
 	switch r.URL.Path {
 	case "/xmlrpc", "/xmlrpc/", "/RPC2", "/":
 	default:
@@ -886,15 +1079,19 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // it would end the call, too
-	h.working(r, true)
+	ctx, ok := h.begin(r)
+	if !ok {
+		panic(http.ErrAbortHandler) // as if the connection had been closed a moment before
+	}
 	h.decoding <- struct{}{}
 	name, params, err := decodeCall(message)
 	<-h.decoding
+	peer := hostOf(r.RemoteAddr)
 	if err != nil {
-		h.refused.printf("%s: %v", r.RemoteAddr, err)
+		h.refuse("%s: %v", peer, err)
 		return http.StatusOK, encodeResponse(nil, err)
 	}
-	return http.StatusOK, encodeResponse(h.call(request{r.RemoteAddr, time.Now()}, name, params))
+	return http.StatusOK, encodeResponse(h.call(request{ctx, peer, time.Now()}, name, params))
 }
 
 // readMessage reads the body of a request. Many small ones are read at once,
@@ -925,9 +1122,9 @@ func (h *handler) call(r request, name string, params []any) (v any, err error) 
 		f := (*fault)(nil)
 		switch {
 		case errors.As(err, &f):
-			h.refused.printf("%s: %s: %v", r.peer, cut(name), err)
+			h.refuse("%s: %s: %v", r.peer, cut(name), err)
 		case err != nil:
-			log.Printf("%s: %s: defect: %v", r.peer, cut(name), err)
+			log.Printf(severe+"%s: %s: defect: %v", r.peer, cut(name), err)
 			err = faultf(faultInternal, "internal error")
 		}
 	}()
@@ -1039,19 +1236,23 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 // A client calls the XML-RPC methods of one URL.
 type client struct {
 	url  *url.URL
+	tls  *tls.Config
 	http http.Client
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
-// whole. It follows no redirect and asks no proxy: what it sends goes to that
+// whole, with the rules for https (nil: newTLS's). It follows no redirect and asks no proxy: what it sends goes to that
 // URL or nowhere.
-func newClient(u *url.URL, timeout time.Duration) *client {
-	return &client{url: u, http: http.Client{
+func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
+	if config == nil {
+		config = newTLS(time.Time{})
+	}
+	return &client{url: u, tls: config, http: http.Client{
 		Timeout:       timeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
 			DialContext:            (&net.Dialer{Timeout: timeout}).DialContext, // else a dial outlives its call by minutes
-			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
+			TLSClientConfig:        config,
 			IdleConnTimeout:        200 * time.Millisecond, // between two readings of a burst; a monitor that serves one connection waits for its end
 			MaxResponseHeaderBytes: maxHeader,
 			DisableCompression:     true,
@@ -1225,20 +1426,22 @@ func (t *textReader) Read(p []byte) (n int, err error) {
 }
 
 const (
-	maxKept     = 1024            // readings kept for a monitor that is away
+	maxKept     = 1024            // readings kept in memory alone for a monitor that is away
 	maxBackoff  = 5 * time.Minute // between two attempts to reach it
 	maxTries    = 3               // of a reading that the monitor answers with a fault
 	faultFactor = 10              // a fault waits so much longer than a monitor that is away: a locked database takes its time
 	lastTime    = time.Second     // for an attempt when the agent ends
 	lastMisses  = 4               // after so many then, one after the other, the monitor counts as away
 	roomForRuns = 64              // readings of those that run when no more may begin
+	spoolRetry  = time.Minute     // before a spool that cannot be written is tried again
+	spoolTime   = 5 * time.Second // for the last of it when the agent ends
 )
 
 // A reading is what one run of a sensor came to.
 type reading struct {
 	code   int       // 0, or why there is no number
 	value  string    // the sensor's own digits; "" where there is no number
-	taken  time.Time // with the monotonic clock's reading
+	taken  time.Time // with the monotonic clock's reading, unless it is of an earlier boot
 	reason string    // for the log, where the code is not 0; never sent
 }
 
@@ -1250,91 +1453,197 @@ type undelivered struct {
 	faults    int       // attempts that the monitor answered with a fault
 	notBefore time.Time // the next attempt
 	sending   bool
-	last      bool // its attempt when the agent ends has begun
-	discarded bool // not to be kept if this attempt fails
+	last      bool   // its attempt when the agent ends has begun
+	discarded bool   // not to be kept if this attempt fails
+	earlier   bool   // taken in an earlier boot: the time has no monotonic clock
+	toSave    bool   // on its way to the spool, or there
+	record    uint64 // its number in the spool; 0 where it is not there
+	gone      bool   // it is undelivered no more
 }
 
 // A delivery hands readings in at the monitor with cmd_store_probe_data, the
 // oldest first and one at a time: old monitors serve one connection, and the
-// next one only when that is closed. A reading leaves the delivery when the
+// next one only when that is closed. Once the monitor is back, those that had to
+// wait take turns with fresh ones. A reading leaves the delivery when the
 // monitor has taken it, has answered three times with a fault or has given
-// its ticket away again, and when 1,024 newer ones wait.
+// its ticket away again, and when there is no more room: for 1,024 in memory,
+// and for what the spool holds.
+//
+// With a spool, a reading that the monitor did not take at the first attempt,
+// and each one while it is away or the agent ends, is on the disk as soon as
+// that allows.
 type delivery struct {
-	zone    *time.Location // of the times that are sent
-	noValue string         // sent where there is no number
-	clock   func() time.Time
-	retry   time.Duration // before the second attempt; doubled from then on, up to 5 minutes
+	clock   func(now time.Time) time.Time // what the box's clock shows: now itself, but for tests
+	retry   time.Duration                 // before the second attempt; doubled from then on, up to 5 minutes
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when nothing is sent any more
+	saved   chan struct{} // closed when nothing is written to the spool any more
 	dropped logLimit
 
-	mu      sync.Mutex // guards what is below
-	client  *client
-	changed *sync.Cond
-	kept    []*undelivered // oldest first
-	away    time.Time      // since when the monitor has been away; zero when it is not
-	missed  int            // attempts since then
-	probeAt time.Time      // the next one
-	last    bool           // what comes now is the last, and not limited
-	closing bool
-	abort   context.CancelFunc // of the attempt under way
+	mu       sync.Mutex // guards what is below
+	zone     *time.Location
+	noValue  string // sent where there is no number
+	client   *client
+	changed  *sync.Cond
+	kept     []*undelivered // oldest first
+	old      int            // of them, those that had to wait while the monitor was away
+	turn     bool           // the next attempt is with a fresh one, if there is any
+	away     time.Time      // since when the monitor has been away; zero when it is not
+	missed   int            // attempts since then
+	probeAt  time.Time      // the next one
+	outage   time.Duration  // how long the monitor had been away; zero once the old ones are through
+	caughtUp int            // delivered since then
+	last     bool           // what comes now is the last: not limited, and to be saved at once
+	closing  bool
+	abort    context.CancelFunc // of the attempt under way
+	totals   deliveryTotals
+
+	spool    *spool         // nil: readings are in memory alone
+	inSpool  int            // of kept, those that are in the spool
+	held     int64          // bytes of those that are or will be in the spool
+	unsaved  []*undelivered // to be written to the spool
+	marks    []uint64       // records to be marked as delivered
+	syncMark bool           // one of them must not come back after a power cut
+	sealed   bool           // nothing more will come
+	respool  func()         // changes the spool; for the goroutine that writes it
+	retired  *spool         // holds what the new one does not have yet
 }
 
-// newDelivery returns a delivery that is at work until close.
-func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration) *delivery {
+// DeliveryTotals count since the start of the agent.
+type deliveryTotals struct {
+	delivered, dropped int
+	latest             time.Time // the latest delivery
+	spoolBytes         int64     // at present
+}
+
+// newDelivery returns a delivery that is at work until close. What the spool
+// holds (nil: there is none) is the oldest to deliver.
+func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	ctx, cancel := context.WithCancel(context.Background())
 	d := &delivery{
-		client: c, zone: zone, noValue: noValue, clock: time.Now, retry: retry, cancel: cancel,
-		done: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2},
+		client: c, zone: zone, noValue: noValue, clock: func(now time.Time) time.Time { return now }, retry: retry, cancel: cancel,
+		done: make(chan struct{}), saved: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
 	}
 	d.changed = sync.NewCond(&d.mu)
+	if s != nil {
+		d.load()
+	}
 	go func() {
 		defer close(d.done)
 		for u, c := d.next(); u != nil; u, c = d.next() {
 			d.settle(u, c, d.attempt(ctx, u, c))
 		}
 	}()
+	go func() {
+		defer close(d.saved)
+		for w, more := d.awaitSpoolWork(); more; w, more = d.awaitSpoolWork() {
+			d.writeSpool(w)
+		}
+		if d.spool != nil {
+			d.spool.close()
+		}
+	}()
 	return d
+}
+
+// configure has readings sent as these settings have it from now on, at once
+// where they could not be before.
+func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.zone, d.noValue = zone, noValue
+	d.callFrom(c)
+}
+
+func (d *delivery) callFrom(c *client) {
+	moved := d.client.url.String() != c.url.String()
+	d.client.close()
+	d.client = c
+	d.missed, d.probeAt = 0, time.Time{}
+	if moved {
+		d.away, d.outage = time.Time{}, 0
+		for _, u := range d.kept {
+			u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
+		}
+	}
+	d.changed.Broadcast()
 }
 
 // put takes a reading to deliver. It never blocks.
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.kept) >= maxKept && !d.last {
-		oldest := d.kept[0]
-		if oldest.sending {
-			oldest = d.kept[1]
-		}
-		d.remove(oldest)
-		d.dropped.printf("%s: reading dropped: the oldest of more than %d undelivered", ticketText(oldest.ticket), maxKept)
+	limit := maxKept
+	if d.away.IsZero() { // waitRoom limits those behind the ones that had to wait
+		limit = 2 * maxKept
 	}
-	d.kept = append(d.kept, &undelivered{reading: r, ticket: ticket})
+	if len(d.kept)-d.inSpool >= limit && !d.last {
+		d.dropOldest(func(u *undelivered) bool { return u.record == 0 }, fmt.Sprintf("more than %d undelivered", limit))
+	}
+	u := &undelivered{reading: r, ticket: ticket}
+	d.kept = append(d.kept, u)
+	if d.last || !d.away.IsZero() {
+		d.save(u)
+	}
 	d.changed.Broadcast()
 }
 
+// dropOldest gives up the oldest reading that may be, if there is one.
+func (d *delivery) dropOldest(may func(*undelivered) bool, why string) *undelivered {
+	i := slices.IndexFunc(d.kept, func(u *undelivered) bool { return !u.sending && may(u) })
+	if i < 0 {
+		return nil
+	}
+	u := d.kept[i]
+	d.remove(u)
+	d.totals.dropped++
+	d.dropped.printf(warning+"%s: reading dropped: the oldest of %s", ticketText(u.ticket), why)
+	return u
+}
+
+// save has a reading written to the spool.
+func (d *delivery) save(u *undelivered) {
+	if d.spool != nil && !u.toSave && !u.gone {
+		u.toSave = true
+		d.held += u.length()
+		d.unsaved = append(d.unsaved, u)
+		d.changed.Broadcast()
+	}
+}
+
+func (d *delivery) saveAll() {
+	for _, u := range d.kept {
+		d.save(u)
+	}
+}
+
 // putLast lets more than 1,024 readings in from now on: when the agent ends,
-// those of the commands that waited must not push out what was measured.
+// those of the commands that waited must not push out what was measured. All
+// go to the spool at once: an init may not wait for long.
 func (d *delivery) putLast() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.last = true
+	d.saveAll()
 }
 
 // waitRoom waits while the monitor is there, but slower than the sensors: then
 // it is the dispatcher that has to wait, and nothing is dropped.
 func (d *delivery) waitRoom(ctx context.Context) {
-	stop := context.AfterFunc(ctx, func() {
-		d.mu.Lock() // not before Wait waits
-		defer d.mu.Unlock()
-		d.changed.Broadcast()
-	})
+	stop := context.AfterFunc(ctx, d.wake)
 	defer stop()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for len(d.kept) >= maxKept-roomForRuns && d.away.IsZero() && !d.closing && ctx.Err() == nil {
+	for len(d.kept)-d.old >= maxKept-roomForRuns && d.away.IsZero() && !d.last && !d.closing && ctx.Err() == nil {
 		d.changed.Wait()
 	}
+}
+
+// wake has everybody who waits look again.
+func (d *delivery) wake() {
+	d.mu.Lock() // not before Wait waits
+	defer d.mu.Unlock()
+	d.changed.Broadcast()
 }
 
 // discard forgets an undelivered reading: the monitor has given its ticket
@@ -1342,21 +1651,56 @@ func (d *delivery) waitRoom(ctx context.Context) {
 func (d *delivery) discard(ticket any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, u := range slices.Clone(d.kept) {
+	for i := 0; i < len(d.kept); i++ {
+		u := d.kept[i]
 		if u.ticket != ticket || u.discarded {
 			continue
 		}
 		if u.discarded = true; !u.sending {
 			d.remove(u)
+			i--
 		}
 		d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 	}
 }
 
+// count is how many readings are undelivered, and what has become of the others.
+func (d *delivery) count() (undelivered int, t deliveryTotals) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.kept), d.totals
+}
+
+// remove forgets a reading, and has its record marked.
 func (d *delivery) remove(u *undelivered) {
-	if i := slices.Index(d.kept, u); i >= 0 {
+	i := slices.Index(d.kept, u)
+	if i < 0 {
+		return
+	}
+	if i == 0 {
+		d.kept[0] = nil
+		d.kept = d.kept[1:] // a backlog of thousands leaves from here
+	} else {
 		d.kept = slices.Delete(d.kept, i, i+1)
 	}
+	if i < d.old {
+		d.old--
+	}
+	u.gone = true
+	if u.toSave {
+		d.held -= u.length()
+	}
+	if u.record != 0 {
+		d.inSpool--
+		d.mark(u)
+	}
+	d.changed.Broadcast()
+}
+
+// mark has the record of a reading that is gone marked in the spool.
+func (d *delivery) mark(u *undelivered) {
+	d.marks = append(d.marks, u.record)
+	d.syncMark = d.syncMark || u.discarded
 }
 
 // monitor is the client of the monitor that readings go to.
@@ -1367,17 +1711,16 @@ func (d *delivery) monitor() *client {
 }
 
 // moveTo has readings go to another monitor from now on, those that are kept
-// too, and at once.
-func (d *delivery) moveTo(c *client) {
+// too, and at once; unless they go to somebody else than before by now, which it
+// reports.
+func (d *delivery) moveTo(before, c *client) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.client.close()
-	d.client = c
-	d.away, d.missed = time.Time{}, 0
-	for _, u := range d.kept {
-		u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
+	if d.client != before {
+		return false
 	}
-	d.changed.Broadcast()
+	d.callFrom(c)
+	return true
 }
 
 // next waits for a reading that may be sent now, and says to whom. It returns
@@ -1393,36 +1736,43 @@ func (d *delivery) next() (*undelivered, *client) {
 			return u, d.client
 		case d.closing:
 			return nil, nil
-		case at.IsZero():
-			d.changed.Wait()
-		default:
-			timer := time.AfterFunc(time.Until(at), func() {
-				d.mu.Lock() // not before Wait waits
-				defer d.mu.Unlock()
-				d.changed.Broadcast()
-			})
-			d.changed.Wait()
-			timer.Stop()
 		}
+		d.waitUntil(at)
 	}
 }
 
+// waitUntil waits for a change or a moment (zero: none). The mutex is held.
+func (d *delivery) waitUntil(at time.Time) {
+	if !at.IsZero() {
+		defer time.AfterFunc(time.Until(at), d.wake).Stop()
+	}
+	d.changed.Wait()
+}
+
 // pick chooses the reading to send now, or says when there may be one (zero:
-// nobody knows). It is the oldest. While the monitor is away, or the agent
-// ends, every second attempt is made with the newest, and no reading is tried
-// much more often than others: one that the monitor always chokes on must not
-// hold up the rest.
+// nobody knows). It is the oldest, or in turn with those that had to wait the
+// oldest fresh one. While the monitor is away, or the agent ends, every second
+// attempt is made with the newest, and no reading is tried much more often than
+// others: one that the monitor always chokes on must not hold up the rest.
 func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
 	away := !d.away.IsZero()
 	if away && now.Before(d.probeAt) {
 		return nil, d.probeAt
 	}
-	for _, u := range d.kept {
+	from := 0
+	if d.turn && !away && !d.closing && len(d.kept) > d.old {
+		from = d.old
+	}
+	for i := range d.kept {
+		u := d.kept[(i+from)%len(d.kept)]
 		switch {
 		case now.Before(u.notBefore):
 			if at.IsZero() || u.notBefore.Before(at) {
 				at = u.notBefore
 			}
+		case !away && !d.closing:
+			d.turn = !d.turn
+			return u, at
 		case best == nil, d.closing && u.missed < best.missed, away && u.missed/8 < best.missed/8, away && !d.closing && d.missed%2 == 0:
 			best = u
 		}
@@ -1437,22 +1787,19 @@ func (d *delivery) attempt(ctx context.Context, u *undelivered, c *client) error
 	d.mu.Lock()
 	d.abort = cancel
 	u.last = d.closing
+	zone, value := d.zone, u.value
+	if value == "" {
+		value = d.noValue
+	}
 	d.mu.Unlock()
 	if u.last {
 		defer time.AfterFunc(lastTime, cancel).Stop()
 	}
-	return d.store(ctx, u, c)
-}
-
-// store makes one attempt. The time that it sends is now less the reading's
-// age by the monotonic clock: right also where the clock was set after the
-// reading was taken, as on a box that boots in 1970.
-func (d *delivery) store(ctx context.Context, u *undelivered, c *client) error {
-	value := u.value
-	if value == "" {
-		value = d.noValue
-	}
-	taken := d.clock().Add(-time.Since(u.taken)).In(d.zone)
+	// The time that is sent is now less the reading's age by the monotonic
+	// clock: right also where the clock was set after the reading was taken, as
+	// on a box that boots in 1970.
+	now := time.Now()
+	taken := d.clock(now).Add(-now.Sub(u.taken)).In(zone)
 	_, err := c.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
 }
@@ -1467,21 +1814,30 @@ func (d *delivery) settle(u *undelivered, c *client, err error) {
 	var f *fault
 	switch {
 	case err == nil:
-		d.remove(u)
 		d.reached(now)
+		d.totals.delivered++
+		d.totals.latest = now
+		if d.outage > 0 {
+			d.caughtUp++
+		}
+		d.remove(u)
 	case c != d.client: // which is no longer the monitor
 	case errors.As(err, &f):
 		d.reached(now)
 		u.faults++
 		u.notBefore = now.Add(backoff(d.retry*faultFactor, u.faults))
+		d.save(u)
 		if u.faults == maxTries {
 			d.remove(u)
-			d.dropped.printf("%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
+			d.totals.dropped++
+			d.dropped.printf(warning+"%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
 		}
 	default:
 		if d.away.IsZero() {
+			d.reportBack()
 			d.away = now
-			log.Printf("monitor %s: away: %v", d.client.url.Redacted(), err)
+			log.Printf(warning+"monitor %s: away: %v", d.client.url.Redacted(), oneLine(err.Error()))
+			d.saveAll()
 		}
 		d.missed++
 		u.missed++
@@ -1499,14 +1855,39 @@ func (d *delivery) settle(u *undelivered, c *client, err error) {
 	if u.discarded {
 		d.remove(u)
 	}
+	if d.outage > 0 && d.old == 0 {
+		d.reportBack()
+	}
 }
 
 // reached notes that the monitor has answered.
 func (d *delivery) reached(now time.Time) {
 	if !d.away.IsZero() {
-		log.Printf("monitor %s: back after %s, %s more to deliver", d.client.url.Redacted(), now.Sub(d.away).Round(time.Second), plural(len(d.kept), "reading"))
+		d.outage, d.caughtUp, d.old = now.Sub(d.away), 0, len(d.kept)
 	}
 	d.away, d.missed = time.Time{}, 0
+}
+
+// reportBack logs the end of an outage, when those that had to wait are
+// through, or never will be.
+func (d *delivery) reportBack() {
+	if d.outage == 0 {
+		return
+	}
+	line := fmt.Sprintf("monitor %s: back after %s, %s delivered", d.client.url.Redacted(), age(d.outage), plural(d.caughtUp, "reading"))
+	if d.old > 0 {
+		line += fmt.Sprintf(", %d more to deliver", d.old)
+	}
+	log.Print(notice + line)
+	d.outage = 0
+}
+
+// age is a duration for people: 12s, 5m7s, 3h12m.
+func age(d time.Duration) string {
+	if d < time.Hour {
+		return d.Round(time.Second).String()
+	}
+	return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
 }
 
 // backoff is how long to wait after n failures: doubled each time, at most 5
@@ -1521,13 +1902,15 @@ func backoff(first time.Duration, n int) time.Duration {
 }
 
 // close makes one more attempt for every reading, as long as ctx and the
-// monitor allow, and then sends nothing any more.
+// monitor allow, and then sends nothing any more. What is left is in the spool,
+// if there is one.
 func (d *delivery) close(ctx context.Context) {
 	d.mu.Lock()
-	d.closing = true
+	d.closing, d.last = true, true
 	d.probeAt, d.missed = time.Time{}, 0
 	for _, u := range d.kept {
 		u.notBefore = time.Time{}
+		d.save(u)
 	}
 	if d.abort != nil { // an attempt may have been under way for long
 		defer time.AfterFunc(lastTime, d.abort).Stop()
@@ -1540,10 +1923,619 @@ func (d *delivery) close(ctx context.Context) {
 	d.cancel()
 	d.client.close()
 	d.mu.Lock()
+	d.reportBack()
+	d.sealed = true
+	d.changed.Broadcast()
+	d.mu.Unlock()
+	select {
+	case <-d.saved:
+	case <-time.After(spoolTime): // a disk that hangs must not keep the process
+	}
+	d.mu.Lock()
 	defer d.mu.Unlock()
 	if n := len(d.kept); n > 0 {
-		log.Printf("monitor %s: %s not delivered", d.client.url.Redacted(), plural(n, "reading"))
+		fate := ""
+		if d.spool != nil {
+			fate = fmt.Sprintf(", %d of them in the spool", d.inSpool)
+		}
+		log.Printf(warning+"monitor %s: %s not delivered%s", d.client.url.Redacted(), plural(n, "reading"), fate)
 	}
+}
+
+// A spoolWork is what is to be written to the spool in one go.
+type spoolWork struct {
+	add   []*undelivered
+	marks []uint64
+	sync  bool
+	empty bool                  // nothing in the file is undelivered any more
+	all   func() []*undelivered // what is in the file and undelivered, oldest first
+}
+
+// useSpool has readings kept in another spool from now on (nil: in none), or
+// in the same one with another limit. The one before is emptied as soon as the
+// new one has what was in it.
+func (d *delivery) useSpool(s *spool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.respool = func() {
+		if s != nil && d.spool != nil && s.dir == d.spool.dir {
+			d.spool.limit = s.limit
+			return
+		}
+		if d.retired == nil {
+			d.retired = d.spool
+		}
+		d.spool = s
+		d.forgetRecords()
+	}
+	d.changed.Broadcast()
+}
+
+// forgetRecords has all that was in the spool written again, as the file is
+// another.
+func (d *delivery) forgetRecords() {
+	d.unsaved, d.marks, d.inSpool, d.held = nil, nil, 0, 0
+	for _, u := range d.kept {
+		again := u.toSave
+		u.record, u.toSave = 0, false
+		if again {
+			d.save(u)
+		}
+	}
+}
+
+// awaitSpoolWork waits for something to write, and takes it. It reports false
+// when the delivery is closed and there is nothing. From here on the spool is
+// only used by the goroutine that calls this.
+func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for {
+		if d.respool != nil {
+			d.respool()
+			d.respool = nil
+		}
+		var at time.Time
+		switch s := d.spool; {
+		case d.retired != nil && (s == nil || s.f != nil && len(d.unsaved) == 0):
+			d.retired.retire()
+			d.retired = nil
+		case s == nil:
+		case s.err != nil && !d.sealed && time.Now().Before(s.retryAt):
+			if len(d.unsaved) > 0 {
+				at = s.retryAt
+			}
+		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.f == nil && s.err == nil,
+			d.inSpool > 0 && s.err == nil && s.clockStepped(d.clock):
+			return d.takeSpoolWork(), true
+		}
+		if d.sealed {
+			return w, false
+		}
+		d.waitUntil(at)
+	}
+}
+
+// takeSpoolWork takes what is to be written. Where that is more than the spool
+// may hold, the oldest go.
+func (d *delivery) takeSpoolWork() spoolWork {
+	for d.held > d.spool.room() {
+		if d.dropOldest(func(u *undelivered) bool { return u.toSave }, "what the spool holds") == nil {
+			break
+		}
+	}
+	w := spoolWork{marks: d.marks, sync: d.syncMark}
+	w.add = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
+	w.empty = d.inSpool == 0 && len(w.add) == 0
+	w.all = func() []*undelivered {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return slices.DeleteFunc(slices.Clone(d.kept), func(u *undelivered) bool { return u.record == 0 })
+	}
+	d.unsaved, d.marks, d.syncMark = nil, nil, false
+	return w
+}
+
+// writeSpool writes to the spool, and notes what has come of it.
+func (d *delivery) writeSpool(w spoolWork) {
+	found, fresh, err := d.spool.open()
+	if err == nil && !fresh {
+		err = d.spool.write(w, d.clock)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	defer d.changed.Broadcast()
+	s := d.spool
+	d.totals.spoolBytes = s.size
+	switch {
+	case err != nil:
+		s.stop(err)
+		d.unsaved = append(slices.DeleteFunc(w.add, func(u *undelivered) bool { return u.gone }), d.unsaved...)
+		d.marks = append(w.marks, d.marks...)
+		d.syncMark = d.syncMark || w.sync
+		if d.sealed {
+			d.unsaved, d.marks = nil, nil // the process is about to end
+		}
+		return
+	case fresh: // and what was in another one is to be written again
+		d.forgetRecords()
+		d.adopt(found)
+		return
+	}
+	s.resume()
+	for i, u := range w.add {
+		u.record = s.last - uint64(len(w.add)-1-i)
+		if u.gone { // meanwhile
+			d.mark(u)
+		} else {
+			d.inSpool++
+		}
+	}
+}
+
+// load takes what the spool holds from the time before.
+func (d *delivery) load() {
+	found, _, err := d.spool.open()
+	if err != nil {
+		d.spool.stop(err)
+		return
+	}
+	d.adopt(found)
+	d.totals.spoolBytes = d.spool.size
+}
+
+// adopt puts readings of the time before in front of the others, but for those
+// whose ticket was given away again since.
+func (d *delivery) adopt(found []*undelivered) {
+	taken := make(map[any]bool)
+	for _, u := range d.kept {
+		taken[u.ticket] = true
+	}
+	var kept []*undelivered
+	for i := len(found) - 1; i >= 0; i-- { // the newest of a ticket is the one that counts
+		u := found[i]
+		if taken[u.ticket] {
+			u.discarded = true
+			d.mark(u)
+			continue
+		}
+		taken[u.ticket] = true
+		kept = append(kept, u)
+		d.held += u.length()
+	}
+	slices.Reverse(kept)
+	d.inSpool += len(kept)
+	d.old += len(kept)
+	d.kept = append(kept, d.kept...)
+	if len(kept) > 0 {
+		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(kept), "reading"))
+	}
+}
+
+// A spool is a file of readings that the monitor does not have yet,
+// DIR/readings, one record a line, each with the CRC-32 of what follows it:
+//
+//	1d3f6a02 r 17 4b825dc6 81234560 1795633401250 0 0.42 int 7
+//	53ab0c11 d 17
+//	0be27711 c 0 4b825dc6 81299000 1795633466690
+//
+// r is a reading: its number, the boot it was taken in, when that was by the
+// uptime and by the clock (both in milliseconds), exit code, value (- where there
+// is none), the ticket's type and the ticket. d marks one as delivered. c says
+// what the clock showed at some uptime: it may have been set. A torn or damaged
+// line costs itself alone.
+//
+// The file is written only where there is something to keep, each time synced
+// once; marks of delivered readings are not, so that after a power cut some may be
+// delivered again. It is emptied when nothing in it is undelivered, and written
+// anew without the delivered ones before it grows past its limit.
+//
+// It belongs to one goroutine.
+type spool struct {
+	dir     string
+	limit   int64 // bytes
+	f       *os.File
+	size    int64  // bytes of the file that are whole
+	last    uint64 // the highest number
+	started time.Time
+	step    time.Duration // by how much the clock was set between started and the last record
+	err     error         // why it cannot be used at present; logged
+	retryAt time.Time
+}
+
+func newSpool(dir string, limit int64) *spool {
+	return &spool{dir: dir, limit: limit, started: time.Now()}
+}
+
+func (s *spool) file() string { return filepath.Join(s.dir, "readings") }
+
+// room is how many bytes of readings are kept: a quarter of the file is left
+// for marks, so that it need not be written anew for each reading.
+func (s *spool) room() int64 { return s.limit / 4 * 3 }
+
+// stop notes that the spool cannot be used for a while.
+func (s *spool) stop(err error) {
+	if s.err == nil {
+		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+	}
+	s.err, s.retryAt = err, time.Now().Add(spoolRetry)
+}
+
+// resume notes that it can be used.
+func (s *spool) resume() {
+	if s.err != nil {
+		log.Printf(notice+"spool %s: works again", s.file())
+	}
+	s.err = nil
+}
+
+func (s *spool) close() {
+	if s.f != nil {
+		s.f.Close()
+		s.f = nil
+	}
+}
+
+// retire empties a spool for good.
+func (s *spool) retire() {
+	if s.f != nil {
+		if err := s.empty(); err != nil {
+			log.Printf(severe+"spool %s: %v; what it holds will be delivered again when it is used again", s.file(), err)
+		}
+	}
+	s.close()
+}
+
+// drift is by how much the clock was set since the spool was made.
+func (s *spool) drift(clock func(time.Time) time.Time) time.Duration {
+	now := time.Now()
+	return clock(now).Round(0).Sub(s.started.Round(0).Add(now.Sub(s.started)))
+}
+
+// clockStepped reports whether the clock was set since the last record.
+func (s *spool) clockStepped(clock func(time.Time) time.Time) bool {
+	return (s.drift(clock) - s.step).Abs() > 2*time.Second
+}
+
+// length is about how many bytes the record of a reading has, or more.
+func (u *undelivered) length() int64 {
+	return int64(100 + len(u.value) + len(wireTicket(u.ticket)))
+}
+
+// wireTicket is a ticket with its type, as a record has it.
+func wireTicket(ticket any) string {
+	switch t := ticket.(type) {
+	case int64:
+		return fmt.Sprintf("i8 %d", t)
+	case string:
+		return "string " + strconv.QuoteToASCII(t)
+	}
+	return fmt.Sprint("int ", ticket)
+}
+
+// An instant is one moment by all clocks of the box.
+type instant struct {
+	now  time.Time // with the monotonic clock's reading
+	wall time.Time
+	boot string // names this boot; "-" where that is not known
+	up   int64  // milliseconds since then
+}
+
+func instantOf(clock func(time.Time) time.Time) instant {
+	now := time.Now()
+	at := instant{now: now, wall: clock(now), boot: "-"}
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	text, err2 := os.ReadFile("/proc/uptime")
+	seconds, _, _ := strings.Cut(string(text), " ")
+	up, err3 := strconv.ParseFloat(seconds, 64)
+	if err == nil && err2 == nil && err3 == nil && len(id) > 8 {
+		at.boot, at.up = string(id[:8]), int64(up*1000)
+	}
+	return at
+}
+
+func readingRecord(number uint64, u *undelivered, at instant) string {
+	since := at.now.Sub(u.taken)
+	boot, up := at.boot, at.up-since.Milliseconds()
+	if u.earlier || boot == "-" {
+		boot, up = "-", 0
+	}
+	value := u.value
+	if value == "" {
+		value = "-"
+	}
+	return summed(fmt.Sprintf("r %d %s %d %d %d %s %s", number, boot, up, at.wall.Add(-since).UnixMilli(), u.code, value, wireTicket(u.ticket)))
+}
+
+func clockRecord(at instant) string {
+	return summed(fmt.Sprintf("c 0 %s %d %d", at.boot, at.up, at.wall.UnixMilli()))
+}
+
+func markRecord(number uint64) string { return summed(fmt.Sprintf("d %d", number)) }
+
+// summed is a line with its checksum in front.
+func summed(line string) string {
+	return fmt.Sprintf("%08x %s\n", crc32.ChecksumIEEE([]byte(line)), line)
+}
+
+// open opens the file, unless it is open, and still the one of that name. A
+// fresh one comes with the readings in it that are not marked, oldest first.
+func (s *spool) open() (found []*undelivered, fresh bool, err error) {
+	if s.f != nil {
+		before, err := s.f.Stat()
+		now, err2 := os.Lstat(s.file())
+		if err == nil && err2 == nil && os.SameFile(before, now) {
+			return nil, false, nil
+		}
+		s.close()
+	}
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return nil, false, err
+	}
+	os.Remove(s.nextFile()) // of a power cut
+	f, err := os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, false, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, false, errors.New("not a file")
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil, false, errors.New("another process uses it")
+	}
+	if err := f.Chmod(0o600); err != nil {
+		return nil, false, err
+	}
+	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
+	if err != nil {
+		return nil, false, err
+	}
+	if c.damaged > 0 {
+		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
+	}
+	s.f, s.size, s.last = f, info.Size(), c.last
+	if c.cutOff { // what is written next begins a line
+		if _, err := f.WriteAt([]byte("\n"), s.size); err == nil {
+			s.size++
+		}
+	}
+	return c.readings, true, nil
+}
+
+func (s *spool) nextFile() string { return s.file() + ".next" }
+
+// A spoolContent is what a spool was found to hold.
+type spoolContent struct {
+	readings []*undelivered // that are not marked
+	last     uint64         // the highest number
+	damaged  int            // lines
+	cutOff   bool           // the last line has no end
+}
+
+// readSpool reads what a spool holds. A reading of this boot gets the time that
+// its age by the uptime makes now; one of an earlier boot what the clock would
+// have shown then had it been what it was last known to be in that boot.
+func readSpool(r io.Reader, at instant) (spoolContent, error) {
+	var c spoolContent
+	byNumber := make(map[uint64]*spoolRecord)
+	offsets := make(map[string]int64) // of a boot: the clock at its beginning, as last known
+	lines := bufio.NewReaderSize(r, maxRecord)
+	for {
+		line, err := lines.ReadSlice('\n')
+		tooLong := errors.Is(err, bufio.ErrBufferFull)
+		for errors.Is(err, bufio.ErrBufferFull) {
+			_, err = lines.ReadSlice('\n')
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return c, err
+		}
+		if len(line) > 0 {
+			c.cutOff = errors.Is(err, io.EOF)
+		}
+		rec, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
+		switch {
+		case len(line) == 0 || string(line) == "\n":
+		case tooLong || c.cutOff || !ok:
+			c.damaged++
+		case rec.kind == "d":
+			delete(byNumber, rec.number)
+		default:
+			if rec.boot != "-" {
+				offsets[rec.boot] = rec.wall - rec.up
+			}
+			if rec.kind == "r" {
+				byNumber[rec.number] = rec
+			}
+		}
+		if ok && !c.cutOff {
+			c.last = max(c.last, rec.number)
+		}
+		if err != nil {
+			break
+		}
+	}
+	for _, rec := range byNumber {
+		if offset, known := offsets[rec.boot]; known {
+			if stepped := rec.up + offset - rec.wall; stepped > 2000 || stepped < -2000 {
+				rec.wall += stepped
+			}
+		}
+		rec.u.taken, rec.u.earlier = time.UnixMilli(rec.wall), true
+		if rec.boot == at.boot && rec.boot != "-" {
+			since := time.Duration(at.up-rec.up) * time.Millisecond
+			if exact := at.wall.Round(0).Sub(rec.u.taken); (exact - since).Abs() < 2*time.Second {
+				since = exact // the uptime has hundredths only
+			}
+			rec.u.taken, rec.u.earlier = at.now.Add(-since), false
+		}
+		c.readings = append(c.readings, rec.u)
+	}
+	slices.SortFunc(c.readings, func(a, b *undelivered) int {
+		if a.record < b.record {
+			return -1
+		}
+		return 1
+	})
+	return c, nil
+}
+
+// A spoolRecord is one line of a spool.
+type spoolRecord struct {
+	kind     string
+	number   uint64
+	boot     string
+	up, wall int64 // milliseconds
+	u        *undelivered
+}
+
+const (
+	maxRecord      = 16 << 10 // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
+	maxRecordValue = 4 << 10
+)
+
+// parseRecord reads a line of a spool, without its end, and reports whether it
+// is one.
+func parseRecord(line string) (*spoolRecord, bool) {
+	sum, rest, _ := strings.Cut(line, " ")
+	if want, err := strconv.ParseUint(sum, 16, 32); err != nil || len(sum) != 8 || uint32(want) != crc32.ChecksumIEEE([]byte(rest)) {
+		return nil, false
+	}
+	word := func() (w string) { w, rest, _ = strings.Cut(rest, " "); return w }
+	bad := false
+	number := func(bits int) int64 {
+		n, err := strconv.ParseInt(word(), 10, bits)
+		bad = bad || err != nil
+		return n
+	}
+	rec := &spoolRecord{kind: word()}
+	var err error
+	rec.number, err = strconv.ParseUint(word(), 10, 64)
+	if rec.kind == "d" {
+		return rec, err == nil && rest == ""
+	}
+	rec.boot, rec.up, rec.wall = word(), number(64), number(64)
+	if rec.kind == "c" {
+		return rec, !bad && rest == ""
+	}
+	rec.u = &undelivered{record: rec.number, toSave: true}
+	rec.u.code, rec.u.value = int(number(32)), word()
+	if rec.u.value == "-" {
+		rec.u.value = ""
+	} else if _, err := parseDecimal(rec.u.value); err != nil || len(rec.u.value) > maxRecordValue {
+		bad = true
+	}
+	switch kind := word(); kind {
+	case "int":
+		rec.u.ticket = int(number(32))
+	case "i8":
+		rec.u.ticket = number(64)
+	case "string":
+		var text string
+		text, err = strconv.Unquote(rest)
+		rec.u.ticket, rest = text, ""
+	default:
+		bad = true
+	}
+	return rec, rec.kind == "r" && err == nil && !bad && rest == "" && rec.number > 0
+}
+
+// write does the work and, where it returns nil, has it on the disk: the
+// readings to add have the numbers up to the last one. Where it fails, what was
+// in the file before still counts.
+func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
+	if w.empty {
+		return s.empty()
+	}
+	at := instantOf(clock)
+	var b bytes.Buffer
+	for _, n := range w.marks {
+		b.WriteString(markRecord(n))
+	}
+	stepped := s.clockStepped(clock)
+	if stepped {
+		b.WriteString(clockRecord(at))
+	}
+	last := s.last
+	for _, u := range w.add {
+		last++
+		b.WriteString(readingRecord(last, u, at))
+	}
+	if s.size+int64(b.Len()) > s.limit {
+		return s.rewrite(w, at, s.drift(clock))
+	}
+	_, err := s.f.WriteAt(b.Bytes(), s.size)
+	if err == nil && (len(w.add) > 0 || w.sync || stepped) {
+		err = s.f.Sync()
+	}
+	if err != nil {
+		s.f.Truncate(s.size) // where that fails, too, the next write goes over it
+		return err
+	}
+	s.size, s.last, s.step = s.size+int64(b.Len()), last, s.drift(clock)
+	return nil
+}
+
+// empty empties the file: everything in it was delivered.
+func (s *spool) empty() error {
+	if err := s.f.Truncate(0); err != nil {
+		return err
+	}
+	s.size = 0
+	return s.f.Sync()
+}
+
+// rewrite writes the file anew, with what is undelivered only. At every moment
+// the old file or the new one is there, whole.
+func (s *spool) rewrite(w spoolWork, at instant, step time.Duration) (err error) {
+	next := s.nextFile()
+	os.Remove(next)
+	f, err := os.OpenFile(next, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+			os.Remove(next)
+		}
+	}()
+	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
+	out, size, last := bufio.NewWriter(f), 0, s.last
+	add := func(number uint64, u *undelivered) {
+		n, _ := out.WriteString(readingRecord(number, u, at)) // Flush has the error
+		size += n
+	}
+	for _, u := range w.all() {
+		add(u.record, u)
+	}
+	for _, u := range w.add {
+		last++
+		add(last, u)
+	}
+	if err := out.Flush(); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Rename(next, s.file()); err != nil {
+		return err
+	}
+	s.f.Close()
+	s.f, s.size, s.last, s.step = f, int64(size), last, step
+	if err := syncDir(s.dir); err != nil { // the old file may come back: it is as good, but for these
+		log.Printf(severe+"spool %s: %v", s.file(), err)
+	}
+	return nil
 }
 
 // plural is 1 reading, 2 readings.
@@ -1618,6 +2610,14 @@ func posixZone(tz string) (*time.Location, error) {
 	return zone, nil
 }
 
+// What a line of the log may begin with: how severe it is, as syslog counts.
+// The writer of the log takes it away again; without it a line is information.
+const (
+	severe  = "<3>"
+	warning = "<4>"
+	notice  = "<5>"
+)
+
 // A logLimit logs lines that outsiders cause: a burst of them, then so many a
 // second, and how many it left out.
 type logLimit struct {
@@ -1641,14 +2641,8 @@ func (l *logLimit) printf(format string, args ...any) {
 	}
 	l.spent++
 	if l.left > 0 {
-		log.Printf("%s left out", plural(l.left, "line"))
+		log.Printf(notice+"%s left out", plural(l.left, "line"))
 		l.left = 0
 	}
 	log.Printf(format, args...)
-}
-
-// Write logs a line of somebody else's log.
-func (l *logLimit) Write(p []byte) (int, error) {
-	l.printf("%s", oneLine(strings.TrimSpace(string(p))))
-	return len(p), nil
 }

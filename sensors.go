@@ -58,13 +58,62 @@ type sensors struct {
 	timeout                time.Duration       // of one run
 	user                   *syscall.Credential // nil: as the agent
 	env                    []string
-	slots                  chan struct{} // one is taken by each run
-	listing                chan struct{} // is taken by who uses helps
-	helps                  map[string]helpEntry
+	*activity
+}
+
+// An activity is what sensors do at present. It stays where the settings change.
+type activity struct {
+	listing chan struct{} // is taken by who uses helps
+	helps   map[string]helpEntry
 
 	mu    sync.Mutex        // guards what is below
 	stuck map[string]int    // processes of a sensor that SIGKILL did not end
 	inUse map[string]*usage // sensors that run or change
+	limit int               // of runs at once
+	runs  int
+	freed chan struct{} // closed, and made anew, when another run may begin
+}
+
+// begin waits until one more sensor may run; end tells that it has ended.
+func (a *activity) begin(ctx context.Context) error {
+	for {
+		a.mu.Lock()
+		free, freed := a.runs < a.limit, a.freed
+		if free && ctx.Err() == nil {
+			a.runs++
+		}
+		a.mu.Unlock()
+		if free || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		select {
+		case <-freed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (a *activity) end() { a.change(-1, 0) }
+
+// setLimit changes how many sensors may run at once.
+func (a *activity) setLimit(limit int) { a.change(0, limit) }
+
+func (a *activity) change(runs, limit int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.runs += runs
+	if limit > 0 {
+		a.limit = limit
+	}
+	close(a.freed)
+	a.freed = make(chan struct{})
+}
+
+// running is how many sensors run.
+func (a *activity) running() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.runs
 }
 
 // A usage lets any number of runs of a sensor, or one that replaces it, go on.
@@ -76,6 +125,7 @@ type usage struct {
 // A helpEntry is a help text that need not be asked for again.
 type helpEntry struct {
 	file  os.FileInfo // of the executable that gave it
+	asked string      // the argument
 	text  string
 	until time.Time // zero: until the file changes
 }
@@ -86,12 +136,11 @@ func newSensors(path, executable, help string, timeout time.Duration, concurrenc
 	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
 	return &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, user: user,
-		env:     append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
-		slots:   make(chan struct{}, concurrency),
-		listing: make(chan struct{}, 1),
-		stuck:   make(map[string]int),
-		helps:   make(map[string]helpEntry),
-		inUse:   make(map[string]*usage),
+		env: append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
+		activity: &activity{
+			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry),
+			stuck: make(map[string]int), inUse: make(map[string]*usage), limit: concurrency, freed: make(chan struct{}),
+		},
 	}
 }
 
@@ -272,8 +321,8 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 			continue // it has just gone
 		}
 		h := s.helps[name]
-		if h.file == nil || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
-			h = helpEntry{file: file}
+		if h.file == nil || h.asked != s.help || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
+			h = helpEntry{file: file, asked: s.help}
 			if h.text, err = s.helpText(ctx, name); err != nil {
 				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
 			}
@@ -446,15 +495,10 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr *o
 // Whatever is left of the group after a normal end is killed, too, and nobody
 // who still holds the pipes is waited for.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr *os.File) outcome {
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
+	if s.begin(ctx) != nil {
 		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
 	}
-	if ctx.Err() != nil { // select takes either way when both are open
-		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
-	}
+	defer s.end()
 	if s.isStuck(name) {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
@@ -676,6 +720,7 @@ type command struct {
 	ticket any    // int, int64 or string; nil where a change has none
 	sensor string
 	args   []string
+	from   string // who asks: they take turns
 }
 
 func (c command) equal(d command) bool {
@@ -687,9 +732,11 @@ func (c command) sameWork(d command) bool {
 	return c.change == d.change && c.sensor == d.sensor && slices.Equal(c.args, d.args)
 }
 
-// A queue runs commands in the order they came, and hands in one reading for
-// each that has a ticket. Readings and changes have a lane each, so that an
-// update over a bad link does not hold up what is measured.
+// A queue runs commands in the order they came, in turn for those who ask, and
+// hands in one reading for each that has a ticket. Readings and changes have a
+// lane each, so that an update over a bad link does not hold up what is measured.
+// Nobody can keep others out by filling it: who has less than a quarter of it
+// waiting finds room up to twice its size.
 type queue struct {
 	run     func(context.Context, command) reading
 	deliver func(ticket any, r reading)
@@ -705,14 +752,69 @@ type queue struct {
 	changes  lane
 	active   map[any]*command // waiting or running, by ticket
 	closed   bool
-	room     chan struct{} // closed, and made anew, when a command leaves waiting
+	outside  []*applicant // those for whom there was no room, oldest first
+}
+
+// An applicant waits for room in the queue.
+type applicant struct {
+	c     *command
+	taken chan error
 }
 
 // A lane is a part of the queue.
 type lane struct {
 	limit   int // of running
 	running []*command
-	waiting []*command // oldest first
+	waiting []*command     // oldest first
+	has     map[string]int // how many wait, of who asked
+	served  []string       // those whose commands began, the latest last, each once
+}
+
+func (l *lane) wait(c *command) {
+	l.waiting = append(l.waiting, c)
+	l.has[c.from]++
+}
+
+// leave notes that a command waits no more.
+func (l *lane) leave(c *command) {
+	if l.has[c.from]--; l.has[c.from] == 0 {
+		delete(l.has, c.from)
+	}
+}
+
+// next takes the command whose turn it is from those that wait: the oldest of
+// who was served longest ago.
+func (l *lane) next() *command {
+	best, rank := -1, 0
+	seen := make(map[string]bool)
+	for i, c := range l.waiting {
+		if seen[c.from] {
+			continue
+		}
+		seen[c.from] = true
+		if r := slices.Index(l.served, c.from); best < 0 || r < rank {
+			best, rank = i, r
+		}
+		if len(seen) == len(l.has) {
+			break
+		}
+	}
+	if best < 0 {
+		return nil
+	}
+	c := l.waiting[best]
+	l.waiting = slices.Delete(l.waiting, best, best+1)
+	l.leave(c)
+	return c
+}
+
+// serve notes whose command begins.
+func (l *lane) serve(from string) {
+	const most = 64 // a longer memory is not worth its room
+	l.served = append(slices.DeleteFunc(l.served, func(s string) bool { return s == from }), from)
+	if len(l.served) > most {
+		l.served = slices.Delete(l.served, 0, 1)
+	}
 }
 
 // newQueue returns a queue in which so many readings run at once, and one change.
@@ -720,9 +822,31 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, size: size, ctx: ctx, cancel: cancel,
-		readings: lane{limit: concurrency}, changes: lane{limit: 1},
-		active: make(map[any]*command), room: make(chan struct{}),
+		readings: lane{limit: concurrency, has: make(map[string]int)}, changes: lane{limit: 1, has: make(map[string]int)},
+		active: make(map[any]*command),
 	}
+}
+
+// resize changes how many readings run at once and how many commands wait.
+func (q *queue) resize(concurrency, size int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.readings.limit, q.size = concurrency, size
+	for len(q.readings.running) < q.readings.limit {
+		c := q.readings.next()
+		if c == nil {
+			break
+		}
+		q.start(&q.readings, c)
+	}
+	q.letIn()
+}
+
+// count is how many commands wait.
+func (q *queue) count() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.readings.waiting) + len(q.changes.waiting)
 }
 
 func (q *queue) lane(c *command) *lane {
@@ -732,55 +856,82 @@ func (q *queue) lane(c *command) *lane {
 	return &q.changes
 }
 
-// accept takes a command on, waiting until the deadline for room. A command
-// equal to one that waits or runs is that one. Any other with a ticket that
-// is known takes its place: the monitor has given the ticket away again, and
-// no reading is delivered for the command before.
-func (q *queue) accept(c command, deadline time.Time) error {
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
-	for {
-		taken, room, err := q.tryAccept(c)
-		if taken || err != nil {
-			return err
-		}
-		select {
-		case <-room:
-			continue
-		case <-timer.C:
-		}
-		return faultf(faultBusy, "the queue of %d commands is full", q.size)
+// accept takes a command on, waiting for room until the deadline or the end of
+// ctx, first come, first served. A command equal to one that waits or runs is
+// that one. Any other with a ticket that is known takes its place: the monitor
+// has given the ticket away again, and no reading is delivered for the command
+// before.
+func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	q.mu.Lock()
+	taken, err := q.take(&c)
+	a := &applicant{&c, make(chan error, 1)}
+	if !taken && err == nil {
+		q.outside = append(q.outside, a)
 	}
-}
-
-// tryAccept takes a command if there is room, else it returns what to wait for.
-func (q *queue) tryAccept(c command) (taken bool, room <-chan struct{}, err error) {
+	q.mu.Unlock()
+	if taken || err != nil {
+		return err
+	}
+	select {
+	case err := <-a.taken:
+		return err
+	case <-ctx.Done():
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	l, known := q.lane(&c), q.known(&c)
-	kept := &c
+	if i := slices.Index(q.outside, a); i >= 0 {
+		q.outside = slices.Delete(q.outside, i, i+1)
+		return faultf(faultBusy, "the queue of %d commands is full", q.size)
+	}
+	return <-a.taken
+}
+
+// letIn takes on those who wait outside, as far as there is room.
+func (q *queue) letIn() {
+	q.outside = slices.DeleteFunc(q.outside, func(a *applicant) bool {
+		taken, err := q.take(a.c)
+		if taken || err != nil {
+			a.taken <- err
+		}
+		return taken || err != nil
+	})
+}
+
+// take takes a command on if there is room for it.
+func (q *queue) take(c *command) (taken bool, err error) {
+	l, known := q.lane(c), q.known(c)
 	switch {
 	case q.closed:
-		return false, nil, faultf(faultBusy, "the agent is shutting down")
-	case known != nil && known.equal(c):
-		return true, nil, nil
+		return false, faultf(faultBusy, "the agent is shutting down")
+	case known != nil && known.equal(*c):
+		return true, nil
 	case l == &q.readings && slices.Contains(l.waiting, known):
-		*known = c // nobody wants the other reading
-		kept = known
+		l.leave(known)
+		l.has[c.from]++
+		*known = *c // nobody wants the other reading
+		c = known
 	case len(l.running) < l.limit:
-		l.running = append(l.running, kept)
-		q.done.Add(1)
-		go q.work(kept)
-	case len(l.waiting) < q.size:
-		l.waiting = append(l.waiting, kept)
+		q.start(l, c)
+	case len(l.waiting) < q.size, len(l.waiting) < 2*q.size && l.has[c.from] < q.size/4:
+		l.wait(c)
 	default:
-		return false, q.room, nil
+		return false, nil
 	}
 	if c.ticket != nil {
-		q.active[c.ticket] = kept
+		q.active[c.ticket] = c
 		q.discard(c.ticket)
 	}
-	return true, nil, nil
+	return true, nil
+}
+
+// start runs a command, and those after it.
+func (q *queue) start(l *lane, c *command) {
+	l.running = append(l.running, c)
+	l.serve(c.from)
+	q.done.Add(1)
+	go q.work(c)
 }
 
 // known returns the command that waits or runs with the same ticket; of a
@@ -818,19 +969,21 @@ func (q *queue) finish(c *command, r reading) *command {
 		l.waiting = slices.DeleteFunc(l.waiting, func(other *command) bool {
 			if join = join && (other.sensor != c.sensor || other.sameWork(*c)); join && other.sameWork(*c) {
 				q.hand(other, r)
+				l.leave(other)
 				return true
 			}
 			return false
 		})
 	}
-	close(q.room)
-	q.room = make(chan struct{})
-	if len(l.waiting) == 0 {
-		return nil
+	var next *command
+	if len(l.running) < l.limit {
+		next = l.next()
 	}
-	next := l.waiting[0]
-	l.waiting = slices.Delete(l.waiting, 0, 1)
-	l.running = append(l.running, next)
+	if next != nil {
+		l.running = append(l.running, next)
+		l.serve(next.from)
+	}
+	q.letIn()
 	return next
 }
 
@@ -853,10 +1006,9 @@ func (q *queue) close(ctx context.Context) {
 		for _, c := range l.waiting {
 			q.hand(c, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
 		}
-		l.waiting = nil
+		l.waiting, l.has = nil, make(map[string]int)
 	}
-	close(q.room)
-	q.room = make(chan struct{})
+	q.letIn() // which tells them
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()

@@ -280,7 +280,7 @@ func (u *updater) exclusively(ctx context.Context, name string, wait time.Durati
 // and recover will try again.
 func (u *updater) tidy(err error) {
 	if err != nil {
-		log.Printf("tidy sensors: %v", err)
+		log.Printf(warning+"tidy sensors: %v", err)
 	}
 }
 
@@ -1244,7 +1244,7 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 	case c.url.Scheme == "https" && u.Scheme != "https":
 		return nil, fmt.Errorf("from https to %s, where everybody can read and change what is sent", u.Redacted())
 	}
-	next := newClient(u, c.http.Timeout)
+	next := newClient(u, c.http.Timeout, c.tls)
 	defer next.close()
 	if v, err = next.call(ctx, "healthcheck"); err == nil && v != "OK" {
 		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
