@@ -1372,6 +1372,67 @@ func TestQueueClose(t *testing.T) {
 	}
 }
 
+// TestQueueTurns: who floods the queue does not keep another out, who finds
+// room although it is full and whose commands are run in turn.
+func TestQueueTurns(t *testing.T) {
+	q := newTestQueue(t, 1, 8)
+	submit := func(ticket int, from string) {
+		if err := q.accept(context.Background(), command{ticket: ticket, sensor: from, from: from}, time.Now().Add(patience)); err != nil {
+			t.Errorf("%d: %v", ticket, err)
+		}
+	}
+	for i := 0; i < 9; i++ { // one runs, eight wait
+		submit(i, "flood")
+	}
+	var flooded sync.WaitGroup
+	for i := 10; i < 20; i++ {
+		flooded.Add(1)
+		go func(i int) { defer flooded.Done(); submit(i, "flood") }(i)
+	}
+	await(t, "those outside", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.outside) == 10 })
+	for i := 20; i < 22; i++ {
+		submit(i, "monitor") // at once
+	}
+	var order []string
+	for i := 0; i < 21; i++ {
+		order = append(order, receive(t, "start", q.started).sensor)
+		q.end <- reading{}
+	}
+	flooded.Wait()
+	if got := fmt.Sprint(order[:6]); got != "[flood monitor flood monitor flood flood]" {
+		t.Errorf("got %v", got)
+	}
+}
+
+// TestQueueResize: another concurrency and size are in force at once.
+func TestQueueResize(t *testing.T) {
+	q := newTestQueue(t, 1, 1)
+	q.submit(t, 1, "a")
+	q.submit(t, 2, "b")
+	receive(t, "start", q.started)
+	waited := make(chan error, 1)
+	go func() {
+		waited <- q.accept(context.Background(), command{ticket: 3, sensor: "c"}, time.Now().Add(patience))
+	}()
+	await(t, "the third", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.outside) == 1 })
+	q.resize(3, 1)
+	if err := receive(t, "room", waited); err != nil {
+		t.Error(err)
+	}
+	receive(t, "start", q.started)
+	receive(t, "start", q.started)
+	q.resize(1, 1)
+	q.submit(t, 4, "d")
+	for i := 0; i < 3; i++ {
+		if len(q.started) > 0 {
+			t.Error("more than one runs")
+		}
+		q.end <- reading{}
+	}
+	receive(t, "start", q.started)
+	q.end <- reading{}
+}
+
 // TestQueueConcurrency: never more run at once than may.
 func TestQueueConcurrency(t *testing.T) {
 	var running, most atomic.Int64
@@ -2053,6 +2114,454 @@ func TestDeliveryClose(t *testing.T) {
 	if !strings.Contains(lines.String(), "1 reading not delivered") {
 		t.Errorf("got %s", lines)
 	}
+}
+
+// TestAccess: who may call, by address.
+func TestAccess(t *testing.T) {
+	allow, err := networks("192.168.1.7/24, 10.0.0.5,fd00::/8, ::ffff:172.16.0.0/108, 2001:db8::1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &access{allow: allow}
+	for host, want := range map[string]bool{
+		"192.168.1.1": true, "192.168.2.1": false, "::ffff:192.168.1.9": true, "10.0.0.5": true, "10.0.0.6": false,
+		"fd12::1": true, "fe80::1%eth0": false, "172.16.3.4": true, "172.32.0.1": false, "2001:db8::1": true, "2001:db8::2": false, "": false,
+	} {
+		if got := a.allows(host); got != want {
+			t.Errorf("%s: got %v; want %v", host, got, want)
+		}
+	}
+	for _, bad := range []string{"x", "1.2.3.4/33", "1.2.3.4,,5.6.7.8", ",", "host.example", "fe80::1%eth0", "::ffff:1.2.3.4/90"} {
+		if got, err := networks(bad); err == nil {
+			t.Errorf("%q: got %v", bad, got)
+		}
+	}
+	if got := neighbours("::ffff:1.2.3.4") + " " + neighbours("2001:db8::1:2:3:4"); got != "1.2.3.4 2001:db8::/64" {
+		t.Errorf("got %s", got)
+	}
+}
+
+// TestForbidden: others get 403, and their body is not waited for.
+func TestForbidden(t *testing.T) {
+	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+	u := serve(t, h)
+	allow, _ := networks("127.0.0.1")
+	h.setAccess(&access{allow: allow})
+	c := newClient(u, patience, nil)
+	defer c.close()
+	mustCall(t, c, "healthcheck")
+	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).Dial("tcp", u.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	io.WriteString(conn, "POST /xmlrpc HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
+	conn.SetReadDeadline(time.Now().Add(patience))
+	answer, _ := io.ReadAll(conn)
+	if !strings.HasPrefix(string(answer), "HTTP/1.1 403 ") {
+		t.Errorf("got %q", answer)
+	}
+	if n := h.count.Load(); n != 1 {
+		t.Errorf("%d refused; want 1", n)
+	}
+}
+
+// TestHog: one that opens connections all the time, and calls that wait on each,
+// does not keep out who calls from elsewhere, and holds no more than 64.
+func TestHog(t *testing.T) {
+	wait := make(chan struct{})
+	var waiting atomic.Int64
+	h := newHandler([]method{
+		{"healthcheck", "string", "OK.", healthcheck},
+		{"wait", "string", "", func(r request, _ []any) (any, error) {
+			waiting.Add(1)
+			defer waiting.Add(-1)
+			select {
+			case <-wait:
+			case <-r.ctx.Done():
+			}
+			return "OK", nil
+		}},
+	})
+	u := serve(t, h)
+	defer close(wait)
+	hog := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	body := encodeCall("wait")
+	stop := make(chan struct{})
+	opened := make(chan int)
+	var conns []net.Conn
+	go func() {
+		n := 0
+		for ; n < 2000; n++ {
+			conn, err := hog.Dial("tcp", u.Host)
+			if err != nil {
+				break
+			}
+			conns = append(conns, conn)
+			switch n % 3 {
+			case 0:
+				fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			case 1:
+				io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nX-")
+			}
+			select {
+			case <-stop:
+				opened <- n
+				return
+			default:
+			}
+		}
+		opened <- n
+	}()
+	for i := 0; i < 100; i++ {
+		c := newClient(u, patience, nil) // a fresh connection for each
+		mustCall(t, c, "healthcheck")
+		c.close()
+	}
+	close(stop)
+	t.Logf("%d connections of a hog beside 100 calls", receive(t, "the hog", opened))
+	await(t, "no more than the limit", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) <= maxConns })
+	await(t, "no more calls than connections", func() bool { return waiting.Load() <= maxConns })
+	for _, conn := range conns {
+		conn.Close()
+	}
+}
+
+// TestDeliveryTurns: behind an outage fresh readings do not wait for the end of
+// the backlog.
+func TestDeliveryTurns(t *testing.T) {
+	m := newRecorder(t)
+	held, hold := make(chan struct{}, 1000), make(chan bool)
+	m.set(func(w http.ResponseWriter, try int) bool {
+		held <- struct{}{}
+		if away := <-hold; away {
+			w.WriteHeader(503)
+			return true
+		}
+		return false
+	})
+	d := testDelivery(t, m)
+	for i := 1; i <= 100; i++ {
+		d.put(i, reading{taken: time.Now()})
+	}
+	receive(t, "an attempt", held)
+	hold <- true
+	receive(t, "another", held)
+	hold <- false // the monitor is back
+	receive(t, "a third", held)
+	for i := 1001; i <= 1010; i++ {
+		d.put(i, reading{taken: time.Now()})
+	}
+	m.set(nil)
+	hold <- false
+	fresh := 0
+	for i := 0; i < 30; i++ {
+		if receive(t, "reading", m.readings).ticket.(int) > 1000 {
+			fresh++
+		}
+	}
+	if fresh != 10 {
+		t.Errorf("%d fresh ones among the first 30; want 10", fresh)
+	}
+}
+
+// spoolDelivery delivers to a recorder with waits of milliseconds and a spool.
+func spoolDelivery(t *testing.T, m *recorder, dir string, limit int64) *delivery {
+	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, newSpool(dir, limit))
+	t.Cleanup(func() { within(patience, d.close) })
+	return d
+}
+
+// spooled reads what a spool holds undelivered, as ticket=value.
+func spooled(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	f, err := os.Open(filepath.Join(dir, "readings"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range c.readings {
+		list = append(list, fmt.Sprintf("%v=%s", u.ticket, u.value))
+	}
+	return list
+}
+
+func away(w http.ResponseWriter, _ int) bool { w.WriteHeader(503); return true }
+
+// TestSpool: what could not be delivered is on the disk, and is delivered by
+// the next agent with its ticket, value and time; then the file is empty. A
+// monitor that is up costs no write.
+func TestSpool(t *testing.T) {
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	d := spoolDelivery(t, m, dir, 1<<20)
+	file := filepath.Join(dir, "readings")
+	before, err := os.Stat(file)
+	if err != nil || before.Size() != 0 || before.Mode() != 0o600 {
+		t.Fatalf("got %v, %v", before, err)
+	}
+	for i := 0; i < 50; i++ {
+		d.put(i, reading{value: "1", taken: time.Now()})
+		receive(t, "reading", m.readings)
+	}
+	if now, err := os.Stat(file); err != nil || now.Size() != 0 || !now.ModTime().Equal(before.ModTime()) {
+		t.Errorf("written to: %v, %v", now, err)
+	}
+	m.set(away)
+	taken := time.Now().Add(-time.Hour)
+	tickets := []any{1, int64(1) << 40, "a \"b\"\né", ""}
+	for i, ticket := range tickets {
+		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50"), taken: taken})
+	}
+	await(t, "all are on the disk", func() bool { return len(spooled(t, dir)) == len(tickets) })
+	d.discard(1)
+	d.put(1, reading{code: -15, taken: taken})
+	await(t, "the newer one is", func() bool { return fmt.Sprint(spooled(t, dir)[3]) == "1=" })
+	within(patience, d.close)
+
+	m.set(nil)
+	d = spoolDelivery(t, m, dir, 1<<20)
+	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
+	for range tickets {
+		got := receive(t, "reading", m.readings)
+		if text := fmt.Sprint(got.code, " ", got.value); want[got.ticket] != text || string(got.time) != taken.UTC().Format(dateTimeLayout) {
+			t.Errorf("got %+v; want %q at %s", got, want[got.ticket], taken.UTC().Format(dateTimeLayout))
+		}
+		delete(want, got.ticket)
+	}
+	await(t, "the file is empty", func() bool { info, err := os.Stat(file); return err == nil && info.Size() == 0 })
+	if n, _ := d.count(); n != 0 || len(m.readings) != 0 {
+		t.Errorf("%d left, %d too many", n, len(m.readings))
+	}
+}
+
+// TestSpoolDamage: any byte of a spool that is flipped, and any end that is
+// missing, costs one reading.
+func TestSpoolDamage(t *testing.T) {
+	at := instantOf(func(now time.Time) time.Time { return now })
+	text := ""
+	for i := uint64(1); i <= 4; i++ {
+		text += readingRecord(i, &undelivered{ticket: fmt.Sprint("t", i), reading: reading{value: "1", taken: at.now}}, at)
+	}
+	read := func(text string) spoolContent {
+		c, err := readSpool(strings.NewReader(text), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	if c := read(text); len(c.readings) != 4 || c.damaged != 0 || c.last != 4 || !c.readings[0].taken.Equal(at.now.Truncate(time.Millisecond)) && time.Since(c.readings[0].taken) > patience {
+		t.Errorf("got %+v", c)
+	}
+	if c := read(text + markRecord(2) + markRecord(9)); len(c.readings) != 3 || c.last != 9 {
+		t.Errorf("got %+v", c)
+	}
+	for i := range text {
+		for _, flip := range []byte{1, 0x80} {
+			b := []byte(text)
+			b[i] ^= flip
+			least := 3
+			if text[i] == '\n' { // two lines become one
+				least = 2
+			}
+			if c := read(string(b)); len(c.readings) < least || len(c.readings) > 3 || c.damaged == 0 {
+				t.Fatalf("byte %d: %d left, %d damaged", i, len(c.readings), c.damaged)
+			}
+		}
+		if c := read(text[:i]); len(c.readings) != strings.Count(text[:i], "\n") {
+			t.Fatalf("cut at %d: %d left", i, len(c.readings))
+		}
+		if c := read(text[:i] + "\n" + text); len(c.readings) != 4 { // written on after a torn record
+			t.Fatalf("torn at %d: %d left", i, len(c.readings))
+		}
+	}
+	if c := read(strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n" + text); len(c.readings) != 4 || c.damaged != 2 {
+		t.Errorf("got %+v", c)
+	}
+}
+
+// TestSpoolClock: a reading keeps the time it was taken at also where the clock
+// was set later, in the same boot or before the power went.
+func TestSpoolClock(t *testing.T) {
+	now := time.Now()
+	birth := instant{now: now, wall: time.Unix(300, 0), boot: "aaaaaaaa", up: 300_000}
+	set := instant{now: now.Add(time.Hour), wall: time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), boot: "aaaaaaaa", up: 3900_000}
+	text := readingRecord(1, &undelivered{ticket: 1, reading: reading{value: "1", taken: now.Add(-time.Minute)}}, birth)
+	for _, test := range []struct {
+		text string
+		at   instant
+		want time.Time
+	}{
+		{text, birth, time.Unix(240, 0)},
+		{text, set, set.wall.Add(-61 * time.Minute)},
+		{text + clockRecord(set), instant{now: now, wall: set.wall.AddDate(0, 0, 1), boot: "bbbbbbbb", up: 1000}, set.wall.Add(-61 * time.Minute)},
+		{text, instant{now: now, wall: set.wall, boot: "bbbbbbbb", up: 1000}, time.Unix(240, 0)},
+		{text, instant{now: now, wall: set.wall, boot: "-"}, time.Unix(240, 0)},
+	} {
+		c, err := readSpool(strings.NewReader(test.text), test.at)
+		if err != nil || len(c.readings) != 1 {
+			t.Fatalf("got %+v, %v", c, err)
+		}
+		u := c.readings[0]
+		sent := test.at.wall.Add(-test.at.now.Sub(u.taken)) // as attempt has it
+		if u.earlier {
+			sent = u.taken
+		}
+		if off := sent.Sub(test.want).Abs(); off > time.Second/100 {
+			t.Errorf("at %v: got %v; want %v", test.at.wall, sent, test.want)
+		}
+	}
+}
+
+// TestSpoolFull: the file stays within its limit, whatever comes; the oldest
+// go, counted.
+func TestSpoolFull(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), t.TempDir()
+	const limit, n = 64 << 10, 3000
+	m.set(away)
+	d := spoolDelivery(t, m, dir, limit)
+	d.put(0, reading{value: "0", taken: time.Now()})
+	await(t, "away", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return !d.away.IsZero() })
+	for i := 1; i < n; i++ {
+		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
+		if i%100 == 0 {
+			await(t, "it is written", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 0 && d.inSpool == len(d.kept) })
+			if info, err := os.Stat(filepath.Join(dir, "readings")); err != nil || info.Size() > limit {
+				t.Fatalf("got %v, %v", info.Size(), err)
+			}
+		}
+	}
+	within(0, d.close)
+	left := spooled(t, dir)
+	undelivered, totals := d.count()
+	if totals.dropped+undelivered != n || len(left) != undelivered || len(left) < limit/200 || left[len(left)-1] != "2999=2999" {
+		t.Errorf("%d dropped, %d undelivered, %d on the disk, last %s", totals.dropped, undelivered, len(left), left[len(left)-1])
+	}
+	if !strings.Contains(lines.String(), "reading dropped: the oldest of what the spool holds") {
+		t.Errorf("got %s", lines)
+	}
+	m = newRecorder(t)
+	spoolDelivery(t, m, dir, limit)
+	for _, want := range left {
+		if got := receive(t, "reading", m.readings); fmt.Sprintf("%v=%s", got.ticket, got.value) != want {
+			t.Fatalf("got %+v; want %s", got, want)
+		}
+	}
+}
+
+// TestSpoolBroken: where it cannot be written, that is logged once, readings
+// are kept in memory, and written when it works again.
+func TestSpoolBroken(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), t.TempDir()
+	m.set(away)
+	blocked := filepath.Join(dir, "spool")
+	if err := os.WriteFile(blocked, nil, 0o600); err != nil { // a file where the directory belongs
+		t.Fatal(err)
+	}
+	d := spoolDelivery(t, m, blocked, 1<<20)
+	for i := 0; i < 5; i++ {
+		d.put(i, reading{value: "1", taken: time.Now()})
+	}
+	await(t, "they are kept", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 5 })
+	if got := lines.String(); strings.Count(got, "spool ") != 1 || !strings.Contains(got, "undelivered readings are in memory alone") {
+		t.Errorf("got %s", got)
+	}
+	if err := os.Remove(blocked); err != nil {
+		t.Fatal(err)
+	}
+	d.mu.Lock()
+	d.spool.retryAt = time.Time{} // as after a minute
+	d.changed.Broadcast()
+	d.mu.Unlock()
+	await(t, "it works again", func() bool {
+		_, err := os.Stat(blocked + "/readings")
+		return err == nil && len(spooled(t, blocked)) == 5
+	})
+	// The file is taken away, and what was in it written again.
+	if err := os.RemoveAll(blocked); err != nil {
+		t.Fatal(err)
+	}
+	d.put(5, reading{value: "1", taken: time.Now()})
+	await(t, "it is there again", func() bool {
+		_, err := os.Stat(blocked + "/readings")
+		return err == nil && len(spooled(t, blocked)) == 6
+	})
+	// Another agent does not get at it.
+	other := newSpool(blocked, 1<<20)
+	if _, _, err := other.open(); err == nil || err.Error() != "another process uses it" {
+		t.Errorf("got %v", err)
+	}
+	m.set(nil)
+	for i := 0; i < 6; i++ {
+		receive(t, "reading", m.readings)
+	}
+}
+
+// TestSpoolFullDisk: a file system with no room left, where root can make one.
+func TestSpoolFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=128k"); err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	lines := logged(t)
+	m := newRecorder(t)
+	m.set(away)
+	d := spoolDelivery(t, m, dir, 1<<20)
+	const n = 3000 // twice what fits
+	full := func() bool { return strings.Contains(lines.String(), "no space left on device") }
+	d.put(0, reading{value: "1", taken: time.Now()})
+	await(t, "away", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return !d.away.IsZero() })
+	i := 1
+	for ; i < n && !full(); i++ {
+		d.put(i, reading{value: "1", taken: time.Now()})
+		if i%50 == 0 {
+			await(t, "it is written", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 0 || full() })
+		}
+	}
+	await(t, "the disk is full", full)
+	for end := i + 100; i < end; i++ { // it goes on in memory
+		d.put(i, reading{value: "1", taken: time.Now()})
+	}
+	if got := spooled(t, dir); len(got) < 500 || got[0] != "0=1" {
+		t.Errorf("%d on the disk, the first %s", len(got), got[0])
+	}
+	m.set(nil)
+	seen := make(map[any]bool)
+	for len(seen) < i {
+		seen[receive(t, "reading", m.readings).ticket] = true
+	}
+	if got := strings.Count(lines.String(), "no space left"); got != 1 {
+		t.Errorf("logged %d times", got)
+	}
+}
+
+// TestSpoolChanged: another directory takes over what the one before holds.
+func TestSpoolChanged(t *testing.T) {
+	m, dir := newRecorder(t), t.TempDir()
+	one, two := filepath.Join(dir, "one"), filepath.Join(dir, "two")
+	m.set(away)
+	d := spoolDelivery(t, m, one, 1<<20)
+	d.put(1, reading{value: "1", taken: time.Now()})
+	await(t, "it is in the first", func() bool { return len(spooled(t, one)) == 1 })
+	d.useSpool(newSpool(two, 1<<20))
+	await(t, "it is in the second", func() bool {
+		_, err := os.Stat(two + "/readings")
+		return err == nil && len(spooled(t, two)) == 1 && len(spooled(t, one)) == 0
+	})
+	d.useSpool(nil)
+	await(t, "it is in none", func() bool { return len(spooled(t, two)) == 0 })
+	m.set(nil)
+	receive(t, "reading", m.readings)
 }
 
 func TestBackoff(t *testing.T) {

@@ -1795,13 +1795,25 @@ func (d *delivery) attempt(ctx context.Context, u *undelivered, c *client) error
 	if u.last {
 		defer time.AfterFunc(lastTime, cancel).Stop()
 	}
-	// The time that is sent is now less the reading's age by the monotonic
-	// clock: right also where the clock was set after the reading was taken, as
-	// on a box that boots in 1970.
 	now := time.Now()
-	taken := d.clock(now).Add(-now.Sub(u.taken)).In(zone)
+	taken := takenAt(u.taken, now, d.clock(now)).In(zone)
 	_, err := c.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
+}
+
+// clockStep is how much the clock must be off before it counts as set: less may
+// be the correction of a clock that runs slow.
+const clockStep = 2 * time.Second
+
+// takenAt is when a reading was taken by a clock that shows wall now: what the
+// clock showed then or, where it was set since, as on a box that boots in 1970,
+// now less the reading's age by the monotonic clock.
+func takenAt(taken, now, wall time.Time) time.Time {
+	t, shown := wall.Add(-now.Sub(taken)), taken.Round(0)
+	if t.Sub(shown).Abs() < clockStep {
+		return shown
+	}
+	return t
 }
 
 // settle notes how an attempt ended.
@@ -2194,7 +2206,7 @@ func (s *spool) drift(clock func(time.Time) time.Time) time.Duration {
 
 // clockStepped reports whether the clock was set since the last record.
 func (s *spool) clockStepped(clock func(time.Time) time.Time) bool {
-	return (s.drift(clock) - s.step).Abs() > 2*time.Second
+	return (s.drift(clock) - s.step).Abs() > clockStep
 }
 
 // length is about how many bytes the record of a reading has, or more.
@@ -2235,8 +2247,7 @@ func instantOf(clock func(time.Time) time.Time) instant {
 }
 
 func readingRecord(number uint64, u *undelivered, at instant) string {
-	since := at.now.Sub(u.taken)
-	boot, up := at.boot, at.up-since.Milliseconds()
+	boot, up := at.boot, at.up-at.now.Sub(u.taken).Milliseconds()
 	if u.earlier || boot == "-" {
 		boot, up = "-", 0
 	}
@@ -2244,7 +2255,7 @@ func readingRecord(number uint64, u *undelivered, at instant) string {
 	if value == "" {
 		value = "-"
 	}
-	return summed(fmt.Sprintf("r %d %s %d %d %d %s %s", number, boot, up, at.wall.Add(-since).UnixMilli(), u.code, value, wireTicket(u.ticket)))
+	return summed(fmt.Sprintf("r %d %s %d %d %d %s %s", number, boot, up, takenAt(u.taken, at.now, at.wall).UnixMilli(), u.code, value, wireTicket(u.ticket)))
 }
 
 func clockRecord(at instant) string {
@@ -2365,14 +2376,14 @@ func readSpool(r io.Reader, at instant) (spoolContent, error) {
 	}
 	for _, rec := range byNumber {
 		if offset, known := offsets[rec.boot]; known {
-			if stepped := rec.up + offset - rec.wall; stepped > 2000 || stepped < -2000 {
+			if stepped := rec.up + offset - rec.wall; (time.Duration(stepped) * time.Millisecond).Abs() > clockStep {
 				rec.wall += stepped
 			}
 		}
 		rec.u.taken, rec.u.earlier = time.UnixMilli(rec.wall), true
 		if rec.boot == at.boot && rec.boot != "-" {
 			since := time.Duration(at.up-rec.up) * time.Millisecond
-			if exact := at.wall.Round(0).Sub(rec.u.taken); (exact - since).Abs() < 2*time.Second {
+			if exact := at.wall.Round(0).Sub(rec.u.taken); (exact - since).Abs() < clockStep {
 				since = exact // the uptime has hundredths only
 			}
 			rec.u.taken, rec.u.earlier = at.now.Add(-since), false
