@@ -8,13 +8,22 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"log/syslog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -4080,6 +4089,479 @@ func TestSelftest(t *testing.T) {
 	err = execute(context.Background(), nil, []string{"selftest"}, &out)
 	if err == nil || !strings.Contains(err.Error(), "2 things not as") || !strings.Contains(out.String(), "mute         FAILED: no help: mute options: exit 1") {
 		t.Errorf("got %v\n%s", err, &out)
+	}
+}
+
+// A testCA signs certificates for tests.
+type testCA struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  string
+}
+
+func newCA(t testing.TB, name string) *testCA {
+	t.Helper()
+	ca := &testCA{}
+	ca.cert, ca.key, ca.pem, _ = ca.sign(t, name, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+	return ca
+}
+
+// sign returns a certificate and its key, also as PEM; the CA's own where it
+// has none yet.
+func (ca *testCA) sign(t testing.TB, name string, from, to time.Time) (*x509.Certificate, *ecdsa.PrivateKey, string, string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotBefore: from, NotAfter: to,
+		DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+	}
+	parent, signer := ca.cert, ca.key
+	if parent == nil {
+		template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
+		parent, signer = template, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}))
+}
+
+// files writes a certificate that is valid now, its key and the CA's
+// certificate, and returns what a section says of them.
+func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
+	t.Helper()
+	dir := t.TempDir()
+	_, _, cert, key := ca.sign(t, name, from, to)
+	writeTree(t, dir, map[string]string{"crt": cert, "key": key, "ca": ca.pem})
+	f := tlsFiles{certificate: filepath.Join(dir, "crt"), key: filepath.Join(dir, "key"), ca: filepath.Join(dir, "ca")}
+	if option, err := f.load(); err != nil {
+		t.Fatal(option, err)
+	}
+	return f
+}
+
+// TestTLS: whom the agent is served by and whom it serves, over TLS.
+func TestTLS(t *testing.T) {
+	hour := time.Hour
+	now := time.Now()
+	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
+	valid := func(ca *testCA, name string) tlsFiles { return ca.files(t, name, now.Add(-hour), now.Add(hour)) }
+	box, monitor := valid(ours, "box"), valid(ours, "monitor")
+	alone := box // without mutual TLS
+	alone.ca, alone.pool = "", nil
+	pinned := box
+	pinned.name = "monitor"
+	none := monitor // a caller without a certificate
+	none.pair = nil
+	system := tlsFiles{}
+	at := func(clock, built time.Time) func(*tls.Config) {
+		return func(c *tls.Config) { c.Time = func() time.Time { return certificateTime(clock, built) } }
+	}
+	plain := func(*tls.Config) {}
+	tests := []struct {
+		name           string
+		server, client tlsFiles
+		change         func(client *tls.Config)
+		want           string // of the error; "" is success
+	}{
+		{"mutual", box, monitor, plain, ""},
+		{"one-sided", alone, none, plain, ""},
+		{"pinned", pinned, monitor, plain, ""},
+		{"pinned to another", pinned, valid(ours, "somebody"), plain, "bad certificate|certificate"},
+		{"wrong CA of the server", valid(theirs, "box"), monitor, plain, "unknown authority"},
+		{"not of the system's CAs", alone, system, plain, "unknown authority"},
+		{"wrong CA of the client", box, valid(theirs, "monitor"), func(c *tls.Config) { c.RootCAs = box.pool }, "certificate"},
+		{"no client certificate", box, none, plain, "certificate"},
+		{"wrong name", alone, none, func(c *tls.Config) { c.ServerName = "elsewhere" }, "not elsewhere|valid for"},
+		{"server expired", ours.files(t, "box", now.Add(-2*hour), now.Add(-hour)), monitor, plain, "expired or is not yet valid"},
+		{"server not valid yet", ours.files(t, "box", now.Add(hour), now.Add(2*hour)), monitor, plain, "expired or is not yet valid"},
+		{"client expired", box, ours.files(t, "monitor", now.Add(-2*hour), now.Add(-hour)), plain, "certificate"},
+		{"clock in 1970", alone, none, at(time.Unix(300, 0), now), ""},
+		{"clock in 1970, built before", alone, none, at(time.Unix(300, 0), now.Add(-2*hour)), "not yet valid"},
+		{"expired once the clock is right", alone, none, at(now.Add(2*hour), now), "expired"},
+		{"TLS 1.1", alone, none, func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS11, tls.VersionTLS11 }, "protocol version"},
+		{"TLS 1.2", box, monitor, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, ""},
+	}
+	for _, test := range tests {
+		h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+		h.setAccess(&access{tls: serverTLS(test.server)})
+		u := serve(t, h)
+		u.Scheme = "https"
+		config := clientTLS(test.client)
+		test.change(config)
+		c := newClient(u, patience, config)
+		v, err := c.call(context.Background(), "healthcheck")
+		c.close()
+		if test.want == "" && (err != nil || v != "OK") || test.want != "" && (err == nil || !regexp.MustCompile(test.want).MatchString(err.Error())) {
+			t.Errorf("%s: got %v, %v; want %q", test.name, v, err, test.want)
+		}
+	}
+	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+	h.setAccess(&access{tls: serverTLS(box)})
+	u := serve(t, h)
+	c := newClient(u, patience, nil)
+	defer c.close()
+	if _, err := c.call(context.Background(), "healthcheck"); err == nil || !strings.Contains(err.Error(), "400") {
+		t.Errorf("plain HTTP on the TLS port: got %v", err)
+	}
+}
+
+// TestTLSReplaced: who has a certificate of a CA that was replaced is served no
+// more, also over a connection or session that he has.
+func TestTLSReplaced(t *testing.T) {
+	hour := time.Hour
+	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
+	valid := func(ca *testCA, name string) tlsFiles {
+		return ca.files(t, name, time.Now().Add(-hour), time.Now().Add(hour))
+	}
+	box := valid(ours, "box")
+	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+	h.setAccess(&access{tls: serverTLS(box)})
+	u := serve(t, h)
+	u.Scheme = "https"
+	config := clientTLS(valid(ours, "monitor"))
+	config.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+	c := newClient(u, patience, config)
+	defer c.close()
+	c.http.Transport.(*http.Transport).IdleConnTimeout = patience
+	mustCall(t, c, "healthcheck")
+	box.pool = valid(theirs, "x").pool
+	h.setAccess(&access{tls: serverTLS(box)})
+	if v, err := c.call(context.Background(), "healthcheck"); err == nil {
+		t.Errorf("got %v", v)
+	}
+	other := valid(theirs, "monitor")
+	other.pool = valid(ours, "x").pool
+	c2 := newClient(u, patience, clientTLS(other))
+	defer c2.close()
+	mustCall(t, c2, "healthcheck")
+}
+
+// TestBuildTime: the linker's stamp is the time of the build.
+func TestBuildTime(t *testing.T) {
+	defer func(before string) { built = before }(built)
+	if built = "1790000000"; !buildTime().Equal(time.Unix(1790000000, 0)) {
+		t.Errorf("got %v", buildTime())
+	}
+}
+
+// TestReload: what is valid in client.cfg is in force as a whole, what is not
+// changes nothing; the work goes on meanwhile.
+func TestReload(t *testing.T) {
+	lines := logged(t)
+	dir := t.TempDir()
+	gate := filepath.Join(dir, "gate")
+	writeSensor(t, filepath.Join(dir, "one"), "s", "echo 1")
+	writeSensor(t, filepath.Join(dir, "two"), "s", "echo 2")
+	writeSensor(t, filepath.Join(dir, "one"), "gated", "while [ ! -e '"+gate+"' ]; do sleep 0.02; done; echo 3")
+	first, second := newRecorder(t), newRecorder(t)
+	file := filepath.Join(dir, "client.cfg")
+	configure := func(format string, args ...any) {
+		if err := os.WriteFile(file, []byte(fmt.Sprintf(format, args...)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	configure("[sensor]\npath = one\n[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", first.url)
+	s, err := loadSettings(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := newAgent(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signals := make(chan os.Signal, 1)
+	a.signals = signals
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- a.run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	reloads := 0
+	reload := func() {
+		t.Helper()
+		reloads++
+		signals <- syscall.SIGHUP
+		await(t, "the reload", func() bool {
+			return strings.Count(lines.String(), "is in force; on")+strings.Count(lines.String(), "the settings before stay in force") == reloads
+		})
+	}
+	client := func(host string) *client {
+		c := newClient(&url.URL{Scheme: "http", Host: host, Path: "/"}, patience, nil)
+		t.Cleanup(c.close)
+		return c
+	}
+	before := a.listener.Addr().String()
+	c := client(before)
+	mustCall(t, c, "cmd_submit_reading", 1, "gated")
+	mustCall(t, c, "cmd_submit_reading", 2, "s")
+	if got := receive(t, "reading", first.readings); got.value != "1" {
+		t.Errorf("got %+v", got)
+	}
+	first.set(away)
+	mustCall(t, c, "cmd_submit_reading", 3, "s")
+	await(t, "it is undelivered", func() bool { n, _ := a.delivery.count(); return n == 1 })
+
+	configure("[sensor]\npth = two\ntimeout = x\n")
+	reload()
+	configure("x\n")
+	reload()
+	configure("[sensor]\npath = two\n[agent]\nlisten = 203.0.113.1:1\n") // an address of nobody here
+	reload()
+	for _, want := range []string{"reload: " + file + ":3: [sensor] timeout: \"x\" is not a time", "reload: " + file + ":1: no section header yet: \"x\"", "reload: [agent] listen: listen tcp 203.0.113.1:1: "} {
+		if !strings.Contains(lines.String(), want) {
+			t.Errorf("not logged: %s\n%s", want, lines)
+		}
+	}
+	if got := a.setup.Load().settings; got.path != filepath.Join(dir, "one") || got.listen != "127.0.0.1:0" {
+		t.Errorf("got %+v", got)
+	}
+	mustCall(t, c, "healthcheck")
+
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := free.Addr().String()
+	free.Close()
+	configure("[sensor]\npath = two\nconcurrency = 3\n[monitor]\nurl = %s\n[agent]\nlisten = %s\nallow = 127.0.0.1\n", second.url, address)
+	reload()
+	if got := receive(t, "what was undelivered", second.readings); got.ticket != any(3) || got.value != "1" {
+		t.Errorf("got %+v", got)
+	}
+	if conn, err := net.Dial("tcp", before); err == nil {
+		conn.Close()
+		t.Errorf("%s is still served", before)
+	}
+	c = client(address)
+	mustCall(t, c, "cmd_submit_reading", 4, "s")
+	if got := receive(t, "reading", second.readings); got.value != "2" {
+		t.Errorf("got %+v", got)
+	}
+	if err := os.WriteFile(gate, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := receive(t, "the sensor that ran all the while", second.readings); got.ticket != any(1) || got.value != "3" {
+		t.Errorf("got %+v", got)
+	}
+	// The same port, of all addresses: the old one is in the way.
+	_, port, _ := net.SplitHostPort(address)
+	configure("[sensor]\npath = two\n[monitor]\nurl = %s\n[agent]\nlisten = :%s\n", second.url, port)
+	reload()
+	mustCall(t, client(address), "healthcheck")
+}
+
+// TestHealth: the agent is a sensor itself.
+func TestHealth(t *testing.T) {
+	m, dir := newRecorder(t), t.TempDir()
+	writeSensor(t, dir, "s", "echo 1")
+	a, c := startAgent(t, testSettings(t, dir, m.url))
+	ask := func(ticket int, args ...any) stored {
+		mustCall(t, c, "cmd_submit_reading", ticket, "picket", args)
+		return receive(t, "reading", m.readings)
+	}
+	if got := ask(1, "last_delivery_age"); got.code != 1 || got.value != "nan" {
+		t.Errorf("got %+v", got)
+	}
+	for i, h := range health {
+		got := ask(i, h.name)
+		if _, err := strconv.ParseUint(got.value, 10, 64); err != nil || got.code != 0 {
+			t.Errorf("%s: got %+v", h.name, got)
+		}
+	}
+	await(t, "all are counted", func() bool { n, _ := a.delivery.count(); return n == 0 })
+	if got := ask(1, "delivered"); got.value != fmt.Sprint(len(health)+1) {
+		t.Errorf("got %+v", got)
+	}
+	if n, err := residentKiB(); err != nil || len(n) < 4 {
+		t.Errorf("got %s, %v", n, err)
+	}
+	for _, args := range [][]any{{}, {"nothing"}, {"uptime", "queued"}} {
+		if got := ask(1, args...); got.code != 2 || got.value != "nan" {
+			t.Errorf("%v: got %+v", args, got)
+		}
+	}
+	mustCall(t, c, "cmd_update_sensor_code", "picket", 5)
+	if got := receive(t, "outcome", m.readings); got.code != 1 {
+		t.Errorf("got %+v", got)
+	}
+	if line := a.healthLine(); !regexp.MustCompile(`^health: uptime \d+ queued 0 running 0 undelivered \d delivered \d+ dropped 0 refused 0 rss_kb \d+ spool_bytes 0 last_delivery_age \d+$`).MatchString(line) {
+		t.Errorf("got %s", line)
+	}
+}
+
+// TestLogWriter: lines come out as people read them, repeats summed up, and
+// nobody who logs waits for who reads.
+func TestLogWriter(t *testing.T) {
+	var b lockedBuffer
+	w := newLogWriter(&b)
+	for _, line := range []string{"one\n", warning + "two\n", warning + "two\n", warning + "two\n", "three\n"} {
+		w.Write([]byte(line))
+	}
+	before := log.Writer()
+	w.close()
+	log.SetOutput(before)
+	if want := "picket: one\npicket: two\npicket: the line before 2 times more\npicket: three\n"; b.String() != want {
+		t.Errorf("got %q; want %q", &b, want)
+	}
+
+	r, pipe, err := os.Pipe() // that nobody reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	w = newLogWriter(pipe)
+	long := strings.Repeat("x", 1000)
+	for i := 0; i < 1000; i++ {
+		fmt.Fprintf(w, "%d %s\n", i, long)
+	}
+	got := make(chan string)
+	go func() {
+		text, _ := io.ReadAll(r)
+		got <- string(text)
+	}()
+	w.close()
+	log.SetOutput(before)
+	<-w.done
+	pipe.Close()
+	text := receive(t, "the text", got)
+	match := regexp.MustCompile(`picket: (\d+) lines of the log lost`).FindStringSubmatch(text)
+	if match == nil {
+		t.Fatalf("got %d lines and no word of the others", strings.Count(text, "\n"))
+	}
+	if lost, _ := strconv.Atoi(match[1]); lost+strings.Count(text, "\n")-1 != 1000 {
+		t.Errorf("%d lines and %d lost; want 1000", strings.Count(text, "\n")-1, lost)
+	}
+}
+
+// TestSyslog: each line goes to the local syslog with its severity, to standard
+// error while there is none, and to syslog again when it is back.
+func TestSyslog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	var b lockedBuffer
+	w := newLogWriter(&b)
+	w.dial = func() (*syslog.Writer, error) { return syslog.Dial("unixgram", path, syslog.LOG_DAEMON, "picket") }
+	w.useSyslog(true)
+	before := log.Writer()
+	defer func() { w.close(); log.SetOutput(before) }()
+	w.Write([]byte("absent\n"))
+	await(t, "it is on standard error", func() bool { return strings.Contains(b.String(), "picket: absent\n") })
+	if !strings.Contains(b.String(), "log to syslog: ") {
+		t.Errorf("got %s", &b)
+	}
+	l, err := net.ListenPacket("unixgram", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for line, want := range map[string]string{
+		"one\n": `<30>.* picket\[\d+\]: one`, notice + "two\n": `<29>.*: two`, warning + "three\n": `<28>.*: three`, severe + "four\n": `<27>.*: four`,
+	} {
+		w.Write([]byte(line))
+		buf := make([]byte, 1000)
+		l.SetReadDeadline(time.Now().Add(patience))
+		n, _, err := l.ReadFrom(buf)
+		if got := strings.TrimSpace(string(buf[:n])); err != nil || !regexp.MustCompile("^"+want+"$").MatchString(got) {
+			t.Errorf("got %q, %v; want %s", got, err, want)
+		}
+	}
+	if got := b.String(); strings.Contains(got, "two") {
+		t.Errorf("got %s", got)
+	}
+}
+
+// TestStoryTLS follows the README: it makes the certificates with openssl,
+// and has an agent and a stand-in monitor trust only each other.
+func TestStoryTLS(t *testing.T) {
+	program(t, "openssl")
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## TLS\n")
+	blocks := strings.Split(section, "\n```\n")
+	if n := strings.Count(blocks[1], "openssl "); n != 5 {
+		t.Errorf("%d commands; want 5", n)
+	}
+	dir := t.TempDir()
+	cmd := exec.Command("sh", "-e", "-c", blocks[1])
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Skipf("this openssl cannot: %v\n%s", err, out)
+	}
+	file := filepath.Join(dir, "client.cfg")
+	config := strings.Replace(blocks[3], "https://monitor:8081/", "https://localhost:1/", 1) + "\nlisten = 127.0.0.1:0\n"
+	writeTree(t, dir, map[string]string{"client.cfg": config, "sensors/s/check": printing(1)})
+	s, err := loadSettings(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := tlsFiles{certificate: filepath.Join(dir, "monitor.crt"), key: filepath.Join(dir, "monitor.key"), ca: filepath.Join(dir, "ca.crt")}
+	if option, err := files.load(); err != nil {
+		t.Fatal(option, err)
+	}
+	readings := make(chan stored, 1)
+	h := newHandler((&monitor{stored: func(s stored) error { readings <- s; return nil }}).methods())
+	h.setAccess(&access{tls: serverTLS(files)})
+	u := serve(t, h)
+	_, port, _ := net.SplitHostPort(u.Host)
+	s.monitor = &url.URL{Scheme: "https", Host: "localhost:" + port, Path: "/"}
+	a, plain := startAgent(t, s)
+	_, port, _ = net.SplitHostPort(a.listener.Addr().String())
+	call := func(args ...string) error {
+		var out bytes.Buffer
+		return execute(context.Background(), nil, append(append([]string{"call"}, args...), "https://localhost:"+port+"/", "cmd_submit_reading", "7", "s"), &out)
+	}
+	if err := call("-cert", files.certificate, "-key", files.key, "-ca", files.ca); err != nil {
+		t.Fatal(err)
+	}
+	if got := receive(t, "reading", readings); got.ticket != any(7) || got.value != "1" {
+		t.Errorf("got %+v", got)
+	}
+	for _, args := range [][]string{{"-ca", files.ca}, {"-ca", files.ca, "-cert", filepath.Join(dir, "box.crt"), "-key", filepath.Join(dir, "box.key")}, {}} {
+		if err := call(args...); err == nil {
+			t.Errorf("%v: no error", args)
+		}
+	}
+	if _, err := plain.call(context.Background(), "healthcheck"); err == nil {
+		t.Error("plain HTTP: no error")
+	}
+}
+
+// TestStoryPassword: the password of the monitor's URL is in no log and in no
+// output.
+func TestStoryPassword(t *testing.T) {
+	dir := t.TempDir()
+	for _, config := range []string{
+		"[monitor]\nurl = http://u:geheim@127.0.0.1:1/\n", "url = http://u:geheim@127.0.0.1:1/\n", "[monitor]\nurl http//u:x://u:geheim@h/\n",
+		"[monitor]\nurl = http://u:geh%eim@h/\n", "[monitor]\nurl = ftp://u:geheim@h/\n", "[monitor]\nurl = http://u:geheim@h:x/\n", "[monitor]\nurl = http://u:geheim@\n",
+	} {
+		lines := logged(t)
+		writeTree(t, dir, map[string]string{"client.cfg": config, "sensors/s/check": printing(1)})
+		for _, args := range []string{"config", "config get monitor url", "config set agent queue 7", "update s", "check s", "list"} {
+			var out bytes.Buffer
+			err := execute(context.Background(), nil, append([]string{"-c", filepath.Join(dir, "client.cfg")}, strings.Fields(args)...), &out)
+			if text := fmt.Sprint(out.String(), err, lines); regexp.MustCompile("geheim|geh%|eim@").MatchString(text) {
+				t.Errorf("%q: %s: got %s", config, args, text)
+			}
+		}
+		os.Remove(filepath.Join(dir, "client.cfg"))
 	}
 }
 
