@@ -24,8 +24,10 @@ import (
 	"log"
 	"log/syslog"
 	"math/big"
+	mathrand "math/rand"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -44,7 +46,11 @@ import (
 	"time"
 )
 
-var update = flag.Bool("update", false, "rewrite the golden files of testdata")
+var (
+	update   = flag.Bool("update", false, "rewrite the golden files of testdata")
+	kills    = flag.Int("kills", 25, "how often TestKill kills the agent")
+	soakTime = flag.Duration("soak", 3*time.Second, "how long TestSoak goes on")
+)
 
 // patience is how long a test waits for what must happen, before it fails.
 const patience = 30 * time.Second
@@ -63,7 +69,28 @@ func TestMain(m *testing.M) {
 	if !testing.Verbose() {
 		log.SetOutput(io.Discard)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	for _, what := range sortedKeys(totals.n) {
+		fmt.Printf("total: %d %s\n", totals.n[what], what)
+	}
+	os.Exit(code)
+}
+
+// Totals are what the tests have done, printed at the end so that it can be
+// quoted.
+var totals struct {
+	sync.Mutex
+	n map[string]int
+}
+
+// total counts what a test has done.
+func total(what string, n int) {
+	totals.Lock()
+	defer totals.Unlock()
+	if totals.n == nil {
+		totals.n = make(map[string]int)
+	}
+	totals.n[what] += n
 }
 
 // logged returns what is logged from here to the end of the test.
@@ -3759,18 +3786,7 @@ func TestUpdateMemory(t *testing.T) {
 		"packages/demo.tar.bz2.sig": sign(archive), "key.pub": public,
 		"client.cfg": "[sensor]\npublic_key = key.pub\n[monitor]\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
 	})
-	cmd, lines := child(t, dir)
-	first, err := lines.ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	go io.Copy(io.Discard, lines)
-	match := regexp.MustCompile(` on (127\.0\.0\.1:[0-9]+), `).FindStringSubmatch(first)
-	if match == nil {
-		t.Fatalf("got %q", first)
-	}
-	c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
-	defer c.close()
+	cmd, c := servingChild(t, dir)
 	mustCall(t, c, "healthcheck") // it is up
 	peak := func() int {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
@@ -4692,6 +4708,26 @@ func child(t *testing.T, dir string, args ...string) (*exec.Cmd, *bufio.Reader) 
 	return cmd, bufio.NewReader(stderr)
 }
 
+// servingChild starts the program in dir and waits until it takes commands.
+func servingChild(t *testing.T, dir string) (*exec.Cmd, *client) {
+	t.Helper()
+	cmd, lines := child(t, dir)
+	for {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			t.Fatalf("the agent does not come up: %v, %q", err, line)
+		}
+		match := regexp.MustCompile(`^picket: .* on (127\.0\.0\.1:[0-9]+), `).FindStringSubmatch(line)
+		if match == nil {
+			continue
+		}
+		go io.Copy(io.Discard, lines)
+		c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
+		t.Cleanup(c.close)
+		return cmd, c
+	}
+}
+
 // TestStoryTerm: SIGTERM ends the process with code 0, and every ticket that
 // was acknowledged has its reading.
 func TestStoryTerm(t *testing.T) {
@@ -4950,6 +4986,369 @@ type answerTransport string
 
 func (a answerTransport) RoundTrip(*http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Body: io.NopCloser(bytes.NewReader(encodeResponse(string(a), nil)))}, nil
+}
+
+// TestKill kills the agent at random moments under load. No reading that was
+// in the spool is lost, and none is made up; what is damaged in the file costs
+// one reading.
+func TestKill(t *testing.T) {
+	random := mathrand.New(mathrand.NewSource(1))
+	m := newRecorder(t)
+	m.readings = make(chan stored, 1<<20)
+	var up atomic.Bool
+	m.set(func(w http.ResponseWriter, try int) bool { return !up.Load() && away(w, try) })
+	dir := t.TempDir()
+	spool := filepath.Join(dir, "spool")
+	writeTree(t, dir, map[string]string{
+		"sensors/s/check": "#!/bin/sh\necho $1\n",
+		"client.cfg":      "[sensor]\nconcurrency = 4\n[monitor]\nurl = " + m.url.String() + "\nspool = spool\n[agent]\nlisten = 127.0.0.1:0\n",
+	})
+	sent, owed, damaged := 0, make(map[string]bool), 0
+	for n := 0; n < *kills; n++ {
+		up.Store(random.Intn(3) == 0)
+		cmd, c := servingChild(t, dir)
+		for i := random.Intn(30); i > 0; i-- {
+			sent++
+			c.call(context.Background(), "cmd_submit_reading", sent, "s", []any{sent}) // acknowledged or not: it is to be killed
+		}
+		time.Sleep(time.Duration(random.Intn(20)) * time.Millisecond) // any moment will do
+		cmd.Process.Kill()
+		cmd.Wait()
+		c.close()
+		left := spooled(t, spool)
+		for _, reading := range left {
+			owed[reading] = true
+		}
+		if n%3 == 0 {
+			most := damage(t, random, filepath.Join(spool, "readings"))
+			lost := slices.DeleteFunc(left, func(r string) bool { return slices.Contains(spooled(t, spool), r) })
+			if len(lost) > most {
+				t.Errorf("a damage cost %q", lost)
+			}
+			for _, reading := range lost {
+				delete(owed, reading)
+				damaged++
+			}
+		}
+	}
+	up.Store(true)
+	cmd, _ := servingChild(t, dir)
+	delivered := make(map[string]int)
+	for len(owed) > 0 {
+		got := receive(t, "a reading that was in the spool", m.readings)
+		text := fmt.Sprintf("%v=%s", got.ticket, got.value)
+		if ticket, ok := got.ticket.(int); !ok || ticket < 1 || ticket > sent || got.code == 0 && got.value != fmt.Sprint(ticket) {
+			t.Errorf("made up: %+v", got)
+		}
+		delivered[text]++
+		delete(owed, text)
+	}
+	await(t, "the spool is empty", func() bool {
+		info, err := os.Stat(filepath.Join(spool, "readings"))
+		return err == nil && info.Size() == 0
+	})
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	total("kills survived", *kills)
+	t.Logf("%d kills, %d commands, %d readings delivered, %d damaged on purpose", *kills, sent, len(delivered), damaged)
+}
+
+// damage spoils a spool as a power cut or bad flash may, and returns how many
+// readings that may cost.
+func damage(t *testing.T, random *mathrand.Rand, file string) int {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	most := 1
+	switch kind := random.Intn(3); {
+	case kind == 0 || len(text) == 0:
+		text, most = append(text, "garbage with no end"...), 0
+	case kind == 1:
+		text = text[:len(text)-1-random.Intn(min(20, len(text)))]
+	default:
+		i := random.Intn(len(text))
+		if text[i] == '\n' {
+			most = 2 // lines become one
+		}
+		text[i] ^= 0x40
+	}
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return most
+}
+
+// A soakMonitor stores readings, and misbehaves at random.
+type soakMonitor struct {
+	mu     sync.Mutex // guards what is below
+	random *mathrand.Rand
+	stored map[any][]stored
+	lossy  map[any]bool // what was stored, but not confirmed
+	faults map[any]int
+	down   bool
+	good   bool // it misbehaves no more
+}
+
+// serve is a monitor that hands agents on to another one.
+func (m *soakMonitor) serve(t *testing.T, packages string, next func() string) *url.URL {
+	inner := &monitor{packages: packages, stored: func(s stored) error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.stored[s.ticket] = append(m.stored[s.ticket], s)
+		return nil
+	}}
+	h := newHandler(inner.methods())
+	return serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
+		method, params, err := decodeCall(body)
+		if err != nil {
+			t.Errorf("the agent sent %q: %v", body, err)
+		}
+		if method == "cmd_get_new_monitor_url" {
+			w.Write(encodeResponse(next(), nil))
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		before, after := m.mood(method, params)
+		if before != nil {
+			before(w)
+			return
+		}
+		if after == nil {
+			h.ServeHTTP(w, r)
+			return
+		}
+		h.ServeHTTP(httptest.NewRecorder(), r)
+		after(w)
+	}))
+}
+
+// mood is what is done instead of storing a reading, or instead of confirming it.
+func (m *soakMonitor) mood(method string, params []any) (before, after func(http.ResponseWriter)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	fail := func(w http.ResponseWriter) { w.WriteHeader(503) }
+	reset := func(http.ResponseWriter) { panic(http.ErrAbortHandler) }
+	dice := m.random.Intn(100)
+	switch {
+	case m.good || method != "cmd_store_probe_data":
+	case m.down, dice < 3:
+		return fail, nil
+	case dice < 5:
+		return reset, nil
+	case dice < 7:
+		return func(w http.ResponseWriter) { io.WriteString(w, "<html>busy</html>") }, nil
+	case dice < 9 && m.faults[params[0]] < maxTries-1:
+		m.faults[params[0]]++
+		return func(w http.ResponseWriter) { w.Write(encodeResponse(nil, faultf(1, "locked"))) }, nil
+	case dice < 11:
+		m.lossy[params[0]] = true
+		return nil, reset
+	case dice < 13:
+		m.lossy[params[0]] = true
+		return nil, fail
+	case dice < 15:
+		time.Sleep(20 * time.Millisecond) // a slow one
+	}
+	return nil, nil
+}
+
+// TestSoak is what years bring, in a minute: readings of all kinds, updates,
+// reloads, moves and a monitor that fails in every way. In the end each
+// acknowledged ticket is stored, once or where its answer was lost at least
+// once, and everything the agent used is given back.
+func TestSoak(t *testing.T) {
+	word := mark(t)
+	dir := t.TempDir()
+	goroutines, files := runtime.NumGoroutine(), openFiles(t)
+	debug.FreeOSMemory()
+	before, _ := residentKiB()
+	t.Run("load", func(t *testing.T) { soak(t, dir) })
+	await(t, "no process is left", func() bool { return len(marked(t, word)) == 0 })
+	await(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= goroutines })
+	await(t, "no file is open", func() bool { return openFiles(t) <= files })
+	if left := leftovers(t, filepath.Join(dir, "sensors"), filepath.Join(dir, "backup"), dir); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+	debug.FreeOSMemory()
+	after, _ := residentKiB()
+	t.Logf("resident memory %s KiB before, %s KiB after", before, after)
+	b, _ := strconv.Atoi(before)
+	if a, _ := strconv.Atoi(after); a > b+32<<10 && !raceDetector() {
+		t.Errorf("resident memory grew from %d to %d KiB", b, a)
+	}
+}
+
+// openFiles counts the open files of this process.
+func openFiles(t *testing.T) int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip(err)
+	}
+	return len(entries)
+}
+
+func soak(t *testing.T, dir string) {
+	m := &soakMonitor{random: mathrand.New(mathrand.NewSource(2)), stored: make(map[any][]stored), lossy: make(map[any]bool), faults: make(map[any]int)}
+	writeTree(t, dir, map[string]string{
+		"sensors/good/check": "#!/bin/sh\necho $1\n", "sensors/fail/check": "#!/bin/sh\necho no >&2; exit 3\n",
+		"sensors/text/check": "#!/bin/sh\necho hello\n", "sensors/hang/check": "#!/bin/sh\nsleep 60\n", "sensors/demo/check": printing(1),
+		"packages/demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)))),
+	})
+	var one, two *url.URL
+	turn := atomic.Int64{}
+	next := func() string {
+		if turn.Add(1)%2 == 1 {
+			return two.String()
+		}
+		return one.String()
+	}
+	one, two = m.serve(t, filepath.Join(dir, "packages"), next), m.serve(t, filepath.Join(dir, "packages"), next)
+	file := filepath.Join(dir, "client.cfg")
+	config := "[sensor]\nbackup = backup\nconcurrency = 4\ntimeout = 200ms\n[monitor]\nspool = spool\nurl = " + one.String() + "\n[agent]\nlisten = 127.0.0.1:0\n"
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := loadSettings(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, c := startAgent(t, s)
+	a.delivery.mu.Lock()
+	a.delivery.retry = time.Millisecond
+	a.delivery.mu.Unlock()
+
+	var mu sync.Mutex
+	acked := make(map[any]string) // what must be stored; "" is anything
+	var tickets atomic.Int64
+	call := func(want, method string, params ...any) {
+		ticket := any(int(tickets.Add(1)))
+		for i, p := range params {
+			if p == "TICKET" {
+				params[i] = ticket
+			}
+		}
+		if _, err := c.call(context.Background(), method, params...); err != nil {
+			t.Errorf("%s: %v", method, err)
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		acked[ticket] = want
+	}
+	raw := func(close func(*net.TCPConn)) string { // a peer of its own kind
+		ticket := int(tickets.Add(1))
+		body := encodeCall("cmd_submit_reading", ticket, "good", []any{ticket})
+		conn, err := net.Dial("tcp", a.listener.Addr().String())
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		close(conn.(*net.TCPConn))
+		answer, _ := io.ReadAll(conn)
+		if strings.Contains(string(answer), "<string>OK</string>") {
+			mu.Lock()
+			acked[ticket] = fmt.Sprint("0 ", ticket)
+			mu.Unlock()
+		}
+		return string(answer)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), *soakTime)
+	defer cancel()
+	var callers sync.WaitGroup
+	for i := 0; i < 4; i++ {
+		callers.Add(1)
+		go func(random *mathrand.Rand) {
+			defer callers.Done()
+			for n := 0; ctx.Err() == nil; n++ {
+				switch dice := random.Intn(1000); {
+				case dice < 5:
+					call("-15 nan", "cmd_submit_reading", "TICKET", "hang")
+				case dice < 50:
+					call("3 nan", "cmd_submit_reading", "TICKET", "fail")
+				case dice < 100:
+					call("65 nan", "cmd_submit_reading", "TICKET", "text", nil)
+				case dice < 150:
+					call("127 nan", "cmd_submit_reading", "TICKET", "none", "a b")
+				case dice < 160:
+					call("", "cmd_update_sensor_code", "demo", "TICKET")
+				case dice < 165:
+					call("", "cmd_rollback_sensor_code", "demo", "TICKET")
+				case dice < 170:
+					call("", "cmd_register_new_server", "TICKET")
+				case dice < 180:
+					call("0 1", "cmd_submit_reading", "TICKET", "demo")
+				case dice < 190:
+					call("", "cmd_submit_reading", "TICKET", "picket", "uptime")
+				case dice < 195:
+					mustCall(t, c, "cmd_list_sensors")
+				case dice < 200:
+					if answer := raw(func(conn *net.TCPConn) { conn.CloseWrite() }); !strings.HasPrefix(answer, "HTTP/1.0 200 ") {
+						t.Errorf("half-closed: got %q", answer)
+					}
+				case dice < 205:
+					raw(func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() })
+				case dice < 208:
+					if err := editINI(file, nil, func(c *ini) error { return c.set("sensor", "concurrency", fmt.Sprint(2+random.Intn(4))) }); err != nil {
+						t.Error(err)
+					}
+					a.reload()
+				case dice < 212:
+					m.mu.Lock()
+					m.down = !m.down
+					m.mu.Unlock()
+				default:
+					v := fmt.Sprintf("%d.%d", n, random.Intn(100))
+					call("0 "+v, "cmd_submit_reading", "TICKET", "good", []any{v})
+				}
+			}
+		}(mathrand.New(mathrand.NewSource(int64(i))))
+	}
+	callers.Wait()
+	m.mu.Lock()
+	m.good = true
+	m.mu.Unlock()
+	await(t, "every acknowledged ticket is stored", func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for ticket := range acked {
+			if len(m.stored[ticket]) == 0 {
+				return false
+			}
+		}
+		return true
+	})
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	readings, faults := 0, 0
+	for ticket, want := range acked {
+		got := m.stored[ticket]
+		readings += len(got)
+		if len(got) > 1 && !m.lossy[ticket] {
+			t.Errorf("ticket %v: stored %d times", ticket, len(got))
+		}
+		if text := fmt.Sprint(got[0].code, " ", got[0].value); want != "" && text != want {
+			t.Errorf("ticket %v: got %s; want %s", ticket, text, want)
+		}
+	}
+	for _, n := range m.faults {
+		faults += n
+	}
+	if _, totals := a.delivery.count(); totals.dropped > 0 {
+		t.Errorf("%d dropped", totals.dropped)
+	}
+	total("commands acknowledged", len(acked))
+	total("readings stored", readings)
+	total("answers lost on purpose", len(m.lossy))
+	total("faults answered", faults)
 }
 
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and

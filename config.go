@@ -23,6 +23,7 @@ package main
 // it. It knows nothing of sensors or of the wire.
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -514,6 +515,14 @@ type tlsFiles struct {
 	name                 string // that the peer's certificate must bear; "": any
 	pair                 *tls.Certificate
 	pool                 *x509.CertPool
+}
+
+// equal reports whether the files hold the same, and the same is asked of a peer.
+func (t *tlsFiles) equal(other tlsFiles) bool {
+	if (t.pair == nil) != (other.pair == nil) || (t.pool == nil) != (other.pool == nil) || t.name != other.name {
+		return false
+	}
+	return (t.pair == nil || slices.EqualFunc(t.pair.Certificate, other.pair.Certificate, bytes.Equal)) && (t.pool == nil || t.pool.Equal(other.pool))
 }
 
 // load reads the files. Its error begins with the option that is to blame.

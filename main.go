@@ -705,7 +705,11 @@ func (a *agent) reload() {
 	sensors.setLimit(s.concurrency)
 	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
 	a.queue.resize(s.concurrency, s.queue)
-	a.handler.setAccess(accessOf(s))
+	access := accessOf(s)
+	if s.agentTLS.equal(before.settings.agentTLS) { // so that connections may stay
+		access.tls = a.handler.rules().tls
+	}
+	a.handler.setAccess(access)
 	a.delivery.configure(monitorOf(s), zoneFor(s), s.noValue)
 	if s.spool != before.settings.spool || s.spoolSize != before.settings.spoolSize {
 		a.delivery.useSpool(spoolOf(s))

@@ -960,14 +960,22 @@ func (h *handler) weakest() (weakest net.Conn) {
 	return weakest
 }
 
-// setAccess changes who may call, and how. Connections that came under other
-// rules end, those with a call on them when it is answered.
+// rules are who may call at present, and how.
+func (h *handler) rules() *access {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.access
+}
+
+// setAccess changes who may call, and how. Where the rules for TLS are others,
+// connections that came under those before end, the ones with a call on them when
+// it is answered.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.access = a
 	for c, s := range h.conns {
-		if !s.working {
+		if !s.working && s.access.tls != a.tls {
 			h.drop(c)
 		}
 	}
@@ -1000,7 +1008,7 @@ func (h *handler) begin(r *http.Request) (ctx context.Context, ok bool) {
 		return r.Context(), true
 	}
 	s := h.conns[c]
-	if s == nil || s.access != h.access {
+	if s == nil || s.access.tls != h.access.tls {
 		return nil, false
 	}
 	s.working, s.since = true, time.Now()
@@ -1020,14 +1028,7 @@ func (h *handler) end(r *http.Request) bool {
 		return false
 	}
 	s.working, s.since = false, time.Now()
-	return s.access == h.access
-}
-
-// barred reports whether nothing is answered on the request's connection.
-func (h *handler) barred(r *http.Request) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return !h.access.allows(hostOf(r.RemoteAddr))
+	return s.access.tls == h.access.tls
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -1048,7 +1049,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // answer returns the HTTP status and, with 200, the methodResponse.
 func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
-	if h.barred(r) {
+	if !h.rules().allows(hostOf(r.RemoteAddr)) {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body either
 		return http.StatusForbidden, nil
 	}
