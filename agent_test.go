@@ -23,6 +23,7 @@ import (
 	"io"
 	"log"
 	"log/syslog"
+	"math"
 	"math/big"
 	mathrand "math/rand"
 	"net"
@@ -44,6 +45,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 )
 
 var (
@@ -4589,7 +4591,7 @@ func TestUpdateMemory(t *testing.T) {
 		"packages/demo.tar.bz2.sig": sign(archive), "key.pub": public,
 		"client.cfg": "[sensor]\npublic_key = key.pub\n[monitor]\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
 	})
-	cmd, c := servingChild(t, dir)
+	cmd, c, _ := servingChild(t, dir)
 	mustCall(t, c, "healthcheck") // it is up
 	peak := func() int {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
@@ -5536,23 +5538,26 @@ func child(t *testing.T, dir string, args ...string) (*exec.Cmd, *bufio.Reader) 
 	return cmd, bufio.NewReader(stderr)
 }
 
-// servingChild starts the program in dir and waits until it takes commands.
-func servingChild(t *testing.T, dir string) (*exec.Cmd, *client) {
+// servingChild starts the program in dir and waits until it takes commands. The
+// buffer gets what it logs.
+func servingChild(t *testing.T, dir string, args ...string) (*exec.Cmd, *client, *lockedBuffer) {
 	t.Helper()
-	cmd, lines := child(t, dir)
+	cmd, lines := child(t, dir, args...)
+	var logged lockedBuffer
 	for {
 		line, err := lines.ReadString('\n')
 		if err != nil {
 			t.Fatalf("the agent does not come up: %v, %q", err, line)
 		}
+		logged.Write([]byte(line))
 		match := regexp.MustCompile(`^picket: .* on (127\.0\.0\.1:[0-9]+), `).FindStringSubmatch(line)
 		if match == nil {
 			continue
 		}
-		go io.Copy(io.Discard, lines)
+		go io.Copy(&logged, lines)
 		c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
 		t.Cleanup(c.close)
-		return cmd, c
+		return cmd, c, &logged
 	}
 }
 
@@ -5816,6 +5821,236 @@ func (a answerTransport) RoundTrip(*http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: 200, Body: io.NopCloser(bytes.NewReader(encodeResponse(string(a), nil)))}, nil
 }
 
+// TestStoryDisk: wherever the agent writes, a full disk costs nothing that was
+// there. The agent goes on, says why, and does what is asked of it when there is
+// room again.
+func TestStoryDisk(t *testing.T) {
+	t.Run("full disk", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := syscall.Mount("none", dir, "tmpfs", 0, "size=1m"); err != nil {
+			t.Logf("mount: %v; a limited file size alone, then", err)
+			return
+		}
+		t.Cleanup(func() {
+			if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+		filler := filepath.Join(dir, "filler")
+		testScarce(t, dir, "no space", func(_ int, bytes int64) error {
+			if bytes < 0 {
+				return os.Remove(filler)
+			}
+			f, err := os.OpenFile(filler, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			for err == nil {
+				_, err = f.Write(make([]byte, 4096))
+			}
+			if !errors.Is(err, syscall.ENOSPC) {
+				return err
+			}
+			info, err := f.Stat()
+			if err != nil {
+				return err
+			}
+			return f.Truncate(info.Size() - bytes)
+		})
+	})
+	t.Run("limited file size", func(t *testing.T) {
+		testScarce(t, t.TempDir(), "file too large", func(pid int, bytes int64) error {
+			limit := syscall.Rlimit{Cur: uint64(bytes), Max: math.MaxUint64}
+			_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_FSIZE, uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
+			if errno != 0 {
+				return errno
+			}
+			return nil
+		})
+	})
+}
+
+func testScarce(t *testing.T, dir, reason string, limit func(pid int, bytes int64) error) {
+	body := make([]byte, 20<<10)
+	mathrand.New(mathrand.NewSource(3)).Read(body)
+	m, packages, next := newRecorder(t), t.TempDir(), newRecorder(t)
+	inner := &monitor{packages: packages, next: next.url.String(), stored: func(s stored) error { m.readings <- s; return nil }}
+	h := newHandler(inner.methods())
+	var down atomic.Bool
+	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if down.Load() {
+			w.WriteHeader(503)
+			return
+		}
+		h.ServeHTTP(w, r)
+	}))
+	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)), entry("demo/data", string(body)), entry("demo/more", string(body[:9000])))
+	writeTree(t, packages, map[string]string{"demo.tar.bz2": string(archive)})
+	config := "[sensor]\nbackup = backup\n[monitor]\nspool = spool\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n"
+	writeTree(t, dir, map[string]string{"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": config})
+	cmd, c, lines := servingChild(t, dir)
+	set := func(bytes int64) {
+		t.Helper()
+		if err := limit(cmd.Process.Pid, bytes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tickets := 0
+	outcome := func(method string, params ...any) stored {
+		t.Helper()
+		tickets++
+		for i, p := range params {
+			if p == "TICKET" {
+				params[i] = tickets
+			}
+		}
+		mustCall(t, c, method, params...)
+		return receive(t, "outcome", m.readings)
+	}
+	refused := 0
+	for free := int64(0); ; free += 8192 {
+		set(free)
+		before := readTree(t, filepath.Join(dir, "sensors"))
+		got := outcome("cmd_update_sensor_code", "demo", "TICKET")
+		if got.code == 0 {
+			break
+		}
+		refused++
+		if after := readTree(t, filepath.Join(dir, "sensors")); !reflect.DeepEqual(after, before) {
+			t.Fatalf("%d bytes free: got %q", free, after)
+		}
+		if got := outcome("cmd_submit_reading", "TICKET", "demo"); got.value != "1" {
+			t.Errorf("%d bytes free: got %+v", free, got)
+		}
+	}
+	if refused < 3 {
+		t.Errorf("%d refused", refused)
+	}
+	await(t, "a reason for each", func() bool { return strings.Count(lines.String(), reason) == refused })
+	if got := outcome("cmd_submit_reading", "TICKET", "demo"); got.value != "2" {
+		t.Errorf("got %+v", got)
+	}
+
+	set(0)
+	down.Store(true)
+	want := make(map[any]bool)
+	for i := 0; i < 20; i++ {
+		tickets++
+		want[tickets] = true
+		mustCall(t, c, "cmd_submit_reading", tickets, "demo")
+	}
+	await(t, "a word on the spool", func() bool { return strings.Contains(lines.String(), "undelivered readings are in memory alone") })
+	down.Store(false)
+	for len(want) > 0 {
+		delete(want, receive(t, "reading", m.readings).ticket)
+	}
+	if got := outcome("cmd_register_new_server", "TICKET"); got.code != 1 {
+		t.Errorf("got %+v", got)
+	}
+	if text, err := os.ReadFile(filepath.Join(dir, "client.cfg")); err != nil || string(text) != config || len(leftovers(t, dir)) > 0 {
+		t.Errorf("got %q, %v, %q", text, err, leftovers(t, dir))
+	}
+	await(t, "why it does not move", func() bool {
+		return regexp.MustCompile(`move: .*client.cfg.*: (no space|file too large)`).MatchString(lines.String())
+	})
+	set(-1)
+	tickets++
+	mustCall(t, c, "cmd_register_new_server", tickets)
+	if got := receive(t, "outcome at the new monitor", next.readings); got.ticket != any(tickets) || got.code != 0 {
+		t.Errorf("got %+v", got)
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%s: %s refused", reason, plural(refused, "update"))
+}
+
+// TestStoryReadOnly: so with a directory that is read-only.
+func TestStoryReadOnly(t *testing.T) {
+	m := newRecorder(t)
+	packages, next := t.TempDir(), newRecorder(t)
+	var down atomic.Bool
+	inner := newHandler((&monitor{packages: packages, next: next.url.String(), stored: func(s stored) error { m.readings <- s; return nil }}).methods())
+	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if down.Load() {
+			w.WriteHeader(503)
+			return
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	writeTree(t, packages, map[string]string{"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(2))))})
+	for _, test := range []struct{ where, method, want string }{
+		{"sensors", "cmd_update_sensor_code", `update demo: .*/sensors/.*(read-only|permission denied)`},
+		{"backup", "cmd_update_sensor_code", `update demo: .*backup.*(read-only|permission denied)`},
+		{"etc", "cmd_register_new_server", `move: .*client\.cfg.*(read-only|permission denied)`},
+		{"spool", "", `spool .*(read-only|permission denied).*; undelivered readings are in memory alone`},
+	} {
+		t.Run(test.where, func(t *testing.T) {
+			dir := t.TempDir()
+			writeTree(t, dir, map[string]string{
+				"sensors/demo/check": printing(1), "backup/": "", "spool/": "",
+				"etc/client.cfg": "[sensor]\npath = ../sensors\nbackup = ../backup\n[monitor]\nspool = ../spool\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
+			})
+			before := readTree(t, dir)
+			readOnly(t, filepath.Join(dir, test.where))
+			down.Store(test.method == "")
+			cmd, c, lines := servingChild(t, dir, "-c", "etc/client.cfg")
+			switch test.method {
+			case "":
+				mustCall(t, c, "cmd_submit_reading", 1, "demo")
+				await(t, "a word on the spool", func() bool { return strings.Contains(lines.String(), "in memory alone") })
+				down.Store(false)
+			case "cmd_register_new_server":
+				mustCall(t, c, test.method, 1)
+			default:
+				mustCall(t, c, test.method, "demo", 1)
+			}
+			if got := receive(t, "outcome", m.readings); got.code != 1 && test.method != "" {
+				t.Errorf("got %+v", got)
+			}
+			mustCall(t, c, "cmd_submit_reading", 2, "demo")
+			if got := receive(t, "reading", m.readings); got.value != "1" {
+				t.Errorf("got %+v", got)
+			}
+			await(t, "the log has "+test.want, func() bool { return regexp.MustCompile(test.want).MatchString(lines.String()) })
+			cmd.Process.Signal(syscall.SIGTERM)
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+			after := readTree(t, dir)
+			delete(after, "spool/readings") // which is empty
+			if !reflect.DeepEqual(after, before) {
+				t.Errorf("got %q", after)
+			}
+		})
+	}
+}
+
+// readOnly makes a directory read-only to the end of the test, for root, too.
+func readOnly(t *testing.T, dir string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if err := os.Chmod(dir, 0o555); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Chmod(dir, 0o755) })
+		return
+	}
+	if err := syscall.Mount(dir, dir, "", syscall.MS_BIND, ""); err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := syscall.Mount("", dir, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestKill kills the agent at random moments under load. No reading that was
 // in the spool is lost, and none is made up; what is damaged in the file costs
 // one reading.
@@ -5834,7 +6069,7 @@ func TestKill(t *testing.T) {
 	sent, owed, damaged := 0, make(map[string]bool), 0
 	for n := 0; n < *kills; n++ {
 		up.Store(random.Intn(3) == 0)
-		cmd, c := servingChild(t, dir)
+		cmd, c, _ := servingChild(t, dir)
 		for i := random.Intn(30); i > 0; i-- {
 			sent++
 			c.call(context.Background(), "cmd_submit_reading", sent, "s", []any{sent}) // acknowledged or not: it is to be killed
@@ -5860,7 +6095,7 @@ func TestKill(t *testing.T) {
 		}
 	}
 	up.Store(true)
-	cmd, _ := servingChild(t, dir)
+	cmd, _, _ := servingChild(t, dir)
 	delivered := make(map[string]int)
 	for len(owed) > 0 {
 		got := receive(t, "a reading that was in the spool", m.readings)

@@ -320,9 +320,9 @@ func readSettings(file string) (*ini, settings, error) {
 }
 
 func runAgent(ctx context.Context, in invocation) error {
-	// Noted and dropped: the end of whoever reads the log is not the agent's.
-	// Ignored, it would be so in sensors, too.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	// Noted and dropped: the end of whoever reads the log is not the agent's, nor
+	// is a file that may not grow. Ignored, they would be so in sensors, too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGXFSZ)
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
