@@ -10,21 +10,30 @@
 //	picket [-c client.cfg] [command]
 //
 // Without a command it runs the agent in the foreground until SIGTERM or
-// SIGINT; it never forks, an init supervises it. The other commands are for an
-// administrator on the box; "picket help" lists them.
+// SIGINT; it never forks, an init supervises it. On SIGHUP it reads its
+// configuration and certificates again, on SIGUSR1 it logs its health. The
+// other commands are for an administrator on the box; "picket help" lists them.
 //
 // # Trust
 //
 // The agent runs what is installed in its directory of sensors and nothing
 // else; only its monitor can change them, or with [sensor] public_key whoever
-// has the secret key. A command only chooses among them and gives them arguments, which no
-// shell ever sees. What it measured goes to the monitor of client.cfg or
-// nowhere. Who can reach its port can have sensors run, at most [sensor]
-// concurrency at once, but not see what they print.
+// has the secret key. A command only chooses among them and gives them
+// arguments, which no shell ever sees. What it measured goes to the monitor of
+// client.cfg or nowhere. Who can reach its port, and is let in by [agent] allow
+// and client_ca, can have sensors run, at most [sensor] concurrency at once, but
+// not see what they print.
+//
+// # What lasts
+//
+// A reading of an acknowledged command is in memory until the monitor has
+// answered, and with [monitor] spool on the disk from the first failed attempt
+// on. Limits, and what happens at each, are with the constants.
 //
 // # Files
 //
-// They depend downwards: main, update, sensors, rpc; config is used by main alone.
+// They depend downwards: main, update, sensors, rpc. The settings of config are
+// used by main alone, and what it knows of replacing a file by all.
 package main
 
 import (
