@@ -6151,7 +6151,7 @@ type soakMonitor struct {
 	stored map[any][]stored
 	lossy  map[any]bool // what was stored, but not confirmed
 	faults map[any]int
-	down   bool
+	down   int  // attempts that it is away for
 	good   bool // it misbehaves no more
 }
 
@@ -6201,7 +6201,10 @@ func (m *soakMonitor) mood(method string, params []any) (before, after func(http
 	dice := m.random.Intn(100)
 	switch {
 	case m.good || method != "cmd_store_probe_data":
-	case m.down, dice < 3:
+	case m.down > 0:
+		m.down--
+		return fail, nil
+	case dice < 3:
 		return fail, nil
 	case dice < 5:
 		return reset, nil
@@ -6289,7 +6292,7 @@ func soak(t *testing.T, dir string) {
 
 	var mu sync.Mutex
 	acked := make(map[any]string) // what must be stored; "" is anything
-	var tickets atomic.Int64
+	var tickets, outages atomic.Int64
 	call := func(want, method string, params ...any) {
 		ticket := any(int(tickets.Add(1)))
 		for i, p := range params {
@@ -6332,6 +6335,10 @@ func soak(t *testing.T, dir string) {
 		go func(random *mathrand.Rand) {
 			defer callers.Done()
 			for n := 0; ctx.Err() == nil; n++ {
+				if waiting, _ := a.delivery.count(); waiting > 2000 { // the spool holds some 7,000
+					time.Sleep(time.Millisecond)
+					continue
+				}
 				switch dice := random.Intn(1000); {
 				case dice < 5:
 					call("-15 nan", "cmd_submit_reading", "TICKET", "hang")
@@ -6366,7 +6373,8 @@ func soak(t *testing.T, dir string) {
 					a.reload()
 				case dice < 212:
 					m.mu.Lock()
-					m.down = !m.down
+					m.down = m.random.Intn(12) // the last after two seconds
+					outages.Add(1)
 					m.mu.Unlock()
 				default:
 					v := fmt.Sprintf("%d.%d", n, random.Intn(100))
@@ -6412,6 +6420,7 @@ func soak(t *testing.T, dir string) {
 	total("readings stored", readings)
 	total("answers lost on purpose", len(m.lossy))
 	total("faults answered", faults)
+	total("outages of the monitor", int(outages.Load()))
 }
 
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and
