@@ -2678,6 +2678,7 @@ func TestNetworkFaults(t *testing.T) {
 	request, all := p.latestBytes()
 	t.Run("refused", func(t *testing.T) { testRefused(t, sample) })
 	t.Run("reset", func(t *testing.T) { testResets(t, m, p, d, sample, request, all) })
+	t.Run("update and move", testResetChanges)
 
 	status := func(code int) func(w http.ResponseWriter) {
 		return func(w http.ResponseWriter) {
@@ -2783,6 +2784,72 @@ func testRefused(t *testing.T, sample reading) {
 	if stored := storedTickets(m); stored["00001"] != 1 || p.count() != 1 {
 		t.Errorf("got %v in %d tries; want it stored once, at the first that came through", stored, p.count())
 	}
+}
+
+// testResetChanges: an update or a move whose connection is reset, wherever that
+// is, has either been made or has changed nothing, and its ticket says which.
+func testResetChanges(t *testing.T) {
+	dir := t.TempDir()
+	m, readings := &monitor{packages: filepath.Join(dir, "packages")}, make(chan stored, 100)
+	m.stored = func(s stored) error { readings <- s; return nil }
+	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)))
+	writeTree(t, dir, map[string]string{"packages/demo.tar.bz2": string(archive), "sensors/demo/check": printing(1)})
+	next := serve(t, newHandler(m.methods()))
+	p := newFaultyProxy(t, next.Host)
+	u := &url.URL{Scheme: "http", Host: p.listener.Addr().String(), Path: "/xmlrpc/"}
+	m.next = next.String()
+	config := "[monitor]\nurl = " + u.String() + "\n"
+	writeTree(t, dir, map[string]string{"client.cfg": config})
+	s := testSettings(t, filepath.Join(dir, "sensors"), u)
+	s.backup, s.file = filepath.Join(dir, "backup"), filepath.Join(dir, "client.cfg")
+	a, c := startAgent(t, s)
+	a.delivery.mu.Lock()
+	a.delivery.retry = time.Millisecond
+	a.delivery.mu.Unlock()
+	ticket := 0
+	try := func(carry int, method string, params ...any) (code int) {
+		t.Helper()
+		a.delivery.monitor().close() // so that it comes on a connection that fails
+		p.fail(1, carry, "reset")
+		ticket++
+		mustCall(t, c, method, append(params, ticket)...)
+		got := receive(t, "outcome", readings)
+		await(t, "it is known to be stored", func() bool { n, _ := a.delivery.count(); return n == 0 })
+		for len(readings) > 0 { // the last byte of an answer may come, or not
+			<-readings
+		}
+		if got.ticket != any(ticket) {
+			t.Errorf("got %+v; want ticket %d", got, ticket)
+		}
+		return got.code
+	}
+	before, failed := readTree(t, s.path), 0
+	for n := 0; try(n, "cmd_update_sensor_code", "demo") != 0; n += 101 {
+		failed++
+		if after := readTree(t, s.path); !reflect.DeepEqual(after, before) {
+			t.Fatalf("reset after %d bytes: got %q", n, after)
+		}
+	}
+	if text := readTree(t, s.path)["demo/check"]; text != printing(2) || failed < len(archive)/101 {
+		t.Errorf("got %q after %d", text, failed)
+	}
+	moved := func(to *url.URL) {
+		t.Helper()
+		text, err := os.ReadFile(s.file)
+		if want := "[monitor]\nurl = " + to.String() + "\n"; err != nil || string(text) != want {
+			t.Errorf("got %q, %v; want %q", text, err, want)
+		}
+	}
+	for n := 0; try(n, "cmd_register_new_server") != 0; n += 11 {
+		failed++
+		moved(u)
+	}
+	moved(next)
+	if left := leftovers(t, dir, s.path, s.backup); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+	total("network faults survived", failed)
+	t.Logf("%d updates and moves failed, and changed nothing", failed)
 }
 
 // testResets: the connection is reset after each number of bytes that an
