@@ -22,7 +22,6 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"log/syslog"
 	"math"
 	"math/big"
 	mathrand "math/rand"
@@ -59,6 +58,9 @@ const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
 	if os.Getenv("PICKET_TEST_MAIN") != "" { // a child that is to be the program
+		if n, err := strconv.ParseUint(os.Getenv("PICKET_TEST_FILES"), 10, 16); err == nil {
+			syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n})
+		}
 		main()
 		os.Exit(0)
 	}
@@ -600,13 +602,13 @@ c.cfg:5: [sensor] path: a directory is needed
 c.cfg:2: [sensor] timeout: "0" is not a time such as 30, 30s or 5m
 c.cfg:7: [sensor] concurrency: "65" is not a whole number from 1 to 64
 c.cfg:6: [sensor] user: no user "no-such-user": user: unknown user no-such-user`},
-		{"[monitor]\nurl = ftp://u:secret@h/\ntime = UTC\nno_value = none\n[agent]\nlisten = 8080\nqueue = x\nlog = file\n", `c.cfg:2: [monitor] url: "ftp://u:xxxxx@h/" is neither an http nor an https URL
+		{"[monitor]\nurl = ftp://u:secret@h/\ntime = UTC\nno_value = none\n[agent]\nlisten = 8080\nqueue = x\nlog = file\n", `c.cfg:2: [monitor] url: "ftp://xxxxx@h/" is neither an http nor an https URL
 c.cfg:3: [monitor] time: "UTC" is neither local nor utc
 c.cfg:4: [monitor] no_value: "none" is neither nan nor a number
 c.cfg:6: [agent] listen: "8080" is not an address such as :8080 or 127.0.0.1:8080
 c.cfg:7: [agent] queue: "x" is not a whole number from 1 to 65536
 c.cfg:8: [agent] log: "file" is neither stderr nor syslog`},
-		{"[monitor]\nurl = http://\n", `c.cfg:2: [monitor] url: "http:" names no host`},
+		{"[monitor]\nurl = http://\n", `c.cfg:2: [monitor] url: "http://" names no host`},
 		{"[monitor]\nurl = http://u:secret@h:x/\n", `c.cfg:2: [monitor] url: not a URL such as http://monitor:8081/xmlrpc/`},
 		{"[DEFAULT]\nx = %(y)s\n[sensor]\nz = %\n[monitor]\nurl = %(x)s\n", `c.cfg:6: [monitor] url: no option "y" in [monitor] or [DEFAULT] for %(y)s
 c.cfg:4: [sensor] z: bad interpolation at "%": %(name)s is a reference, %% a percent sign
@@ -2215,6 +2217,32 @@ func TestConnections(t *testing.T) {
 	await(t, "no more than the limit", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) <= maxConns })
 }
 
+// TestFewFiles: where the process may not have many files open, those that hold
+// connections do not use them up.
+func TestFewFiles(t *testing.T) {
+	dir := t.TempDir()
+	m := newRecorder(t)
+	writeTree(t, dir, map[string]string{"sensors/s/check": printing(1), "client.cfg": "[monitor]\nurl = " + m.url.String() + "\n[agent]\nlisten = 127.0.0.1:0\n"})
+	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 32 {
+		t.Skip("no limit of files")
+	}
+	t.Setenv("PICKET_TEST_FILES", "32")
+	_, c, lines := servingChild(t, dir)
+	for i := 0; i < 3*maxConns; i++ {
+		conn, err := net.Dial("tcp", c.url.Host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	for i := 0; i < 10; i++ {
+		mustCall(t, c, "cmd_submit_reading", i, "s")
+		if got := receive(t, "reading", m.readings); got.value != "1" {
+			t.Errorf("got %+v: %s", got, lines)
+		}
+	}
+}
+
 func TestIntrospection(t *testing.T) {
 	h := newHandler([]method{{"m", "string int, string", "help", healthcheck}})
 	call := func(name string, params ...any) string {
@@ -3229,7 +3257,11 @@ func TestSpoolDamage(t *testing.T) {
 				t.Fatalf("byte %d: %d left, %d damaged", i, len(c.readings), c.damaged)
 			}
 		}
-		if c := read(text[:i]); len(c.readings) != strings.Count(text[:i], "\n") {
+		whole := strings.Count(text[:i], "\n")
+		if text[i] == '\n' { // which alone is missing
+			whole++
+		}
+		if c := read(text[:i]); len(c.readings) != whole {
 			t.Fatalf("cut at %d: %d left", i, len(c.readings))
 		}
 		if c := read(text[:i] + "\n" + text); len(c.readings) != 4 { // written on after a torn record
@@ -3401,6 +3433,10 @@ func TestSpoolFullDisk(t *testing.T) {
 	if got := strings.Count(lines.String(), "no space left"); got != 1 {
 		t.Errorf("logged %d times", got)
 	}
+	await(t, "the file is emptied, which takes no space", func() bool {
+		info, err := os.Stat(filepath.Join(dir, "readings"))
+		return err == nil && info.Size() == 0
+	})
 }
 
 // FuzzSpool: whatever is in a spool's file, with the right checksums or not,
@@ -3468,8 +3504,32 @@ func TestSpoolChanged(t *testing.T) {
 	})
 	d.useSpool(nil)
 	await(t, "it is in none", func() bool { return len(spooled(t, two)) == 0 })
-	m.set(nil)
-	receive(t, "reading", m.readings)
+	// What is undelivered when there is a spool again belongs in it.
+	d.useSpool(newSpool(one, 1<<20))
+	await(t, "it is in the first again", func() bool { return len(spooled(t, one)) == 1 })
+	// So does what came while there was one that could not be used.
+	blocked := filepath.Join(dir, "blocked")
+	if err := os.WriteFile(blocked, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.useSpool(newSpool(blocked, 1<<20))
+	d.put(2, reading{value: "2", taken: time.Now()})
+	await(t, "it cannot be used", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.spool.dir == blocked && d.spool.err != nil })
+	if got := spooled(t, one); len(got) != 1 {
+		t.Errorf("left in the first: %q", got)
+	}
+	d.useSpool(newSpool(one, 1<<20))
+	await(t, "both are in the first", func() bool { return fmt.Sprint(spooled(t, one)) == "[1=1 2=2]" })
+	d.useSpool(newSpool(two, 1<<20))
+	await(t, "both are in the second alone", func() bool {
+		return fmt.Sprint(spooled(t, two)) == "[1=1 2=2]" && len(spooled(t, one)) == 0
+	})
+	// One that could not be used when the agent ends leaves the one before as it was.
+	d.useSpool(newSpool(blocked, 1<<20))
+	within(patience, d.close)
+	if got := fmt.Sprint(spooled(t, two)); got != "[1=1 2=2]" {
+		t.Errorf("left in the second: %s", got)
+	}
 }
 
 func TestBackoff(t *testing.T) {
@@ -3512,6 +3572,10 @@ func TestLocalZone(t *testing.T) {
 		if zone, err := posixZone(bad); err == nil && bad != "CET" {
 			t.Errorf("%q: got %v", bad, time.Unix(0, 0).In(zone))
 		}
+	}
+	t.Setenv("TZ", "/dev/zero") // which has no end
+	if got := time.Unix(0, 0).In(localZone()).Hour(); got != 0 {
+		t.Errorf("got %d", got)
 	}
 	// Without TZ it is /etc/localtime, then /etc/TZ.
 	etc := t.TempDir()
@@ -4842,7 +4906,9 @@ func TestCommandLine(t *testing.T) {
 		{text, "check none", 127, "nan\n!sensor none: no such sensor"},
 		{text, "check ../s", 2, `!"../s" is not the name of a sensor`},
 		{text, "check", 2, "!usage: picket check .*"},
-		{text, "list", 0, "s\n  x  what x is\n"},
+		{text, "list", 0, "picket\n  uptime  .*\ns\n  x  what x is\n"},
+		{text, "check picket uptime", 2, "!the sensor picket is the agent itself: .*"},
+		{text, "rollback picket", 2, "!the sensor picket is the agent itself: .*"},
 		{text, "list x", 2, "!usage: picket list"},
 		{text, "config", 0, "# .*client.cfg;.*\n\\[sensor\\]\nexecutable = check\n.*url = http://u:xxxxx@h/%%20\n.*queue = 256\nlog = stderr\n"},
 		{text, "config get monitor url", 0, "http://u:xxxxx@h/%20\n"},
@@ -5369,7 +5435,7 @@ func TestSyslog(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
 	var b lockedBuffer
 	w := newLogWriter(&b)
-	w.dial = func() (*syslog.Writer, error) { return syslog.Dial("unixgram", path, syslog.LOG_DAEMON, "picket") }
+	w.dial = func() (net.Conn, error) { return dialSyslog(path) }
 	w.useSyslog(true)
 	before := log.Writer()
 	defer func() { w.close(); log.SetOutput(before) }()
@@ -5397,6 +5463,14 @@ func TestSyslog(t *testing.T) {
 	if got := b.String(); strings.Contains(got, "two") {
 		t.Errorf("got %s", got)
 	}
+	// One that takes nothing any more is as good as none.
+	for i := 0; !strings.Contains(b.String(), "timeout; standard error instead"); i++ {
+		fmt.Fprintf(w, "line %d\n", i)
+		time.Sleep(100 * time.Microsecond)
+	}
+	w.useSyslog(false)
+	w.Write([]byte("last\n"))
+	await(t, "it is on standard error", func() bool { return strings.HasSuffix(b.String(), "picket: last\n") })
 }
 
 // TestStoryTLS follows the README: it makes the certificates with openssl,
@@ -5464,10 +5538,16 @@ func TestStoryPassword(t *testing.T) {
 	for _, config := range []string{
 		"[monitor]\nurl = http://u:geheim@127.0.0.1:1/\n", "url = http://u:geheim@127.0.0.1:1/\n", "[monitor]\nurl http//u:x://u:geheim@h/\n",
 		"[monitor]\nurl = http://u:geh%eim@h/\n", "[monitor]\nurl = ftp://u:geheim@h/\n", "[monitor]\nurl = http://u:geheim@h:x/\n", "[monitor]\nurl = http://u:geheim@\n",
+		"[monitor]\nurl = u:geheim@h:8081/xmlrpc/\n", "[monitor]\nurl = http:u:geheim@h\n", "[monitor]\nurl = http:/u:geheim@h/\n", "[monitor]\nurl = https//u:geheim@h/\n",
+		"[monitor]\nurl = http://u:%(geheim@h/\n", "[agent]\nlisten = http://u:geheim@h/\n", "[sensor]\ntimeout = http://u:geheim@h/\n", "[monitor]\nca = http://u:geheim@h/\n", "[agent]\nlog = http://u:geheim@h/\n",
 	} {
 		lines := logged(t)
 		writeTree(t, dir, map[string]string{"client.cfg": config, "sensors/s/check": printing(1)})
-		for _, args := range []string{"config", "config get monitor url", "config set agent queue 7", "update s", "check s", "list"} {
+		for _, args := range []string{
+			"config", "config get monitor url", "config set agent queue 7", "update s", "check s", "list",
+			"config set monitor url u:geheim@h", "call u:geheim@h healthcheck", "call http:u:geheim@h healthcheck", "call http://u:geheim@127.0.0.1:1/ healthcheck",
+			"monitor -next u:geheim@h", "monitor -listen http://u:geheim@h/",
+		} {
 			var out bytes.Buffer
 			err := execute(context.Background(), nil, append([]string{"-c", filepath.Join(dir, "client.cfg")}, strings.Fields(args)...), &out)
 			if text := fmt.Sprint(out.String(), err, lines); regexp.MustCompile("geheim|geh%|eim@").MatchString(text) {
@@ -6488,6 +6568,164 @@ func soak(t *testing.T, dir string) {
 	total("answers lost on purpose", len(m.lossy))
 	total("faults answered", faults)
 	total("outages of the monitor", int(outages.Load()))
+}
+
+// TestInit: the agent under busybox's init as process 1 of namespaces of its
+// own, with nothing but busybox beside it: no /tmp, no /dev/log, all read-only
+// but for one directory, and the zone as in /etc/TZ.
+func TestInit(t *testing.T) {
+	busybox, unshare := program(t, "busybox"), program(t, "unshare")
+	if os.Geteuid() != 0 {
+		t.Skip("not root")
+	}
+	root, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newRecorder(t)
+	config := "[monitor]\nurl = " + m.url.String() + "\nspool = spool\n[agent]\nlisten = 127.0.0.1:0\n"
+	sensors, err := os.ReadDir("sensors")
+	if err != nil {
+		t.Fatal(err)
+	}
+	box := map[string]string{
+		"proc/": "", "dev/null": "", "etc/TZ": "XYZ-5:30\n", "var/picket/client.cfg": config,
+		"etc/inittab":                     "::respawn:/var/picket/picket\n::respawn:/bin/sleep 1000\n",
+		"var/picket/sensors/slow/check":   "#!/bin/sh\nexec tail -f /dev/null\n",
+		"var/picket/sensors/daemon/check": "#!/bin/sh\nsetsid sh -c ': >started; exec sleep 1000' >/dev/null 2>&1 &\nuntil [ -e started ]; do :; done; echo 5\n",
+	}
+	for _, s := range sensors {
+		text, err := os.ReadFile(filepath.Join("sensors", s.Name(), "check"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		box["var/picket/sensors/"+s.Name()+"/check"] = string(text)
+	}
+	text, err := os.ReadFile(busybox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	box["bin/busybox"] = string(text)
+	writeTree(t, root, box)
+	build := exec.Command("go", "build", "-o", filepath.Join(root, "var/picket/picket"), ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	script := `set -e; cd "$1"
+		mount --bind . .
+		cd "$1"
+		chroot . /bin/busybox --install -s /bin
+		mount --bind var var
+		mount -o remount,bind,ro .
+		mount --bind /dev/null dev/null
+		mount -t proc none proc
+		exec chroot . /bin/busybox env -i /bin/init`
+	boot := exec.Command(unshare, "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh", root)
+	var console lockedBuffer // init's standard error is the agent's
+	boot.Stderr = &console
+	if err := boot.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { boot.Process.Kill(); boot.Wait() })
+	// up waits for the nth start of the agent and returns a client and its process.
+	up := func(nth int) (*client, int) {
+		t.Helper()
+		var started [][]string
+		await(t, "it comes up", func() bool {
+			started = regexp.MustCompile(`picket: .* on (127\.0\.0\.1:\d+), sensors`).FindAllStringSubmatch(console.String(), -1)
+			return len(started) == nth
+		})
+		c := newClient(&url.URL{Scheme: "http", Host: started[nth-1][1], Path: "/"}, patience, nil)
+		t.Cleanup(c.close)
+		return c, named(t, root, "picket")[0]
+	}
+	c, pid := up(1)
+	now := time.Now().UTC().Add(5*time.Hour + 30*time.Minute).Format("20060102T15")
+	for i, ask := range [][]any{{"uptime", "seconds"}, {"memory", "free_pct"}, {"daemon"}, {"picket", "uptime"}} {
+		mustCall(t, c, "cmd_submit_reading", append([]any{i}, ask...)...)
+		if got := receive(t, "reading", m.readings); got.code != 0 || !strings.HasPrefix(string(got.time), now) && i == 0 {
+			t.Errorf("%v: got %+v at %s; want %s", ask, got, got.time, now)
+		}
+	}
+	var sleeps []int
+	await(t, "init's sleep and that which the sensor left", func() bool { sleeps = named(t, root, "sleep"); return len(sleeps) == 2 })
+
+	// Killed, it is started again, and what it had not delivered is.
+	m.set(away)
+	mustCall(t, c, "cmd_submit_reading", 10, "daemon")
+	await(t, "it is in the spool", func() bool { return len(spooled(t, filepath.Join(root, "var/picket/spool"))) == 1 })
+	kill(t, pid, syscall.SIGKILL)
+	m.set(nil)
+	c, pid = up(2)
+	if got := receive(t, "reading", m.readings); got.ticket != any(10) || got.value != "5" {
+		t.Errorf("got %+v", got)
+	}
+	await(t, "the spool is empty", func() bool { return len(spooled(t, filepath.Join(root, "var/picket/spool"))) == 0 })
+	mustCall(t, c, "healthcheck")
+
+	// With a wrong configuration it does not spin, and a signal has it look again.
+	file := filepath.Join(root, "var/picket/client.cfg")
+	writeTree(t, root, map[string]string{"var/picket/client.cfg": strings.Replace(config, "http:", "ftp:", 1)})
+	kill(t, pid, syscall.SIGKILL)
+	waits := func(times int) {
+		t.Helper()
+		await(t, "it waits", func() bool { return strings.Count(console.String(), "; ends in 30s, or at a signal\n") == times })
+	}
+	waits(1)
+	kill(t, named(t, root, "picket")[0], syscall.SIGHUP)
+	waits(2)
+	if !strings.Contains(console.String(), "picket: "+file[len(root):]+`:2: [monitor] url: "ftp://`) {
+		t.Errorf("got %s", console.String())
+	}
+	writeTree(t, root, map[string]string{"var/picket/client.cfg": config})
+	kill(t, named(t, root, "picket")[0], syscall.SIGHUP)
+	c, _ = up(3)
+
+	// Init's shutdown ends it in time.
+	for _, pid := range sleeps {
+		if syscall.Kill(pid, 0) != nil {
+			t.Errorf("process %d is gone", pid)
+		}
+	}
+	mustCall(t, c, "cmd_submit_reading", 11, "slow")
+	await(t, "it runs", func() bool { return len(named(t, root, "tail")) == 1 })
+	kill(t, named(t, root, "init")[0], syscall.SIGUSR2)
+	if got := receive(t, "its reading", m.readings); got.ticket != any(11) || got.code != -15 {
+		t.Errorf("got %+v", got)
+	}
+	boot.Wait() // the end of a namespace has no exit code that means anything
+	if !strings.Contains(console.String(), "picket: ending\n") || len(named(t, root, "picket")) > 0 {
+		t.Errorf("got %s", console.String())
+	}
+	if left := spooled(t, filepath.Join(root, "var/picket/spool")); len(left) > 0 {
+		t.Errorf("left in the spool: %q", left)
+	}
+}
+
+func kill(t *testing.T, pid int, signal syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(pid, signal); err != nil {
+		t.Fatalf("kill %d: %v", pid, err)
+	}
+}
+
+// named lists the processes of that name in a root directory.
+func named(t *testing.T, root, name string) (pids []int) {
+	t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		dir, _ := os.Readlink(entry + "/root") // it may have ended
+		comm, _ := os.ReadFile(entry + "/comm")
+		if dir == root && strings.TrimSpace(string(comm)) == name {
+			pid, _ := strconv.Atoi(filepath.Base(entry))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and

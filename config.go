@@ -129,11 +129,11 @@ func parseINI(name, text string) (*ini, error) {
 				c.sections = append(c.sections, at.section)
 			}
 		case !inSection:
-			bad("no section header yet: %.80q", masked(trimmed))
+			bad("no section header yet: %.80q", masked(trimmed, ""))
 		case indented:
-			bad("an indented line with no option to continue: %.80q", masked(trimmed))
+			bad("an indented line with no option to continue: %.80q", masked(trimmed, ""))
 		case strings.IndexAny(body, ":=") < 1:
-			bad("neither a section, an option nor a comment: %.80q", masked(trimmed))
+			bad("neither a section, an option nor a comment: %.80q", masked(trimmed, ""))
 		default:
 			sep := strings.IndexAny(body, ":=")
 			at.option = strings.ToLower(strings.TrimRight(body[:sep], iniSpace))
@@ -157,14 +157,41 @@ func parseINI(name, text string) (*ini, error) {
 	return c, errors.Join(errs...)
 }
 
-// masked is a line with the user and password of a URL replaced.
-func masked(line string) string {
-	before, rest, ok := strings.Cut(line, "://")
-	if at := strings.LastIndex(rest, "@"); ok && at >= 0 {
-		return before + "://xxxxx" + rest[at:]
+// between words of a message.
+const wordEnds = " \t\n\""
+
+// masked is a text with what may be user and password replaced: in each word of
+// it that has a colon before an @, all before that but for the scheme of a URL.
+// Words end with one of ends; "" takes the text for one word.
+func masked(text, ends string) string {
+	var b strings.Builder
+	for {
+		end := len(text)
+		if i := strings.IndexAny(text, ends); i >= 0 {
+			end = i
+		}
+		word := text[:end]
+		if at := strings.LastIndex(word, "@"); at >= 0 && strings.Contains(word[:at], ":") {
+			scheme, _, ok := strings.Cut(word[:at], "://")
+			if ok {
+				b.WriteString(scheme + "://")
+			}
+			word = "xxxxx" + word[at:]
+		}
+		b.WriteString(word)
+		if end == len(text) {
+			return b.String()
+		}
+		b.WriteByte(text[end])
+		text = text[end+1:]
 	}
-	return line
 }
+
+// A maskedError is an error whose text shows no password.
+type maskedError struct{ error }
+
+func (e maskedError) Error() string { return masked(e.error.Error(), wordEnds) }
+func (e maskedError) Unwrap() error { return e.error }
 
 // isComment reports whether a line is blank or a comment, given its text
 // without the white space around it.
@@ -261,6 +288,7 @@ func (c *ini) get(section, option string) (string, error) {
 
 // errorAt says in front of err which option it is about, and where that stands.
 func (c *ini) errorAt(section, option string, err error) error {
+	err = maskedError{err} // a URL may have come to the wrong place
 	if v, ok := c.raw(section, option); ok {
 		return fmt.Errorf("%s:%d: [%s] %s: %w", c.name, v.line, section, option, err)
 	}
@@ -292,6 +320,9 @@ func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path 
 			shown := "%" + rest
 			if !strings.HasPrefix(rest, "(") && len(rest) > 2 {
 				shown = shown[:3] // the rest may be a password
+			}
+			if strings.Contains(rest, "@") {
+				shown = "%"
 			}
 			return fmt.Errorf("bad interpolation at %.80q: %%(name)s is a reference, %%%% a percent sign", shown)
 		}
@@ -540,7 +571,7 @@ func (t *tlsFiles) load() (option string, err error) {
 		t.pair = &pair
 	}
 	if t.ca != "" {
-		text, err := os.ReadFile(t.ca)
+		text, err := readSmall(t.ca, maxConfig)
 		if err != nil {
 			return "ca", err
 		}
@@ -904,16 +935,17 @@ func address(v string) (string, error) {
 // The error never shows a password.
 func httpURL(v string) (*url.URL, error) {
 	u, err := url.Parse(v)
+	shown := masked(v, "")
 	switch {
 	case err != nil:
 		return nil, errors.New("not a URL such as http://monitor:8081/xmlrpc/")
 	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("%q is neither an http nor an https URL", u.Redacted())
+		return nil, fmt.Errorf("%q is neither an http nor an https URL", shown)
 	case u.Hostname() == "":
-		return nil, fmt.Errorf("%q names no host", u.Redacted())
+		return nil, fmt.Errorf("%q names no host", shown)
 	}
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
-		return nil, fmt.Errorf("%q: there is no such port", u.Redacted())
+		return nil, fmt.Errorf("%q: there is no such port", shown)
 	}
 	return u, nil
 }
@@ -968,11 +1000,20 @@ func lookUp(v string) (*syscall.Credential, error) {
 
 // readINI reads and parses a file of at most 1 MiB; /dev/null is one, too.
 func readINI(file string) (*ini, error) {
+	text, err := readSmall(file, maxConfig)
+	if err != nil {
+		return nil, err
+	}
+	return parseINI(file, string(text))
+}
+
+// readSmall reads a file of at most limit bytes. It waits for no pipe.
+func readSmall(file string, limit int64) ([]byte, error) {
 	info, err := os.Stat(file)
 	if err != nil {
 		return nil, err
 	}
-	if !info.Mode().IsRegular() && info.Mode()&os.ModeCharDevice == 0 { // opening a pipe would wait
+	if !info.Mode().IsRegular() && info.Mode()&os.ModeCharDevice == 0 {
 		return nil, fmt.Errorf("%s: not a file", file)
 	}
 	f, err := os.Open(file)
@@ -980,14 +1021,11 @@ func readINI(file string) (*ini, error) {
 		return nil, err
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err != nil {
-		return nil, err
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%s: larger than %d bytes", file, limit)
 	}
-	if len(text) > maxConfig {
-		return nil, fmt.Errorf("%s: larger than %d bytes", file, maxConfig)
-	}
-	return parseINI(file, string(text))
+	return data, err
 }
 
 // editINI reads a file, lets change alter it and, where it did, saves it. Two

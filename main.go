@@ -47,7 +47,6 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"log/syslog"
 	"net"
 	"net/http"
 	"net/url"
@@ -72,6 +71,7 @@ const (
 	deliverTime = 5 * time.Second  // that undelivered readings get then
 	maxTicket   = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxPackage  = 4 << 20          // bytes of a package that the stand-in monitor serves
+	initTime    = 30 * time.Second // that an agent which init started waits before it ends with an error
 )
 
 // Exit codes of the process.
@@ -154,7 +154,7 @@ type subcommand struct {
 
 func subcommands() []subcommand {
 	return []subcommand{
-		{"", "", "run the agent until SIGTERM or SIGINT", runAgent},
+		{"", "", "run the agent until SIGTERM or SIGINT", runUnderInit},
 		{"check", "SENSOR [ARG...]", "run one sensor as the agent would", runCheck},
 		{"list", "", "the sensors, what they can be asked", runList},
 		{"config", "", "check client.cfg, print every option", runConfig},
@@ -187,7 +187,15 @@ func execute(ctx context.Context, signals <-chan os.Signal, args []string, out i
 	}
 	for _, c := range subcommands() {
 		if c.name == name && c.run != nil {
-			return c.run(ctx, in)
+			err := c.run(ctx, in)
+			var coded *exitError
+			switch {
+			case errors.As(err, &coded) && coded.err != nil:
+				return &exitError{coded.code, maskedError{err}}
+			case err != nil && coded == nil:
+				return maskedError{err}
+			}
+			return err
 		}
 	}
 	return usagef("unknown command %q; see picket help", name)
@@ -328,6 +336,27 @@ func readSettings(file string) (*ini, settings, error) {
 	return c, s, nil
 }
 
+// runUnderInit runs the agent. An init that respawns it would do that without end
+// and without pause where, say, client.cfg is wrong: so, started by process 1, it
+// waits before it ends with an error, 30 s or until a signal comes.
+func runUnderInit(ctx context.Context, in invocation) error {
+	err := runAgent(ctx, in)
+	if err == nil || os.Getppid() != 1 {
+		return err
+	}
+	log.Printf("%v; ends in %v, or at a signal", maskedError{err}, initTime)
+	select {
+	case <-time.After(initTime):
+	case <-in.signals:
+	case <-ctx.Done():
+	}
+	code := exitFailed
+	if coded := (*exitError)(nil); errors.As(err, &coded) {
+		code = coded.code
+	}
+	return &exitError{code: code}
+}
+
 func runAgent(ctx context.Context, in invocation) error {
 	// Noted and dropped: the end of whoever reads the log is not the agent's, nor
 	// is a file that may not grow. Ignored, they would be so in sensors, too.
@@ -349,14 +378,15 @@ func runAgent(ctx context.Context, in invocation) error {
 	return a.run(ctx)
 }
 
-// splitSeverity takes the severity off the front of a line of the log.
-func splitSeverity(line string) (severity syslog.Priority, text string) {
-	for p, mark := range map[syslog.Priority]string{syslog.LOG_ERR: severe, syslog.LOG_WARNING: warning, syslog.LOG_NOTICE: notice} {
+// splitSeverity takes the severity off the front of a line of the log: 3 is an
+// error, 6 information.
+func splitSeverity(line string) (severity int, text string) {
+	for _, mark := range []string{severe, warning, notice} {
 		if rest, ok := strings.CutPrefix(line, mark); ok {
-			return p, rest
+			return int(mark[1] - '0'), rest
 		}
 	}
-	return syslog.LOG_INFO, line
+	return 6, line
 }
 
 // A plainLog writes lines of the log as people read them.
@@ -372,6 +402,7 @@ const (
 	logLines    = 256              // that wait to be written
 	repeatTime  = 10 * time.Second // before a line that was repeated is summed up
 	lastLogTime = time.Second      // to write what waits when the agent ends
+	syslogTime  = time.Second      // for syslog to take a line, else it counts as absent for 10 s
 )
 
 // A logWriter writes the log to standard error or, while there is one, to the
@@ -380,7 +411,7 @@ const (
 // before is counted, and that logged in its place.
 type logWriter struct {
 	stderr io.Writer
-	dial   func() (*syslog.Writer, error)
+	dial   func() (net.Conn, error) // to syslog
 	lines  chan string
 	lost   atomic.Int64
 	syslog atomic.Bool // wanted
@@ -390,7 +421,7 @@ type logWriter struct {
 func newLogWriter(stderr io.Writer) *logWriter {
 	w := &logWriter{
 		stderr: stderr, lines: make(chan string, logLines), done: make(chan struct{}),
-		dial: func() (*syslog.Writer, error) { return syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "picket") },
+		dial: func() (net.Conn, error) { return dialSyslog("/dev/log", "/var/run/syslog", "/var/run/log") },
 	}
 	go w.run()
 	return w
@@ -421,29 +452,31 @@ func (w *logWriter) close() {
 func (w *logWriter) run() {
 	defer close(w.done)
 	var (
-		to     *syslog.Writer
-		absent bool // syslog is
-		before string
-		again  int
+		to      net.Conn // syslog
+		absent  bool     // it is
+		retryAt time.Time
+		before  string
+		again   int
 	)
 	write := func(line string) {
-		severity, text := splitSeverity(line)
-		err := error(nil)
-		switch {
-		case !w.syslog.Load():
+		if !w.syslog.Load() {
 			absent = false
-		case to == nil:
+			plainLog{w.stderr}.Write([]byte(line))
+			return
+		}
+		err := error(nil)
+		if to == nil && !time.Now().Before(retryAt) {
 			to, err = w.dial()
 		}
-		if w.syslog.Load() && err == nil {
-			for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
-				if err = toSyslog(to, severity, part); err != nil {
-					break
-				}
-			}
-			if err == nil {
+		if to != nil {
+			if err = toSyslog(to, line); err == nil {
 				absent = false
 				return
+			}
+			to.Close()
+			to = nil
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				retryAt = time.Now().Add(repeatTime)
 			}
 		}
 		if err != nil && !absent {
@@ -452,6 +485,11 @@ func (w *logWriter) run() {
 		}
 		plainLog{w.stderr}.Write([]byte(line))
 	}
+	defer func() {
+		if to != nil {
+			to.Close()
+		}
+	}()
 	sumUp := func() {
 		if again > 0 {
 			write(fmt.Sprintf("the line before %s more\n", plural(again, "time")))
@@ -485,16 +523,34 @@ func (w *logWriter) run() {
 	}
 }
 
-func toSyslog(w *syslog.Writer, severity syslog.Priority, text string) error {
-	switch severity {
-	case syslog.LOG_ERR:
-		return w.Err(text)
-	case syslog.LOG_WARNING:
-		return w.Warning(text)
-	case syslog.LOG_NOTICE:
-		return w.Notice(text)
+// dialSyslog connects to the first of these sockets that somebody listens on.
+func dialSyslog(paths ...string) (c net.Conn, err error) {
+	for _, path := range paths {
+		for _, network := range []string{"unixgram", "unix"} {
+			var err2 error
+			if c, err2 = net.Dial(network, path); err2 == nil {
+				return c, nil
+			}
+			if err == nil {
+				err = err2
+			}
+		}
 	}
-	return w.Info(text)
+	return nil, err
+}
+
+// toSyslog hands a line to syslog, in the format of RFC 3164, facility daemon.
+// It does not wait for long: the log/syslog package would.
+func toSyslog(c net.Conn, line string) error {
+	severity, text := splitSeverity(line)
+	c.SetWriteDeadline(time.Now().Add(syslogTime))
+	for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
+		_, err := fmt.Fprintf(c, "<%d>%s picket[%d]: %s\n", 3<<3|severity, time.Now().Format(time.Stamp), os.Getpid(), part)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // A setup is what the settings that are in force come to.
@@ -657,6 +713,9 @@ func (a *agent) advise() {
 	if warns := noSensors(now.sensors); warns != "" {
 		log.Print(warning + warns)
 	}
+	if _, err := os.Stat(filepath.Join(now.settings.path, ownSensor)); err == nil {
+		log.Printf(warning+"sensor %s: its directory is not used: the agent itself answers to that name", ownSensor)
+	}
 	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
 		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
 	}
@@ -704,7 +763,7 @@ func (a *agent) reload() {
 	}
 	if err != nil {
 		for _, line := range strings.Split(err.Error(), "\n") {
-			log.Printf(severe+"reload: %s", line)
+			log.Printf(severe+"reload: %s", masked(line, wordEnds))
 		}
 		log.Print(severe + "reload: the settings before stay in force")
 		return
@@ -1094,7 +1153,7 @@ func runCheck(ctx context.Context, in invocation) error {
 	if len(in.args) == 0 {
 		return usagef("usage: picket check SENSOR [ARG...]")
 	}
-	name, err := sensorName(in.args[0])
+	name, err := sensorOnDisk(in.args[0])
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
@@ -1138,10 +1197,20 @@ func runList(ctx context.Context, in invocation) error {
 	if len(texts) == 0 {
 		return errors.New(noSensors(sensors))
 	}
+	texts[ownSensor] = ownHelp()
 	for _, name := range sortedKeys(texts) {
 		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
 	}
 	return nil
+}
+
+// sensorOnDisk returns the name of a sensor that is a directory.
+func sensorOnDisk(v string) (string, error) {
+	name, err := sensorName(v)
+	if name == ownSensor {
+		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers for it", ownSensor)
+	}
+	return name, err
 }
 
 // indent returns the lines of a text, each with something before it.
@@ -1181,7 +1250,7 @@ func changeSensor(ctx context.Context, in invocation, usage string, change func(
 	if err := in.takes(1, 1, usage); err != nil {
 		return err
 	}
-	name, err := sensorName(in.args[0])
+	name, err := sensorOnDisk(in.args[0])
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
@@ -1278,14 +1347,10 @@ func editConfig(file string, change func(*ini) error) error {
 
 // redacted is a value without the password of a URL.
 func redacted(value string) string {
-	u, err := url.Parse(value)
-	switch {
-	case err != nil:
-		return masked(value)
-	case u.User != nil:
+	if u, err := url.Parse(value); err == nil && u.User != nil {
 		return u.Redacted()
 	}
-	return value
+	return masked(value, "")
 }
 
 // printConfig prints every option as INI, with its value or default. A

@@ -53,7 +53,7 @@ const (
 	maxCalls   = 64        // calls in a system.multicall
 	maxHeader  = 8 << 10   // bytes of HTTP header
 	maxToken   = 64 << 10  // bytes of one tag or text of a command; a tag of 512 KiB could hold 130,000 attributes in 25 MiB
-	maxConns   = 64        // connections open at once
+	maxConns   = 64        // connections open at once, or a quarter of the files that the process may have open
 
 	smallMessage = 16 << 10 // bytes: commands are smaller, and wait for no larger one
 	largeAtOnce  = 4        // messages that are larger and read at once
@@ -832,6 +832,7 @@ type handler struct {
 	mu     sync.Mutex // guards what is below
 	access *access
 	conns  map[net.Conn]*connState
+	most   int // connections at once
 }
 
 // A connState is what is known of a connection.
@@ -854,6 +855,11 @@ func newHandler(methods []method) *handler {
 		decoding: make(chan struct{}, decodeAtOnce),
 		access:   &access{},
 		conns:    make(map[net.Conn]*connState),
+		most:     maxConns,
+	}
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < 4*maxConns {
+		h.most = max(1, int(files.Cur)/4)
 	}
 	h.http = &http.Server{
 		Handler:                      h,
@@ -919,7 +925,7 @@ func (h *handler) admit(c net.Conn) net.Conn {
 		c = tls.Server(c, h.access.tls)
 	}
 	h.conns[c] = s
-	if len(h.conns) > maxConns {
+	if len(h.conns) > h.most {
 		h.drop(h.weakest())
 	}
 	return c
@@ -938,7 +944,7 @@ func (h *handler) weakest() (weakest net.Conn) {
 	for _, s := range h.conns {
 		held[s.from]++
 	}
-	greed := func(s *connState) int { return max(held[s.from], maxConns/4) }
+	greed := func(s *connState) int { return max(held[s.from], h.most/4) }
 	before := func(a, b *connState) bool {
 		switch {
 		case a.barred != b.barred:
@@ -1507,7 +1513,7 @@ type delivery struct {
 	syncMark bool           // one of them must not come back after a power cut
 	sealed   bool           // nothing more will come
 	respool  func()         // changes the spool; for the goroutine that writes it
-	retired  *spool         // holds what the new one does not have yet
+	retired  []*spool       // hold what the new one does not have yet
 }
 
 // DeliveryTotals count since the start of the agent.
@@ -1540,6 +1546,10 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 		for w, more := d.awaitSpoolWork(); more; w, more = d.awaitSpoolWork() {
 			d.writeSpool(w)
 		}
+		for _, r := range d.retired {
+			log.Printf(severe+"spool %s: left as it was: the one that takes its place could not be written", r.file())
+			r.close()
+		}
 		if d.spool != nil {
 			d.spool.close()
 		}
@@ -1558,15 +1568,19 @@ func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 
 func (d *delivery) callFrom(c *client) {
 	moved := d.client.url.String() != c.url.String()
-	d.client.close()
-	d.client = c
 	d.missed, d.probeAt = 0, time.Time{}
 	if moved {
+		if !d.away.IsZero() {
+			log.Printf(notice+"monitor %s: no longer the monitor, after %s away", d.client.url.Redacted(), age(time.Since(d.away)))
+		}
+		d.reportBack()
 		d.away, d.outage = time.Time{}, 0
 		for _, u := range d.kept {
 			u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
 		}
 	}
+	d.client.close()
+	d.client = c
 	d.changed.Broadcast()
 }
 
@@ -1690,6 +1704,9 @@ func (d *delivery) remove(u *undelivered) {
 	u.gone = true
 	if u.toSave {
 		d.held -= u.length()
+		if d.held == 0 && d.spool != nil {
+			d.spool.retryAt = time.Time{} // to empty a file takes no room
+		}
 	}
 	if u.record != 0 {
 		d.inSpool--
@@ -1970,26 +1987,36 @@ type spoolWork struct {
 func (d *delivery) useSpool(s *spool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.respool = func() {
-		if s != nil && d.spool != nil && s.dir == d.spool.dir {
-			d.spool.limit = s.limit
-			return
-		}
-		if d.retired == nil {
-			d.retired = d.spool
-		}
-		d.spool = s
-		d.forgetRecords()
-	}
+	d.respool = func() { d.changeSpool(s) }
 	d.changed.Broadcast()
 }
 
-// forgetRecords has all that was in the spool written again, as the file is
-// another.
+func (d *delivery) changeSpool(s *spool) {
+	if s != nil && d.spool != nil && s.dir == d.spool.dir {
+		d.spool.limit = s.limit
+		return
+	}
+	if d.spool != nil && d.spool.f != nil {
+		d.retired = append(d.retired, d.spool)
+	}
+	d.spool, d.totals.spoolBytes = s, 0
+	if s != nil {
+		i := slices.IndexFunc(d.retired, func(r *spool) bool { return r.dir == s.dir })
+		if i >= 0 { // the file is still open, and its lock is held
+			d.spool = d.retired[i]
+			d.spool.limit, d.spool.err, d.spool.stale = s.limit, nil, true
+			d.retired = slices.Delete(d.retired, i, i+1)
+		}
+	}
+	d.forgetRecords()
+}
+
+// forgetRecords has all that was in the spool, or should be in one, written
+// again, as the file is another.
 func (d *delivery) forgetRecords() {
 	d.unsaved, d.marks, d.inSpool, d.held = nil, nil, 0, 0
 	for _, u := range d.kept {
-		again := u.toSave
+		again := u.toSave || u.missed > 0 || u.faults > 0 || d.last || !d.away.IsZero()
 		u.record, u.toSave = 0, false
 		if again {
 			d.save(u)
@@ -2010,15 +2037,17 @@ func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
 		}
 		var at time.Time
 		switch s := d.spool; {
-		case d.retired != nil && (s == nil || s.f != nil && len(d.unsaved) == 0):
-			d.retired.retire()
+		case len(d.retired) > 0 && (s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0):
+			for _, r := range d.retired {
+				r.retire()
+			}
 			d.retired = nil
 		case s == nil:
 		case s.err != nil && !d.sealed && time.Now().Before(s.retryAt):
-			if len(d.unsaved) > 0 {
+			if len(d.unsaved) > 0 || len(d.marks) > 0 {
 				at = s.retryAt
 			}
-		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.f == nil && s.err == nil,
+		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.err == nil && (s.f == nil || s.stale),
 			d.inSpool > 0 && s.err == nil && s.clockStepped(d.clock):
 			return d.takeSpoolWork(), true
 		}
@@ -2150,6 +2179,7 @@ type spool struct {
 	f       *os.File
 	size    int64  // bytes of the file that are whole
 	last    uint64 // the highest number
+	stale   bool   // it holds what is to go, without a mark
 	started time.Time
 	step    time.Duration // by how much the clock was set between started and the last record
 	err     error         // why it cannot be used at present; logged
@@ -2210,9 +2240,10 @@ func (s *spool) clockStepped(clock func(time.Time) time.Time) bool {
 	return (s.drift(clock) - s.step).Abs() > clockStep
 }
 
-// length is about how many bytes the record of a reading has, or more.
+// length is about how many bytes the record of a reading has: up to 15 more
+// where its number and its code are very long, for which there is room.
 func (u *undelivered) length() int64 {
-	return int64(100 + len(u.value) + len(wireTicket(u.ticket)))
+	return int64(75 + len(u.value) + len(wireTicket(u.ticket)))
 }
 
 // wireTicket is a ticket with its type, as a record has it.
@@ -2314,10 +2345,12 @@ func (s *spool) open() (found []*undelivered, fresh bool, err error) {
 	if c.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
 	}
-	s.f, s.size, s.last = f, info.Size(), c.last
+	s.f, s.size, s.last, s.stale = f, info.Size(), c.last, c.damaged > 0
 	if c.cutOff { // what is written next begins a line
 		if _, err := f.WriteAt([]byte("\n"), s.size); err == nil {
 			s.size++
+		} else {
+			s.stale = true
 		}
 	}
 	return c.readings, true, nil
@@ -2356,7 +2389,7 @@ func readSpool(r io.Reader, at instant) (spoolContent, error) {
 		rec, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
 		switch {
 		case len(line) == 0 || string(line) == "\n":
-		case tooLong || c.cutOff || !ok:
+		case tooLong || !ok:
 			c.damaged++
 		case rec.kind == "d":
 			delete(byNumber, rec.number)
@@ -2368,7 +2401,7 @@ func readSpool(r io.Reader, at instant) (spoolContent, error) {
 				byNumber[rec.number] = rec
 			}
 		}
-		if ok && !c.cutOff {
+		if ok {
 			c.last = max(c.last, rec.number)
 		}
 		if err != nil {
@@ -2481,7 +2514,7 @@ func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
 		last++
 		b.WriteString(readingRecord(last, u, at))
 	}
-	if s.size+int64(b.Len()) > s.limit {
+	if s.stale || s.size+int64(b.Len()) > s.limit {
 		return s.rewrite(w, at, s.drift(clock))
 	}
 	_, err := s.f.WriteAt(b.Bytes(), s.size)
@@ -2501,7 +2534,7 @@ func (s *spool) empty() error {
 	if err := s.f.Truncate(0); err != nil {
 		return err
 	}
-	s.size = 0
+	s.size, s.stale = 0, false
 	return s.f.Sync()
 }
 
@@ -2543,7 +2576,7 @@ func (s *spool) rewrite(w spoolWork, at instant, step time.Duration) (err error)
 		return err
 	}
 	s.f.Close()
-	s.f, s.size, s.last, s.step = f, int64(size), last, step
+	s.f, s.size, s.last, s.step, s.stale = f, int64(size), last, step, false
 	if err := syncDir(s.dir); err != nil { // the old file may come back: it is as good, but for these
 		log.Printf(severe+"spool %s: %v", s.file(), err)
 	}
@@ -2575,26 +2608,29 @@ func localZone() *time.Location {
 	return zoneOf(tz, ok, "/etc")
 }
 
+const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
+
 func zoneOf(tz string, ok bool, etc string) *time.Location {
 	if !ok {
-		if data, err := os.ReadFile(filepath.Join(etc, "localtime")); err == nil {
+		if data, err := readSmall(filepath.Join(etc, "localtime"), maxZone); err == nil {
 			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
 				return zone
 			}
 		}
-		text, err := os.ReadFile(filepath.Join(etc, "TZ"))
+		text, err := readSmall(filepath.Join(etc, "TZ"), maxZone)
 		if err != nil {
 			return time.UTC
 		}
 		tz = strings.TrimSpace(string(text))
 	}
 	tz = strings.TrimPrefix(tz, ":")
-	if data, err := os.ReadFile(tz); err == nil && strings.HasPrefix(tz, "/") {
-		if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
-			return zone
+	if strings.HasPrefix(tz, "/") {
+		if data, err := readSmall(tz, maxZone); err == nil {
+			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
+				return zone
+			}
 		}
-	}
-	if zone, err := time.LoadLocation(tz); err == nil {
+	} else if zone, err := time.LoadLocation(tz); err == nil {
 		return zone
 	}
 	zone, err := posixZone(tz)

@@ -142,20 +142,6 @@ func fromFile(file string) source {
 	}
 }
 
-// readSmall reads a file of at most limit bytes.
-func readSmall(file string, limit int64) ([]byte, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = fmt.Errorf("%s: longer than %d bytes", file, limit)
-	}
-	return data, err
-}
-
 // at is a path in the directory of sensors.
 func (u *updater) at(elements ...string) string {
 	return filepath.Join(append([]string{u.sensors.path}, elements...)...)
