@@ -4681,8 +4681,6 @@ func TestUpdateBesideAgent(t *testing.T) {
 		default:
 		}
 		mustCall(t, c, "cmd_submit_reading", n, "demo")
-	}
-	for i := 0; i < n; i++ {
 		if got := receive(t, "reading", m.readings); got.code != 0 {
 			t.Errorf("got %+v", got)
 		}
