@@ -22,12 +22,14 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math"
 	"math/big"
 	mathrand "math/rand"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -2217,6 +2219,102 @@ func TestConnections(t *testing.T) {
 	await(t, "no more than the limit", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) <= maxConns })
 }
 
+// TestWeakest: whoever comes when all connections are taken gets one, unless he
+// holds the most.
+func TestWeakest(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		hosts   []string // of 64 connections, in turn
+		working bool
+		comes   string
+		gives   string // whose connection gives way
+	}{
+		{"a hog with one address", []string{"10.0.0.2"}, true, "10.0.0.9", `10\.0\.0\.2`},
+		{"a hog with four", []string{"10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"}, true, "10.0.0.9", `10\.0\.0\.[2-5]`},
+		{"a neighbour", []string{"2001:db8::bad"}, true, "2001:db8::1", `2001:db8::bad`},
+		{"idle ones", []string{"10.0.0.2", "10.0.0.3"}, false, "10.0.0.9", `10\.0\.0\.[23]`},
+		{"himself", []string{"10.0.0.9"}, true, "10.0.0.9", `10\.0\.0\.9`},
+		{"one that may not call", []string{"10.0.0.2"}, true, "192.168.0.1", `192\.168\.0\.1`},
+	} {
+		h := newHandler(nil)
+		h.setAccess(&access{allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}})
+		admit := func(host string) net.Conn {
+			c, other := net.Pipe()
+			t.Cleanup(func() { c.Close(); other.Close() })
+			return h.admit(addressed{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}})
+		}
+		for i := 0; i < maxConns; i++ {
+			h.conns[admit(test.hosts[i%len(test.hosts)])].working = test.working
+		}
+		before := maps.Clone(h.conns)
+		c := admit(test.comes)
+		if _, stays := h.conns[c]; !stays {
+			before[c] = &connState{host: test.comes}
+		}
+		for c := range h.conns {
+			delete(before, c)
+		}
+		if len(before) != 1 || h.count.Load() != 1 {
+			t.Errorf("%s: %d gave way, %d counted", test.name, len(before), h.count.Load())
+		}
+		for _, s := range before {
+			if !regexp.MustCompile("^" + test.gives + "$").MatchString(s.host) {
+				t.Errorf("%s: %s gave way", test.name, s.host)
+			}
+		}
+	}
+}
+
+// An addressed connection comes from that address.
+type addressed struct {
+	net.Conn
+	remote net.Addr
+}
+
+func (a addressed) RemoteAddr() net.Addr { return a.remote }
+
+// TestLargeMessages: whoever sends large messages slowly does not keep those of
+// others waiting.
+func TestLargeMessages(t *testing.T) {
+	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+	u := serve(t, h)
+	hog := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	for i := 0; i < 10; i++ {
+		conn, err := hog.Dial("tcp", u.Host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n%s", strings.Repeat(" ", 2*smallMessage))
+	}
+	await(t, "the hog has all he can", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return h.large["127.0.0.2"] == largeAtOnce/2 })
+	c := newClient(u, patience/2, nil)
+	defer c.close()
+	if _, err := c.call(context.Background(), "healthcheck", strings.Repeat("x", 2*smallMessage)); err == nil || !strings.Contains(err.Error(), "-32602") {
+		t.Errorf("got %v; want its fault", err)
+	}
+	await(t, "nothing of it is left", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.large) == 1 })
+}
+
+// TestLargeResults: what many calls at once come to is limited, too.
+func TestLargeResults(t *testing.T) {
+	h := newHandler([]method{{"large", "string", "", func(request, []any) (any, error) { return strings.Repeat("&", maxMessage/20), nil }}})
+	u := serve(t, h)
+	c := newClient(u, patience, nil)
+	defer c.close()
+	calls := make([]any, 4)
+	for i := range calls {
+		calls[i] = map[string]any{"methodName": "large", "params": []any{}}
+	}
+	_, err := c.call(context.Background(), "system.multicall", calls)
+	if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultRequest {
+		t.Errorf("got %v", err)
+	}
+	if v, err := c.call(context.Background(), "system.multicall", calls[:3]); err != nil || len(v.([]any)) != 3 {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestFewFiles: where the process may not have many files open, those that hold
 // connections do not use them up.
 func TestFewFiles(t *testing.T) {
@@ -3290,10 +3388,14 @@ func TestSpoolClock(t *testing.T) {
 		{text + clockRecord(set), instant{now: now, wall: set.wall.AddDate(0, 0, 1), boot: "bbbbbbbb", up: 1000}, set.wall.Add(-61 * time.Minute)},
 		{text, instant{now: now, wall: set.wall, boot: "bbbbbbbb", up: 1000}, time.Unix(240, 0)},
 		{text, instant{now: now, wall: set.wall, boot: "-"}, time.Unix(240, 0)},
+		{text, instant{now: now, wall: set.wall, boot: "aaaaaaaa", up: 1000}, time.Unix(240, 0)}, // a container begun anew
 	} {
 		c, err := readSpool(strings.NewReader(test.text), test.at)
 		if err != nil || len(c.readings) != 1 {
 			t.Fatalf("got %+v, %v", c, err)
+		}
+		if c.moved != (test.at == set) {
+			t.Errorf("at %v: moved is %v", test.at.wall, c.moved)
 		}
 		u := c.readings[0]
 		sent := test.at.wall.Add(-test.at.now.Sub(u.taken)) // as attempt has it
@@ -3345,6 +3447,27 @@ func TestSpoolFull(t *testing.T) {
 
 // TestSpoolBroken: where it cannot be written, that is logged once, readings
 // are kept in memory, and written when it works again.
+// TestSpoolLate: a spool whose disk comes late is read then, though the monitor
+// takes all.
+func TestSpoolLate(t *testing.T) {
+	logged(t)
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	at := instantOf(func(now time.Time) time.Time { return now })
+	record := readingRecord(1, &undelivered{ticket: "early", reading: reading{value: "1", taken: at.now}}, at)
+	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // in its way
+	d := spoolDelivery(t, m, dir, 1<<20)
+	await(t, "it cannot be used", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.spool.err != nil })
+	os.Remove(dir)
+	writeTree(t, dir, map[string]string{"readings": record})
+	d.mu.Lock()
+	d.spool.retryAt = time.Now().Add(time.Millisecond)
+	d.changed.Broadcast()
+	d.mu.Unlock()
+	if got := receive(t, "what was in it", m.readings); got.ticket != "early" {
+		t.Errorf("got %+v", got)
+	}
+}
+
 func TestSpoolBroken(t *testing.T) {
 	lines := logged(t)
 	m, dir := newRecorder(t), t.TempDir()
@@ -3381,10 +3504,17 @@ func TestSpoolBroken(t *testing.T) {
 		_, err := os.Stat(blocked + "/readings")
 		return err == nil && len(spooled(t, blocked)) == 6
 	})
-	// Another agent does not get at it.
+	// Another agent does not get at it, nor at what this one writes.
+	next := filepath.Join(blocked, "readings.next")
+	if err := os.WriteFile(next, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	other := newSpool(blocked, 1<<20)
 	if _, _, err := other.open(); err == nil || err.Error() != "another process uses it" {
 		t.Errorf("got %v", err)
+	}
+	if err := os.Remove(next); err != nil {
+		t.Error(err)
 	}
 	m.set(nil)
 	for i := 0; i < 6; i++ {
@@ -4915,6 +5045,8 @@ func TestCommandLine(t *testing.T) {
 		{text, "config get x y", 1, `!.*client.cfg: no section \[x\]`},
 		{text, "config get x", 2, "!usage: .*"},
 		{text, "config set monitor url http://other/", 0, ""},
+		{text, "config set sensor timeout 7 sensor keep 4", 0, ""},
+		{text, "config set sensor timeout 7 sensor keep", 2, "!usage: picket config set .*"},
 		{text, "config set monitor timeout soon", 2, `!not changed: .*client.cfg:4: \[monitor\] timeout: "soon" is not a time .*`},
 		{text, "config set monitor no\nname x", 1, `!set "no\\nname" of \[monitor\]: it cannot be written .*`},
 		{text, "config unset monitor url", 0, ""},

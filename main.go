@@ -159,7 +159,7 @@ func subcommands() []subcommand {
 		{"list", "", "the sensors, what they can be asked", runList},
 		{"config", "", "check client.cfg, print every option", runConfig},
 		{"config get", "SECTION OPTION", "print one value", nil},
-		{"config set", "SECTION OPTION VALUE", "change one value in place", nil},
+		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place", nil},
 		{"config unset", "SECTION [OPTION]", "remove an option or a section", nil},
 		{"update", "SENSOR", "fetch a package and install it", runUpdate},
 		{"rollback", "SENSOR", "put the newest backup back in place", runRollback},
@@ -796,7 +796,10 @@ func (a *agent) relisten(before, address string) error {
 		if l, err = net.Listen("tcp", address); err != nil {
 			var back error
 			if l, back = net.Listen("tcp", before); back != nil {
-				a.served <- fmt.Errorf("listen: %w", errors.Join(err, back))
+				select {
+				case a.served <- fmt.Errorf("listen: %w", errors.Join(err, back)):
+				default: // there is a reason to end already
+				}
 				return err
 			}
 			a.listener = l
@@ -1298,10 +1301,17 @@ func runConfig(_ context.Context, in invocation) error {
 		fmt.Fprintln(in.out, redacted(value))
 		return nil
 	case "set":
-		if err := in.takes(3, 3, "config set SECTION OPTION VALUE"); err != nil {
-			return err
+		if len(in.args) == 0 || len(in.args)%3 != 0 {
+			return usagef("usage: picket config set SECTION OPTION VALUE [SECTION OPTION VALUE...]")
 		}
-		return editConfig(file, func(c *ini) error { return c.set(in.args[0], in.args[1], in.args[2]) })
+		return editConfig(file, func(c *ini) error {
+			for args := in.args; len(args) > 0; args = args[3:] {
+				if err := c.set(args[0], args[1], args[2]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	case "unset":
 		if err := in.takes(1, 2, "config unset SECTION [OPTION]"); err != nil {
 			return err

@@ -56,7 +56,7 @@ const (
 	maxConns   = 64        // connections open at once, or a quarter of the files that the process may have open
 
 	smallMessage = 16 << 10 // bytes: commands are smaller, and wait for no larger one
-	largeAtOnce  = 4        // messages that are larger and read at once
+	largeAtOnce  = 4        // messages that are larger and read at once; of one peer, half of them
 	decodeAtOnce = 2        // messages decoded at once
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
@@ -823,7 +823,6 @@ func bearsName(c *x509.Certificate, name string) bool {
 type handler struct {
 	methods  map[string]method
 	refused  logLimit
-	large    chan struct{} // one is taken by each message larger than most, until it is answered
 	decoding chan struct{} // one is taken while a message is decoded
 
 	http  *http.Server
@@ -832,12 +831,15 @@ type handler struct {
 	mu     sync.Mutex // guards what is below
 	access *access
 	conns  map[net.Conn]*connState
-	most   int // connections at once
+	most   int            // connections at once
+	large  map[string]int // messages larger than most that are read or answered, by whose they are
+	freed  chan struct{}  // closed, and made anew, when another may be
 }
 
 // A connState is what is known of a connection.
 type connState struct {
 	access  *access         // what was in force when it came
+	host    string          // its peer
 	from    string          // its peer's neighbours
 	barred  bool            // nothing that it asks is answered
 	since   time.Time       // when it came, or the latest call on it began or ended
@@ -851,7 +853,8 @@ func newHandler(methods []method) *handler {
 	h := &handler{
 		methods:  make(map[string]method),
 		refused:  logLimit{burst: 20, perSecond: 0.2},
-		large:    make(chan struct{}, largeAtOnce),
+		large:    make(map[string]int),
+		freed:    make(chan struct{}),
 		decoding: make(chan struct{}, decodeAtOnce),
 		access:   &access{},
 		conns:    make(map[net.Conn]*connState),
@@ -911,22 +914,21 @@ func (g gate) Accept() (net.Conn, error) {
 	return g.h.admit(c), nil
 }
 
-// admit takes a connection in. Of more than 64 one is closed: the one that has
-// been without a call for longest, first of those that may not call or of who
-// holds more than a quarter, so that nobody keeps the monitor out by holding
-// many.
+// admit takes a connection in. Of more than 64 one gives way.
 func (h *handler) admit(c net.Conn) net.Conn {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	host := hostOf(c.RemoteAddr().String())
-	s := &connState{access: h.access, from: neighbours(host), barred: !h.access.allows(host), since: time.Now()}
+	s := &connState{access: h.access, host: host, from: neighbours(host), barred: !h.access.allows(host), since: time.Now()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	if h.access.tls != nil {
 		c = tls.Server(c, h.access.tls)
 	}
 	h.conns[c] = s
 	if len(h.conns) > h.most {
-		h.drop(h.weakest())
+		weakest := h.weakest(c)
+		h.refuse("%s: connection closed: more than %d", h.conns[weakest].host, h.most)
+		h.drop(weakest)
 	}
 	return c
 }
@@ -938,19 +940,30 @@ func (h *handler) drop(c net.Conn) {
 	go c.Close() // over TLS it may take a while
 }
 
-// weakest is the connection that gives way.
-func (h *handler) weakest() (weakest net.Conn) {
-	held := make(map[string]int)
+// weakest is the connection that gives way to the newest: one that may not call,
+// else one of the neighbourhood, and there of the host, that holds most, where
+// that is more than a sixteenth of all. So nobody keeps the monitor out by
+// holding many. Of the others it is the one that has been without a call for
+// longest, else the one whose call is the latest.
+func (h *handler) weakest(newest net.Conn) (weakest net.Conn) {
+	byFrom, byHost := make(map[string]int), make(map[string]int)
 	for _, s := range h.conns {
-		held[s.from]++
+		byFrom[s.from]++
+		byHost[s.host]++
 	}
-	greed := func(s *connState) int { return max(held[s.from], h.most/4) }
+	fair := h.most / 16
 	before := func(a, b *connState) bool {
+		from, from2 := max(byFrom[a.from], fair), max(byFrom[b.from], fair)
+		host, host2 := max(byHost[a.host], fair), max(byHost[b.host], fair)
 		switch {
 		case a.barred != b.barred:
 			return a.barred
-		case greed(a) != greed(b):
-			return greed(a) > greed(b)
+		case from != from2:
+			return from > from2
+		case host != host2:
+			return host > host2
+		case a == h.conns[newest] || b == h.conns[newest]:
+			return b == h.conns[newest]
 		case a.working != b.working:
 			return b.working
 		case a.working:
@@ -1110,14 +1123,51 @@ func (h *handler) readMessage(w http.ResponseWriter, r *http.Request) (message [
 	if err != nil || len(message) < smallMessage {
 		return message, done, err
 	}
-	select {
-	case h.large <- struct{}{}:
-	case <-time.After(readTimeout):
+	from := neighbours(hostOf(r.RemoteAddr))
+	if !h.beginLarge(from) {
 		return nil, done, errors.New("too many large messages at once")
 	}
-	done = func() { <-h.large }
+	done = func() { h.endLarge(from) }
 	rest, err := io.ReadAll(body)
 	return append(message, rest...), done, err
+}
+
+// beginLarge waits until one more large message may be read: there are four at
+// once, and two of one neighbourhood, as whoever sends one slowly takes long. It
+// reports false where that does not come about in the time that a request has.
+func (h *handler) beginLarge(from string) bool {
+	timeout := time.NewTimer(readTimeout)
+	defer timeout.Stop()
+	for {
+		h.mu.Lock()
+		all := 0
+		for _, n := range h.large {
+			all += n
+		}
+		free, freed := all < largeAtOnce && h.large[from] < largeAtOnce/2, h.freed
+		if free {
+			h.large[from]++
+		}
+		h.mu.Unlock()
+		if free {
+			return true
+		}
+		select {
+		case <-freed:
+		case <-timeout.C:
+			return false
+		}
+	}
+}
+
+func (h *handler) endLarge(from string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.large[from]--; h.large[from] == 0 {
+		delete(h.large, from)
+	}
+	close(h.freed)
+	h.freed = make(chan struct{})
 }
 
 // call runs one method. Its error is a fault, and logged; so is a panic.
@@ -1218,7 +1268,7 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	case len(calls) > maxCalls:
 		return nil, faultf(faultParams, "system.multicall takes at most %d calls", maxCalls)
 	}
-	results := []any{}
+	results, size := []any{}, 0
 	for _, c := range calls {
 		call, _ := c.(map[string]any)
 		name, ok := call["methodName"].(string)
@@ -1230,6 +1280,11 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 			err = faultf(faultParams, "system.multicall cannot call itself")
 		case ok && (ok2 || call["params"] == nil):
 			v, err = h.call(r, name, params)
+		}
+		if err == nil {
+			if size += len(encodeResponse(v, nil)); size > maxMessage {
+				return nil, faultf(faultRequest, "the results are larger than %d bytes: call fewer methods at once", maxMessage)
+			}
 		}
 		if err != nil {
 			results = append(results, faultStruct(err))
@@ -1621,6 +1676,9 @@ func (d *delivery) save(u *undelivered) {
 	if d.spool != nil && !u.toSave && !u.gone {
 		u.toSave = true
 		d.held += u.length()
+		if len(d.unsaved) > 2*maxKept { // a disk that hangs
+			d.unsaved = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
+		}
 		d.unsaved = append(d.unsaved, u)
 		d.changed.Broadcast()
 	}
@@ -1640,6 +1698,7 @@ func (d *delivery) putLast() {
 	defer d.mu.Unlock()
 	d.last = true
 	d.saveAll()
+	d.changed.Broadcast()
 }
 
 // waitRoom waits while the monitor is there, but slower than the sensors: then
@@ -1852,6 +1911,7 @@ func (d *delivery) settle(u *undelivered, c *client, err error) {
 		}
 		d.remove(u)
 	case c != d.client: // which is no longer the monitor
+		d.save(u)
 	case errors.As(err, &f):
 		d.reached(now)
 		u.faults++
@@ -1994,6 +2054,7 @@ func (d *delivery) useSpool(s *spool) {
 func (d *delivery) changeSpool(s *spool) {
 	if s != nil && d.spool != nil && s.dir == d.spool.dir {
 		d.spool.limit = s.limit
+		d.spool.stale = d.spool.stale || d.spool.size > s.limit
 		return
 	}
 	if d.spool != nil && d.spool.f != nil {
@@ -2043,13 +2104,11 @@ func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
 			}
 			d.retired = nil
 		case s == nil:
-		case s.err != nil && !d.sealed && time.Now().Before(s.retryAt):
-			if len(d.unsaved) > 0 || len(d.marks) > 0 {
-				at = s.retryAt
+		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
+			if s.err == nil || d.sealed || !time.Now().Before(s.retryAt) {
+				return d.takeSpoolWork(), true
 			}
-		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.err == nil && (s.f == nil || s.stale),
-			d.inSpool > 0 && s.err == nil && s.clockStepped(d.clock):
-			return d.takeSpoolWork(), true
+			at = s.retryAt
 		}
 		if d.sealed {
 			return w, false
@@ -2312,10 +2371,10 @@ func (s *spool) open() (found []*undelivered, fresh bool, err error) {
 		}
 		s.close()
 	}
+	_, known := os.Stat(s.dir)
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, false, err
 	}
-	os.Remove(s.nextFile()) // of a power cut
 	f, err := os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
 	if err != nil {
 		return nil, false, err
@@ -2335,8 +2394,15 @@ func (s *spool) open() (found []*undelivered, fresh bool, err error) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
 		return nil, false, errors.New("another process uses it")
 	}
+	os.Remove(s.nextFile()) // of a power cut
 	if err := f.Chmod(0o600); err != nil {
 		return nil, false, err
+	}
+	if err := syncDir(s.dir); err != nil { // the file may be new
+		return nil, false, err
+	}
+	if known != nil {
+		syncDir(filepath.Dir(s.dir)) // which whoever may write there need not be able to
 	}
 	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
 	if err != nil {
@@ -2345,7 +2411,7 @@ func (s *spool) open() (found []*undelivered, fresh bool, err error) {
 	if c.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
 	}
-	s.f, s.size, s.last, s.stale = f, info.Size(), c.last, c.damaged > 0
+	s.f, s.size, s.last, s.stale = f, info.Size(), c.last, c.damaged > 0 || c.moved
 	if c.cutOff { // what is written next begins a line
 		if _, err := f.WriteAt([]byte("\n"), s.size); err == nil {
 			s.size++
@@ -2364,6 +2430,7 @@ type spoolContent struct {
 	last     uint64         // the highest number
 	damaged  int            // lines
 	cutOff   bool           // the last line has no end
+	moved    bool           // the clock was set since, in this boot
 }
 
 // readSpool reads what a spool holds. A reading of this boot gets the time that
@@ -2415,11 +2482,12 @@ func readSpool(r io.Reader, at instant) (spoolContent, error) {
 			}
 		}
 		rec.u.taken, rec.u.earlier = time.UnixMilli(rec.wall), true
-		if rec.boot == at.boot && rec.boot != "-" {
-			since := time.Duration(at.up-rec.up) * time.Millisecond
-			if exact := at.wall.Round(0).Sub(rec.u.taken); (exact - since).Abs() < clockStep {
+		if since := time.Duration(at.up-rec.up) * time.Millisecond; rec.boot == at.boot && rec.boot != "-" && since >= 0 { // a container may begin anew in the same boot
+			exact := at.wall.Round(0).Sub(rec.u.taken)
+			if (exact - since).Abs() < clockStep {
 				since = exact // the uptime has hundredths only
 			}
+			c.moved = c.moved || since != exact
 			rec.u.taken, rec.u.earlier = at.now.Add(-since), false
 		}
 		c.readings = append(c.readings, rec.u)
@@ -2522,7 +2590,9 @@ func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
 		err = s.f.Sync()
 	}
 	if err != nil {
-		s.f.Truncate(s.size) // where that fails, too, the next write goes over it
+		if s.f.Truncate(s.size) != nil { // what was half written could be taken for more
+			s.stale = true
+		}
 		return err
 	}
 	s.size, s.last, s.step = s.size+int64(b.Len()), last, s.drift(clock)

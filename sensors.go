@@ -78,13 +78,13 @@ type activity struct {
 func (a *activity) begin(ctx context.Context) error {
 	for {
 		a.mu.Lock()
-		free, freed := a.runs < a.limit, a.freed
-		if free && ctx.Err() == nil {
+		free, freed, err := a.runs < a.limit, a.freed, ctx.Err()
+		if free && err == nil {
 			a.runs++
 		}
 		a.mu.Unlock()
-		if free || ctx.Err() != nil {
-			return ctx.Err()
+		if free || err != nil {
+			return err
 		}
 		select {
 		case <-freed:
@@ -323,7 +323,11 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 		h := s.helps[name]
 		if h.file == nil || h.asked != s.help || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
 			h = helpEntry{file: file, asked: s.help}
-			if h.text, err = s.helpText(ctx, name); err != nil {
+			h.text, err = s.helpText(ctx, name)
+			if ctx.Err() != nil { // whoever asked has gone: that says nothing of the sensor
+				return nil, ctx.Err()
+			}
+			if err != nil {
 				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
 			}
 		}
