@@ -327,7 +327,7 @@ func readSettings(file string) (*ini, settings, error) {
 	}
 	s, warnings, err := c.settings(filepath.Dir(file))
 	for _, w := range warnings {
-		log.Print(w)
+		log.Print(warning + w)
 	}
 	if err != nil {
 		return nil, settings{}, &exitError{exitUsage, err}
@@ -416,6 +416,13 @@ type logWriter struct {
 	lost   atomic.Int64
 	syslog atomic.Bool // wanted
 	done   chan struct{}
+
+	// What run alone uses.
+	conn    net.Conn // to syslog
+	absent  bool     // it is
+	retryAt time.Time
+	before  string // the line before
+	again   int    // times that it came again
 }
 
 func newLogWriter(stderr io.Writer) *logWriter {
@@ -451,75 +458,89 @@ func (w *logWriter) close() {
 
 func (w *logWriter) run() {
 	defer close(w.done)
-	var (
-		to      net.Conn // syslog
-		absent  bool     // it is
-		retryAt time.Time
-		before  string
-		again   int
-	)
-	write := func(line string) {
-		if !w.syslog.Load() {
-			absent = false
-			plainLog{w.stderr}.Write([]byte(line))
-			return
-		}
-		err := error(nil)
-		if to == nil && !time.Now().Before(retryAt) {
-			to, err = w.dial()
-		}
-		if to != nil {
-			if err = toSyslog(to, line); err == nil {
-				absent = false
-				return
-			}
-			to.Close()
-			to = nil
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				retryAt = time.Now().Add(repeatTime)
-			}
-		}
-		if err != nil && !absent {
-			absent = true
-			plainLog{w.stderr}.Write([]byte(fmt.Sprintf("log to syslog: %v; standard error instead\n", err)))
-		}
-		plainLog{w.stderr}.Write([]byte(line))
-	}
-	defer func() {
-		if to != nil {
-			to.Close()
-		}
-	}()
-	sumUp := func() {
-		if again > 0 {
-			write(fmt.Sprintf("the line before %s more\n", plural(again, "time")))
-		}
-		again = 0
-	}
+	defer w.hangUp()
 	timer := time.NewTimer(repeatTime)
 	defer timer.Stop()
 	for {
 		select {
 		case line, more := <-w.lines:
 			if n := w.lost.Swap(0); n > 0 {
-				sumUp()
-				write(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
+				w.sumUp()
+				w.print(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
 			}
 			switch {
 			case !more:
-				sumUp()
+				w.sumUp()
 				return
-			case line == before:
-				again++
+			case line == w.before:
+				w.again++
 			default:
-				sumUp()
-				write(line)
-				before = line
+				w.sumUp()
+				w.print(line)
+				w.before = line
 			}
 		case <-timer.C:
-			sumUp()
+			w.sumUp()
 			timer.Reset(repeatTime)
 		}
+	}
+}
+
+func (w *logWriter) sumUp() {
+	if w.again > 0 {
+		w.print(fmt.Sprintf("the line before %s more\n", plural(w.again, "time")))
+	}
+	w.again = 0
+}
+
+// print writes a line where the log goes.
+func (w *logWriter) print(line string) {
+	if w.syslog.Load() {
+		err := w.toSyslog(line)
+		if err == nil {
+			w.absent = false
+			return
+		}
+		if !w.absent {
+			w.absent = true
+			plainLog{w.stderr}.Write([]byte(fmt.Sprintf("log to syslog: %v; standard error instead\n", err)))
+		}
+	} else {
+		w.absent = false
+	}
+	plainLog{w.stderr}.Write([]byte(line))
+}
+
+// toSyslog hands a line to syslog, in the format of RFC 3164, facility daemon.
+// It does not wait for long: the log/syslog package would.
+func (w *logWriter) toSyslog(line string) (err error) {
+	if w.conn == nil && time.Now().Before(w.retryAt) {
+		return os.ErrDeadlineExceeded
+	}
+	if w.conn == nil {
+		if w.conn, err = w.dial(); err != nil {
+			return err
+		}
+	}
+	severity, text := splitSeverity(line)
+	w.conn.SetWriteDeadline(time.Now().Add(syslogTime))
+	for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
+		_, err := fmt.Fprintf(w.conn, "<%d>%s picket[%d]: %s\n", 3<<3|severity, time.Now().Format(time.Stamp), os.Getpid(), part)
+		if err != nil {
+			w.hangUp()
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				w.retryAt = time.Now().Add(repeatTime)
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *logWriter) hangUp() {
+	if w.conn != nil {
+		w.conn.Close()
+		w.conn = nil
 	}
 }
 
@@ -537,20 +558,6 @@ func dialSyslog(paths ...string) (c net.Conn, err error) {
 		}
 	}
 	return nil, err
-}
-
-// toSyslog hands a line to syslog, in the format of RFC 3164, facility daemon.
-// It does not wait for long: the log/syslog package would.
-func toSyslog(c net.Conn, line string) error {
-	severity, text := splitSeverity(line)
-	c.SetWriteDeadline(time.Now().Add(syslogTime))
-	for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
-		_, err := fmt.Fprintf(c, "<%d>%s picket[%d]: %s\n", 3<<3|severity, time.Now().Format(time.Stamp), os.Getpid(), part)
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // A setup is what the settings that are in force come to.
@@ -1350,7 +1357,7 @@ func editConfig(file string, change func(*ini) error) error {
 		return nil
 	})
 	for _, w := range warnings {
-		log.Print(w)
+		log.Print(warning + w)
 	}
 	return err
 }
@@ -1370,8 +1377,8 @@ func printConfig(file string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if warning := noSensors(installedSensors(s)); warning != "" {
-		log.Print(warning)
+	if warns := noSensors(installedSensors(s)); warns != "" {
+		log.Print(warning + warns)
 	}
 	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
 	for _, o := range options {
@@ -1763,7 +1770,7 @@ func (t *selftest) run(ctx context.Context, s settings, dir string, installed bo
 		return err
 	}
 	if installed {
-		if err := t.installedSensors(ctx, s); err != nil {
+		if err := t.readInstalled(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -1861,9 +1868,9 @@ func tarOf(name, check string) []byte {
 	return b.Bytes()
 }
 
-// installedSensors takes a reading from every sensor of the configured
+// readInstalled takes a reading from every sensor of the configured
 // directory: the first thing that its help says it can be asked.
-func (t *selftest) installedSensors(ctx context.Context, s settings) error {
+func (t *selftest) readInstalled(ctx context.Context, s settings) error {
 	return t.withAgent(ctx, s, func(a *selftestAgent) error {
 		v, err := a.client.call(ctx, "cmd_list_sensors")
 		if err != nil {
@@ -1925,7 +1932,7 @@ func (t *selftest) row(name string, args []any, got stored, remark string) {
 type selftestAgent struct {
 	sensors *sensors
 	client  *client
-	mu      sync.Mutex // guards reasons
+	mu      sync.Mutex // guards reason
 	reason  map[any]string
 }
 

@@ -1336,7 +1336,7 @@ func (c *client) call(ctx context.Context, name string, params ...any) (any, err
 	return readResponse(resp.Body)
 }
 
-// post sends a call and returns an answer with HTTP status 200.
+// post sends a call and returns an answer whose HTTP status is a success.
 func (c *client) post(ctx context.Context, over *http.Client, name string, params []any) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url.String(), bytes.NewReader(encodeCall(name, params...)))
 	if err != nil {

@@ -37,7 +37,7 @@ const (
 	maxOutput    = 4 << 10          // bytes on standard output: a number has twenty, a help text a few hundred
 	maxReason    = 1 << 10          // bytes of standard error that are kept, the last
 	maxName      = 255              // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10          // bytes of a command's arguments: 256 queued commands are 2 MiB
+	maxArguments = 8 << 10          // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
 	freeOutput   = 64 << 10         // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
 	killDelay    = 2 * time.Second  // from SIGTERM to SIGKILL, and from there to giving up
 	shareTime    = time.Second      // to wait while another process replaces a sensor
@@ -918,7 +918,7 @@ func (q *queue) take(c *command) (taken bool, err error) {
 		c = known
 	case len(l.running) < l.limit:
 		q.start(l, c)
-	case len(l.waiting) < q.size, len(l.waiting) < 2*q.size && l.has[c.from] < q.size/4:
+	case len(l.waiting) < q.size, len(l.waiting) < 2*q.size && l.has[c.from] < max(1, q.size/4):
 		l.wait(c)
 	default:
 		return false, nil
