@@ -869,9 +869,9 @@ func TestSplitWordsShell(t *testing.T) {
 	var inputs []string
 	for n := 0; n < 500; n++ { // every length up to 7, the same each time
 		var b strings.Builder
-		for i, x := 0, n*2654435761%(1<<32); i < n%8; i++ {
-			b.WriteByte(letters[x%len(letters)])
-			x /= len(letters)
+		for i, x := 0, uint32(n)*2654435761; i < n%8; i++ {
+			b.WriteByte(letters[x%uint32(len(letters))])
+			x /= uint32(len(letters))
 		}
 		inputs = append(inputs, b.String())
 	}

@@ -80,9 +80,12 @@ const (
 	exitUsage  = 2 // or configuration
 )
 
-// built is the time of the build in seconds since 1970, as the linker writes it;
-// "" where only the toolchain's own stamp tells.
-var built string
+// What the linker writes into the binary; "" where only the toolchain's own stamp
+// tells.
+var (
+	release string // as git describes it
+	built   string // the time of the source, in seconds since 1970
+)
 
 func main() {
 	signals := make(chan os.Signal, 8)
@@ -268,6 +271,9 @@ func version() string {
 				arch += "," + s.Value
 			}
 		}
+	}
+	if release != "" {
+		name, commit = release, ""
 	}
 	return fmt.Sprintf("%s%s %s %s/%s", name, commit, runtime.Version(), runtime.GOOS, arch)
 }
