@@ -379,9 +379,27 @@ func runAgent(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
-	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog) }
+	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog); limitMemory(s) }
 	a.settle(ctx)
+	defer time.AfterFunc(time.Second, func() { limitMemory(a.setup.Load().settings) }).Stop() // it stops the program for a moment
 	return a.run(ctx)
+}
+
+// limitMemory has the garbage collector keep the agent small, which costs little
+// as little is alive: it collects when the heap has grown by a quarter, and harder
+// from 12 MiB on, and what a full queue and a full spool take. GOGC and
+// GOMEMLIMIT in the environment have precedence.
+func limitMemory(s settings) {
+	limit := int64(12<<20) + int64(s.queue)<<10
+	if s.spool != "" {
+		limit += 6 * s.spoolSize
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(25)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit)
+	}
 }
 
 // splitSeverity takes the severity off the front of a line of the log: 3 is an

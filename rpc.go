@@ -2568,12 +2568,16 @@ func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
 	if w.empty {
 		return s.empty()
 	}
-	at := instantOf(clock)
 	var b bytes.Buffer
 	for _, n := range w.marks {
 		b.WriteString(markRecord(n))
 	}
 	stepped := s.clockStepped(clock)
+	full := s.stale || s.size+int64(b.Len()) > s.limit
+	if !stepped && !full && len(w.add) == 0 { // as after each delivery of a backlog
+		return s.append(b.Bytes(), w.sync)
+	}
+	at := instantOf(clock)
 	if stepped {
 		b.WriteString(clockRecord(at))
 	}
@@ -2582,11 +2586,20 @@ func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
 		last++
 		b.WriteString(readingRecord(last, u, at))
 	}
-	if s.stale || s.size+int64(b.Len()) > s.limit {
+	if full || s.size+int64(b.Len()) > s.limit {
 		return s.rewrite(w, at, s.drift(clock))
 	}
-	_, err := s.f.WriteAt(b.Bytes(), s.size)
-	if err == nil && (len(w.add) > 0 || w.sync || stepped) {
+	if err := s.append(b.Bytes(), true); err != nil {
+		return err
+	}
+	s.last, s.step = last, s.drift(clock)
+	return nil
+}
+
+// append writes records at the end of the file, all of them or none.
+func (s *spool) append(records []byte, sync bool) error {
+	_, err := s.f.WriteAt(records, s.size)
+	if err == nil && sync {
 		err = s.f.Sync()
 	}
 	if err != nil {
@@ -2595,7 +2608,7 @@ func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
 		}
 		return err
 	}
-	s.size, s.last, s.step = s.size+int64(b.Len()), last, s.drift(clock)
+	s.size += int64(len(records))
 	return nil
 }
 
