@@ -3465,6 +3465,7 @@ func TestSpoolLate(t *testing.T) {
 	if got := receive(t, "what was in it", m.readings); got.ticket != "early" {
 		t.Errorf("got %+v", got)
 	}
+	await(t, "it is empty", func() bool { return len(spooled(t, dir)) == 0 })
 }
 
 func TestSpoolBroken(t *testing.T) {
@@ -3656,6 +3657,11 @@ func TestSpoolChanged(t *testing.T) {
 	// One that could not be used when the agent ends leaves the one before as it was.
 	d.useSpool(newSpool(blocked, 1<<20))
 	within(patience, d.close)
+	select {
+	case <-d.saved:
+	default:
+		t.Error("it goes on trying")
+	}
 	if got := fmt.Sprint(spooled(t, two)); got != "[1=1 2=2]" {
 		t.Errorf("left in the second: %s", got)
 	}

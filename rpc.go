@@ -2097,6 +2097,7 @@ func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
 			d.respool = nil
 		}
 		var at time.Time
+		waits := len(d.unsaved) > 0 || len(d.marks) > 0
 		switch s := d.spool; {
 		case len(d.retired) > 0 && (s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0):
 			for _, r := range d.retired {
@@ -2104,8 +2105,8 @@ func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
 			}
 			d.retired = nil
 		case s == nil:
-		case len(d.unsaved) > 0 || len(d.marks) > 0 || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
-			if s.err == nil || d.sealed || !time.Now().Before(s.retryAt) {
+		case waits || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
+			if s.err == nil || d.sealed && waits || !time.Now().Before(s.retryAt) {
 				return d.takeSpoolWork(), true
 			}
 			at = s.retryAt
@@ -2159,6 +2160,7 @@ func (d *delivery) writeSpool(w spoolWork) {
 		}
 		return
 	case fresh: // and what was in another one is to be written again
+		s.resume()
 		d.forgetRecords()
 		d.adopt(found)
 		return
