@@ -6863,6 +6863,79 @@ func named(t *testing.T, root, name string) (pids []int) {
 	return pids
 }
 
+// TestQuickStart runs what the README says under "See it work", as printed, in a
+// copy of the source and a network of its own.
+func TestQuickStart(t *testing.T) {
+	busybox, unshare := program(t, "busybox"), program(t, "unshare")
+	program(t, "make")
+	if os.Geteuid() != 0 {
+		t.Skip("not root")
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## See it work\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	blocks := regexp.MustCompile("(?s)```\n(.*?)```").FindAllStringSubmatch(section, -1)
+	if len(blocks) != 3 {
+		t.Fatalf("got %d blocks", len(blocks))
+	}
+	// typed returns the commands of a block, and what is printed after them.
+	typed := func(block string) (commands, printed []string) {
+		for _, line := range strings.Split(strings.TrimSpace(block), "\n") {
+			if command, ok := strings.CutPrefix(line, "$ "); ok {
+				commands = append(commands, command)
+			} else {
+				printed = append(printed, line)
+			}
+		}
+		return commands, printed
+	}
+	first, firstPrinted := typed(blocks[0][1])
+	second, secondPrinted := typed(blocks[1][1])
+	if len(first) != 2 || len(second) < 3 {
+		t.Fatalf("got %q, %q", first, second)
+	}
+	dir := t.TempDir()
+	files, err := filepath.Glob("*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		if name == "go.mod" || name == "Makefile" || name == "client.cfg" || name == "sensors" || strings.HasSuffix(name, ".go") {
+			if out, err := exec.Command("cp", "-r", name, dir).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+	}
+	script := strings.Join([]string{
+		"set -e; cd " + dir, busybox + " ip link set lo up",
+		first[0] + " >build.log 2>&1", first[1] + " >first 2>&1 &", "until grep -q ' on ' first; do sleep 0.02; done",
+		second[0], "until grep -q ' on ' agent.log; do sleep 0.02; done",
+		"{ " + strings.Join(second[1:], "\n") + "\n} >second",
+		"until [ $(grep -c ' ticket ' first) = 2 ]; do sleep 0.02; done",
+	}, "\n")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, unshare, "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s\n%q", err, out, readTree(t, dir)["agent.log"])
+	}
+	tree := readTree(t, dir)
+	if got := strings.TrimSpace(tree["second"]); got != strings.Join(secondPrinted, "\n") {
+		t.Errorf("got %q; want %q", got, secondPrinted)
+	}
+	_, stored := typed(blocks[2][1])
+	want := strings.Join(append(firstPrinted, stored...), "\n") + "\n"
+	shape := func(text string) string { // but for times and values
+		return regexp.MustCompile(`\d{8}T[\d:]{8}|value [\d.]+`).ReplaceAllString(text, "…")
+	}
+	if shape(tree["first"]) != shape(want) {
+		t.Errorf("got %s; want %s", tree["first"], want)
+	}
+}
+
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and
 // take its readings.
 func TestPeers(t *testing.T) {
