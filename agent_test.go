@@ -21,6 +21,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"maps"
 	"math"
@@ -4823,25 +4824,31 @@ func TestUpdateBesideAgent(t *testing.T) {
 	t.Logf("%d readings during 10 updates by another process", n)
 }
 
-// TestUpdateMemory measures by how much an update raises the peak of resident
-// memory of a whole agent.
-func TestUpdateMemory(t *testing.T) {
-	dir := t.TempDir()
+// largePackage makes demo.tar.bz2, of nearly 4 MiB.
+func largePackage(t *testing.T, dir string) {
+	t.Helper()
 	body := make([]byte, 4<<20-4096) // that no compression makes smaller
 	x := uint32(1)
 	for i := range body {
 		x = x*1664525 + 1013904223
 		body[i] = byte(x >> 24)
 	}
-	packages := filepath.Join(dir, "packages")
-	writeTree(t, packages, map[string]string{"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
+	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
 	if tool, err := exec.LookPath("bzip2"); err == nil { // else plain, which takes less memory
 		body := body[:len(body)-len(body)/50] // bzip2 makes it a little larger
-		writeTree(t, packages, map[string]string{"demo.tar": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
-		if out, err := exec.Command(tool, "-f9", filepath.Join(packages, "demo.tar")).CombinedOutput(); err != nil {
+		writeTree(t, dir, map[string]string{"demo.tar": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
+		if out, err := exec.Command(tool, "-f9", filepath.Join(dir, "demo.tar")).CombinedOutput(); err != nil {
 			t.Fatalf("%v %s", err, out)
 		}
 	}
+}
+
+// TestUpdateMemory measures by how much an update raises the peak of resident
+// memory of a whole agent.
+func TestUpdateMemory(t *testing.T) {
+	dir := t.TempDir()
+	packages := filepath.Join(dir, "packages")
+	largePackage(t, packages)
 	m := &monitor{packages: packages, stored: func(stored) error { return nil }}
 	readings := make(chan stored, 10)
 	m.stored = func(s stored) error { readings <- s; return nil }
@@ -6934,6 +6941,129 @@ func TestQuickStart(t *testing.T) {
 	if shape(tree["first"]) != shape(want) {
 		t.Errorf("got %s; want %s", tree["first"], want)
 	}
+}
+
+// TestTinyBox: 16 MiB are enough for the agent and its sensors, with a spool,
+// an outage, more commands than it takes at once, and an update of 4 MiB.
+func TestTinyBox(t *testing.T) {
+	dir := t.TempDir()
+	largePackage(t, filepath.Join(dir, "packages"))
+	m := newRecorder(t)
+	var down atomic.Bool
+	inner := newHandler((&monitor{packages: filepath.Join(dir, "packages"), stored: func(s stored) error { m.readings <- s; return nil }}).methods())
+	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if down.Load() {
+			w.WriteHeader(503)
+			return
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	writeTree(t, dir, map[string]string{
+		"sensors/s/check": printing(1),
+		"client.cfg":      "[monitor]\nspool = spool\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
+	})
+	build := exec.Command("go", "build", "-tags", "nethttpomithttp2", "-o", filepath.Join(dir, "picket"), ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	group, limited := memoryGroup(t, 16<<20)
+	cmd := exec.Command("sh", "-c", `[ -z "$1" ] || echo $$ >"$1/cgroup.procs"; exec ./picket`, "sh", group)
+	cmd.Dir = dir
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	lines := bufio.NewReader(stderr)
+	var address string
+	for address == "" {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, rest, ok := strings.Cut(line, " on 127.0.0.1:"); ok {
+			port, _, _ := strings.Cut(rest, ",")
+			address = "127.0.0.1:" + port
+		}
+	}
+	go func() {
+		io.Copy(io.Discard, lines)
+		ended <- cmd.Wait()
+	}()
+	defer cmd.Process.Kill()
+	ask := func(from, n int) {
+		t.Helper()
+		var all sync.WaitGroup
+		for i := 0; i < 8; i++ {
+			all.Add(1)
+			go func(i int) {
+				defer all.Done()
+				c := newClient(&url.URL{Scheme: "http", Host: address, Path: "/"}, patience, nil)
+				defer c.close()
+				for k := i; k < n; k += 8 {
+					if _, err := c.call(context.Background(), "cmd_submit_reading", from+k, "s"); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}(i)
+		}
+		all.Wait()
+	}
+	const n = 1500
+	down.Store(true)
+	ask(0, n)
+	down.Store(false)
+	ask(n, n)
+	c := newClient(&url.URL{Scheme: "http", Host: address, Path: "/"}, patience, nil)
+	defer c.close()
+	mustCall(t, c, "cmd_update_sensor_code", "demo", "update")
+	seen := make(map[any]bool)
+	for len(seen) < 2*n+1 {
+		got := receive(t, "reading", m.readings)
+		if got.code != 0 || got.value != "1" {
+			t.Fatalf("got %+v", got)
+		}
+		seen[got.ticket] = true
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	peak := regexp.MustCompile(`VmHWM:\s+(\d+)`).FindSubmatch(text)
+	t.Logf("peak of resident memory %s KiB, limited: %v", peak[1], limited)
+	if kib, _ := strconv.Atoi(string(peak[1])); !limited && kib > 20<<10 {
+		t.Errorf("peak of resident memory %d KiB", kib)
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	if err := receive(t, "its end", ended); err != nil {
+		t.Error(err)
+	}
+}
+
+// memoryGroup makes a memory cgroup that ends with the test, where it can.
+func memoryGroup(t *testing.T, limit int64) (dir string, ok bool) {
+	for root, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
+		dir := filepath.Join(root, fmt.Sprintf("picket-test-%d", os.Getpid()))
+		if os.Mkdir(dir, 0o755) != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			await(t, "the cgroup is empty", func() bool { err := os.Remove(dir); return err == nil || errors.Is(err, fs.ErrNotExist) })
+		})
+		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
+			_, err = fmt.Fprint(f, limit)
+			f.Close()
+			if err == nil {
+				return dir, true
+			}
+		}
+	}
+	return "", false
 }
 
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and
