@@ -2321,10 +2321,10 @@ func TestFewFiles(t *testing.T) {
 	dir := t.TempDir()
 	m := newRecorder(t)
 	writeTree(t, dir, map[string]string{"sensors/s/check": printing(1), "client.cfg": "[monitor]\nurl = " + m.url.String() + "\n[agent]\nlisten = 127.0.0.1:0\n"})
-	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 32 {
+	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 48 {
 		t.Skip("no limit of files")
 	}
-	t.Setenv("PICKET_TEST_FILES", "32")
+	t.Setenv("PICKET_TEST_FILES", "48")
 	_, c, lines := servingChild(t, dir)
 	for i := 0; i < 3*maxConns; i++ {
 		conn, err := net.Dial("tcp", c.url.Host)

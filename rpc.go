@@ -937,7 +937,10 @@ func (h *handler) admit(c net.Conn) net.Conn {
 func (h *handler) drop(c net.Conn) {
 	h.conns[c].cancel()
 	delete(h.conns, c)
-	go c.Close() // over TLS it may take a while
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn() // its own Close says farewell, which may take a while
+	}
+	c.Close()
 }
 
 // weakest is the connection that gives way to the newest: one that may not call,
