@@ -157,7 +157,7 @@ func parseINI(name, text string) (*ini, error) {
 	return c, errors.Join(errs...)
 }
 
-// between words of a message.
+// wordEnds are what stands between words of a message.
 const wordEnds = " \t\n\""
 
 // masked is a text with what may be user and password replaced: in each word of

@@ -793,8 +793,8 @@ func (a *agent) reload() {
 		err = a.relisten(before.settings.listen, s.listen)
 	}
 	if err != nil {
-		for _, line := range strings.Split(err.Error(), "\n") {
-			log.Printf(severe+"reload: %s", masked(line, wordEnds))
+		for _, line := range strings.Split(maskedError{err}.Error(), "\n") {
+			log.Printf(severe+"reload: %s", line)
 		}
 		log.Print(severe + "reload: the settings before stay in force")
 		return
