@@ -51,7 +51,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
@@ -1745,10 +1744,7 @@ func scratchDir(s settings) (string, error) {
 	for _, parent := range []string{os.TempDir(), "/var/tmp", "/dev/shm", filepath.Dir(s.path), "."} {
 		dir, err := os.MkdirTemp(parent, "picket-selftest-")
 		if err == nil {
-			if err = os.Chmod(dir, 0o755); err == nil { // for [sensor] user
-				err = tryScript(filepath.Join(dir, "try"))
-			}
-			if err == nil {
+			if err = tryScript(dir, s.user); err == nil {
 				return filepath.Abs(dir)
 			}
 			os.RemoveAll(dir)
@@ -1758,15 +1754,16 @@ func scratchDir(s settings) (string, error) {
 	return "", fmt.Errorf("selftest: no directory to run a shell script in: %w", errors.Join(errs...))
 }
 
-func tryScript(file string) error {
-	if err := writeScript(file, "exit 0"); err != nil {
+// tryScript runs a script in a directory, as a sensor.
+func tryScript(dir string, user *syscall.Credential) error {
+	if err := makeSensor(filepath.Join(dir, "try"), "echo 1"); err != nil {
 		return err
 	}
-	cmd, err := start(func() *exec.Cmd { return &exec.Cmd{Path: file, Args: []string{file}} })
-	if err != nil {
-		return err
+	r := newSensors(dir, "check", "options", time.Minute, 1, user).read(context.Background(), "try", nil, nil)
+	if r.code != 0 {
+		return fmt.Errorf("%s: exit %d: %s", dir, r.code, r.reason)
 	}
-	return cmd.Wait()
+	return os.RemoveAll(filepath.Join(dir, "try"))
 }
 
 func writeScript(file, script string) error {

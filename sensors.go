@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -32,16 +31,17 @@ import (
 )
 
 const (
-	helpTime     = 10 * time.Second // for a help text, where the time-out is longer
-	badHelpTime  = time.Minute      // before a sensor without one is asked again
-	maxOutput    = 4 << 10          // bytes on standard output: a number has twenty, a help text a few hundred
-	maxReason    = 1 << 10          // bytes of standard error that are kept, the last
-	maxName      = 255              // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10          // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
-	freeOutput   = 64 << 10         // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
-	killDelay    = 2 * time.Second  // from SIGTERM to SIGKILL, and from there to giving up
-	shareTime    = time.Second      // to wait while another process replaces a sensor
-	busyRetries  = 100              // of 10 ms, while an executable just written is still open somewhere
+	helpTime     = 10 * time.Second      // for a help text, where the time-out is longer
+	badHelpTime  = time.Minute           // before a sensor without one is asked again
+	maxOutput    = 4 << 10               // bytes on standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10               // bytes of standard error that are kept, the last
+	maxName      = 255                   // bytes of a sensor's name, as file systems have it
+	maxArguments = 8 << 10               // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
+	quickTime    = 10 * time.Millisecond // of a run, in which a pipe takes what it writes
+	freeOutput   = 64 << 10              // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
+	killDelay    = 2 * time.Second       // from SIGTERM to SIGKILL, and from there to giving up
+	shareTime    = time.Second           // to wait while another process replaces a sensor
+	busyRetries  = 100                   // of 10 ms, while an executable just written is still open somewhere
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -506,49 +506,39 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if s.isStuck(name) {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
-	file := filepath.Join(dir, s.executable)
-	if _, err := os.Stat(file); errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
-		return outcome{code: codeNotFound, why: "no such sensor"}
-	}
-	stdout, stdoutEnd, err := newCapture(maxOutput, false)
+	stdout, err := newCapture(maxOutput, false)
 	if err != nil {
 		return outcome{code: codeNotStarted, why: err.Error()}
 	}
 	defer stdout.close()
-	defer stdoutEnd.Close()
 	var reason *capture
-	if stderr == nil {
-		if reason, stderr, err = newCapture(maxReason, true); err != nil {
+	var stderrEnd uintptr
+	if stderr != nil {
+		stderrEnd = stderr.Fd()
+	} else {
+		if reason, err = newCapture(maxReason, true); err != nil {
 			return outcome{code: codeNotStarted, why: err.Error()}
 		}
 		defer reason.close()
-		defer stderr.Close()
+		stderrEnd = uintptr(reason.end)
 	}
-	cmd, err := start(func() *exec.Cmd {
-		return &exec.Cmd{
-			Path:        file,
-			Args:        append([]string{file}, args...),
-			Dir:         dir,
-			Env:         s.env,
-			Stdin:       nil, // the null device
-			Stdout:      stdoutEnd,
-			Stderr:      stderr,
-			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
-		}
-	})
-	if errors.Is(err, os.ErrNotExist) {
-		return outcome{code: codeNotStarted, why: err.Error() + " (its interpreter, or a line end of DOS behind that?)"}
-	}
+	file := filepath.Join(dir, s.executable)
+	pid, err := s.start(file, args, dir, uintptr(stdout.end), stderrEnd)
 	if err != nil {
-		return outcome{code: codeNotStarted, why: err.Error()}
+		why := err.Error()
+		switch _, absent := os.Stat(file); {
+		case errors.Is(absent, os.ErrNotExist) || errors.Is(absent, syscall.ENOTDIR):
+			return outcome{code: codeNotFound, why: "no such sensor"}
+		case errors.Is(err, os.ErrNotExist):
+			why += " (its interpreter, or a line end of DOS behind that?)"
+		}
+		return outcome{code: codeNotStarted, why: why}
 	}
-	stdoutEnd.Close()
 	stdout.begin()
 	if reason != nil {
-		stderr.Close()
 		reason.begin()
 	}
-	o := s.await(ctx, name, cmd)
+	o := s.await(ctx, name, pid)
 	o.output, o.tooLong = stdout.finish()
 	if reason != nil {
 		o.stderr, _ = reason.finish()
@@ -556,15 +546,31 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	return o
 }
 
-// start starts a process. The kernel refuses to run a file that is open for
-// writing, and a file just written is for a moment open in whatever process
-// another goroutine is starting: that is worth a few tries.
-func start(command func() *exec.Cmd) (*exec.Cmd, error) {
+// start starts a process that writes to these two files and reads nothing. It
+// is what os/exec does, without what costs a tenth of a reading: the environment
+// is made once, and files are not the runtime's as long as nobody waits for them.
+//
+// The kernel refuses to run a file that is open for writing, and a file just
+// written is for a moment open in whatever process another goroutine is starting:
+// that is worth a few tries.
+func (s *sensors) start(file string, args []string, dir string, stdout, stderr uintptr) (pid int, err error) {
+	null, err := syscall.Open(os.DevNull, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
+	}
+	defer syscall.Close(null)
+	args = append([]string{file}, args...)
+	process := &syscall.ProcAttr{
+		Dir: dir, Env: s.env, Files: []uintptr{uintptr(null), stdout, stderr},
+		Sys: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
+	}
 	for try := 0; ; try++ {
-		cmd := command()
-		err := cmd.Start()
-		if try == busyRetries || !errors.Is(err, syscall.ETXTBSY) {
-			return cmd, err
+		pid, err := syscall.ForkExec(file, args, process)
+		switch {
+		case err == nil:
+			return pid, nil
+		case try == busyRetries || !errors.Is(err, syscall.ETXTBSY):
+			return 0, &os.PathError{Op: "start", Path: file, Err: err}
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -573,24 +579,26 @@ func start(command func() *exec.Cmd) (*exec.Cmd, error) {
 // await waits for a process to end or ends it, and kills the rest of its
 // group. It does so before the process is reaped: until then its number, and
 // so the group's, can be nobody else's.
-func (s *sensors) await(ctx context.Context, name string, cmd *exec.Cmd) outcome {
-	pid := cmd.Process.Pid
+func (s *sensors) await(ctx context.Context, name string, pid int) outcome {
 	ended := make(chan struct{})
 	go func() {
 		waitEnded(pid)
 		close(ended)
 	}()
-	reap := func() {
+	reap := func() (status syscall.WaitStatus) {
 		syscall.Kill(-pid, syscall.SIGKILL) // who is left
-		cmd.Wait()                          // its error is the exit code
+		for {
+			if _, err := syscall.Wait4(pid, &status, 0, nil); !errors.Is(err, syscall.EINTR) {
+				return status
+			}
+		}
 	}
 	timer := time.NewTimer(s.timeout)
 	defer timer.Stop()
 	why := ""
 	select {
 	case <-ended:
-		reap()
-		status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		status := reap()
 		if status.Signaled() {
 			return outcome{code: -int(status.Signal())}
 		}
@@ -651,28 +659,44 @@ func waitEnded(pid int) {
 // A capture keeps part of what a process writes to a pipe: the beginning or
 // the end.
 type capture struct {
-	pipe  *os.File
-	limit int
-	tail  bool
-	kept  []byte
-	total int64
-	done  chan struct{}
+	pipe, end int // to read from, to write to
+	limit     int
+	tail      bool
+	kept      []byte
+	total     int64
+	slow      *time.Timer
+	file      chan *os.File // the pipe to read from, where the process takes longer
+	done      chan struct{} // closed when it is not read while the process runs any more
 }
 
-// newCapture returns a capture of up to limit bytes, and the end of the pipe
-// to write to.
-func newCapture(limit int, tail bool) (*capture, *os.File, error) {
-	r, w, err := os.Pipe()
-	return &capture{pipe: r, limit: limit, tail: tail, done: make(chan struct{})}, w, err
+// newCapture returns a capture of up to limit bytes.
+func newCapture(limit int, tail bool) (*capture, error) {
+	var pipe [2]int
+	err := syscall.Pipe2(pipe[:], syscall.O_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("pipe2", err)
+	}
+	c := &capture{pipe: pipe[0], end: pipe[1], limit: limit, tail: tail}
+	if err := syscall.SetNonblock(c.pipe, true); err != nil {
+		c.close()
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return c, nil
 }
 
-// begin reads until the pipe ends or finish is called.
+// begin leaves the end of the pipe to a process that has it now. Most end in no
+// time, and what they wrote is read then. Otherwise it is read while the process
+// runs, until the pipe ends or finish is called.
 func (c *capture) begin() {
-	go func() {
+	c.closeEnd()
+	c.file, c.done = make(chan *os.File, 1), make(chan struct{})
+	c.slow = time.AfterFunc(quickTime, func() {
 		defer close(c.done)
+		file := os.NewFile(uintptr(c.pipe), "pipe")
+		c.file <- file
 		buf := make([]byte, maxOutput)
 		for {
-			n, err := c.pipe.Read(buf)
+			n, err := file.Read(buf)
 			c.keep(buf[:n])
 			if err != nil {
 				return
@@ -682,7 +706,7 @@ func (c *capture) begin() {
 				time.Sleep(time.Millisecond)
 			}
 		}
-	}()
+	})
 }
 
 func (c *capture) keep(b []byte) {
@@ -699,24 +723,40 @@ func (c *capture) keep(b []byte) {
 // was more. All that the process wrote is in the pipe by then, so there is
 // nothing to wait for although a grandchild may hold it open.
 func (c *capture) finish() (kept []byte, more bool) {
-	c.pipe.SetReadDeadline(time.Unix(1, 0))
-	<-c.done
-	if raw, err := c.pipe.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) {
-			buf := make([]byte, maxOutput)
-			for c.total <= freeOutput {
-				n, err := syscall.Read(int(fd), buf)
-				if n <= 0 || err != nil {
-					return
-				}
-				c.keep(buf[:n])
-			}
-		})
+	if !c.slow.Stop() {
+		file := <-c.file
+		defer file.Close()
+		file.SetReadDeadline(time.Unix(1, 0))
+		<-c.done
+		defer func() { c.pipe = -1 }()
+	}
+	buf := make([]byte, maxOutput)
+	for c.total <= freeOutput {
+		n, err := syscall.Read(c.pipe, buf)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case n <= 0:
+			return c.kept, c.total > int64(c.limit)
+		default:
+			c.keep(buf[:n])
+		}
 	}
 	return c.kept, c.total > int64(c.limit)
 }
 
-func (c *capture) close() { c.pipe.Close() }
+func (c *capture) closeEnd() { closePipe(&c.end) }
+
+func (c *capture) close() {
+	c.closeEnd()
+	closePipe(&c.pipe)
+}
+
+func closePipe(end *int) {
+	if *end >= 0 {
+		syscall.Close(*end)
+		*end = -1
+	}
+}
 
 // A command is what the monitor asks: a reading, or a change of the agent.
 type command struct {
