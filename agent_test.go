@@ -2450,6 +2450,114 @@ func TestClientKeepsConnection(t *testing.T) {
 	await(t, "the connection is closed", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) == 0 })
 }
 
+// TestClientWire: what a monitor may answer, byte for byte, and what becomes of
+// the connection.
+func TestClientWire(t *testing.T) {
+	body := func(v any) string { return string(encodeResponse(v, nil)) }
+	sized := func(v any) string {
+		return fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body(v)), body(v))
+	}
+	chunked := func(v any) string {
+		return fmt.Sprintf("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body(v)), body(v))
+	}
+	tests := []struct {
+		name    string
+		answers []string // to the requests of each connection; "" closes it
+		ends    bool     // it is closed after each
+		want    []string
+		conns   int
+	}{
+		{"kept", []string{sized("a"), sized("b")}, false, []string{"a", "b"}, 1},
+		{"chunked", []string{chunked("a"), sized("b")}, false, []string{"a", "b"}, 1},
+		{"continued", []string{"HTTP/1.1 100 Continue\r\n\r\n" + sized("a"), sized("b")}, false, []string{"a", "b"}, 1},
+		{"until it ends", []string{"HTTP/1.0 200 OK\r\n\r\n" + body("a")}, true, []string{"a", "a"}, 2},
+		{"to be closed", []string{strings.Replace(sized("a"), "\r\n", "\r\nConnection: close\r\n", 1)}, false, []string{"a", "a"}, 2},
+		{"closed without a word", []string{sized("a")}, true, []string{"a", "a"}, 2},
+		{"closed at the next request", []string{sized("a"), ""}, false, []string{"a", "a"}, 2},
+		{"more than was asked", []string{sized("a") + sized("b"), sized("c")}, false, []string{"a", "a"}, 2},
+		{"a fault", []string{strings.Replace(sized("a"), "200 OK", "500 Oops", 1), sized("b")}, false, []string{`HTTP "500 Oops"`, `HTTP "500 Oops"`}, 2},
+		{"an endless header", []string{"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader)}, false, []string{"a header of more than 8192 bytes", "a header of more than 8192 bytes"}, 2},
+		{"endless informational answers", []string{strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 1000)}, false, []string{"a header of more than 8192 bytes", "a header of more than 8192 bytes"}, 2},
+		{"no HTTP", []string{"SSH-2.0-OpenSSH_9.6\r\n"}, true, []string{`malformed HTTP .*`, `malformed HTTP .*`}, 2},
+	}
+	for _, test := range tests {
+		test := test
+		t.Run(test.name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var conns atomic.Int32
+			var served sync.WaitGroup
+			served.Add(1)
+			go func() {
+				defer served.Done()
+				for {
+					conn, err := l.Accept()
+					if err != nil {
+						return
+					}
+					conns.Add(1)
+					served.Add(1)
+					go func() {
+						defer served.Done()
+						defer conn.Close()
+						r := bufio.NewReader(conn)
+						for _, answer := range test.answers {
+							request, err := http.ReadRequest(r)
+							if err != nil || answer == "" {
+								return
+							}
+							if _, err := io.Copy(io.Discard, request.Body); err != nil {
+								return
+							}
+							if _, err := io.WriteString(conn, answer); err != nil || test.ends {
+								return
+							}
+						}
+						io.Copy(io.Discard, r) // until the client hangs up
+					}()
+				}
+			}()
+			defer served.Wait()
+			defer l.Close()
+			c := newClient(&url.URL{Scheme: "http", Host: l.Addr().String()}, patience, nil)
+			c.idle = patience
+			defer c.close()
+			for _, want := range test.want {
+				v, err := c.call(context.Background(), "m")
+				got := fmt.Sprint(v)
+				if err != nil {
+					got = err.Error()
+				}
+				if !regexp.MustCompile("^" + want + "$").MatchString(got) {
+					t.Errorf("got %s; want %s", got, want)
+				}
+			}
+			if int(conns.Load()) != test.conns {
+				t.Errorf("%d connections; want %d", conns.Load(), test.conns)
+			}
+		})
+	}
+}
+
+func TestClientHead(t *testing.T) {
+	for u, want := range map[string]string{
+		"http://monitor":                       "POST / HTTP/1.1\r\nHost: monitor\r\n",
+		"http://monitor:/a%20b?c=d#e":          "POST /a%20b?c=d HTTP/1.1\r\nHost: monitor\r\n",
+		"http://[fe80::1%25eth0]:8081/xmlrpc/": "POST /xmlrpc/ HTTP/1.1\r\nHost: [fe80::1]:8081\r\n",
+		"http://a%25b/":                        "POST / HTTP/1.1\r\nHost: a%b\r\n",
+	} {
+		parsed, err := httpURL(u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if head := newClient(parsed, patience, nil).head; !strings.HasPrefix(head, want) {
+			t.Errorf("%s: got %q", u, head)
+		}
+	}
+}
+
 // testDelivery delivers to a recorder with waits of milliseconds.
 func testDelivery(t *testing.T, m *recorder) *delivery {
 	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, nil)
@@ -4734,6 +4842,7 @@ const crashConfig = "[monitor]\nurl = http://one/ ; here\n"
 func TestUpdateUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	m := newRecorder(t)
+	m.readings = make(chan stored, 1<<18) // received at the end
 	s := testSettings(t, filepath.Join(dir, "sensors"), m.url)
 	s.backup, s.concurrency = filepath.Join(dir, "backup"), 4
 	script := func(n int) string { return fmt.Sprintf("#!/bin/sh\n. ./lib && echo $((n + %d))\n", n) }
@@ -5358,7 +5467,7 @@ func TestTLSReplaced(t *testing.T) {
 	config.ClientSessionCache = tls.NewLRUClientSessionCache(4)
 	c := newClient(u, patience, config)
 	defer c.close()
-	c.http.Transport.(*http.Transport).IdleConnTimeout = patience
+	c.idle = patience
 	mustCall(t, c, "healthcheck")
 	box.pool = valid(theirs, "x").pool
 	h.setAccess(&access{tls: serverTLS(box)})
@@ -6057,6 +6166,7 @@ func TestStoryMove(t *testing.T) {
 		{"", "fault -32602: there is no new monitor"},
 		{"ftp://127.0.0.1/", "neither an http nor an https URL"},
 		{"http://", "names no host"},
+		{"http://b\u00fccher/", "a host is written in ASCII"},
 		{"http://127.0.0.1:1/", "refused"},
 		{sick.String(), `got "ILL"`},
 	} {
@@ -6102,16 +6212,16 @@ func TestStoryMove(t *testing.T) {
 	if text, err := os.ReadFile(file); err != nil || string(text) != strings.Replace(config, old.String(), healthy.url.String(), 1) {
 		t.Errorf("got %q, %v", text, err)
 	}
-	if _, err := nextMonitor(context.Background(), &client{url: &url.URL{Scheme: "https", Host: "x"}, http: http.Client{Transport: answerTransport("http://127.0.0.1:1/")}}, httpURL); err == nil || !strings.Contains(err.Error(), "from https to http://127.0.0.1:1/") {
+	files := newCA(t, "ca").files(t, "monitor", time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+	h := newHandler((&monitor{next: "http://127.0.0.1:1/"}).methods())
+	h.setAccess(&access{tls: serverTLS(files)})
+	u := serve(t, h)
+	u.Scheme = "https"
+	c = newClient(u, patience, clientTLS(files))
+	defer c.close()
+	if _, err := nextMonitor(context.Background(), c, httpURL); err == nil || !strings.Contains(err.Error(), "from https to http://127.0.0.1:1/") {
 		t.Errorf("got %v", err)
 	}
-}
-
-// An answerTransport answers every call with itself.
-type answerTransport string
-
-func (a answerTransport) RoundTrip(*http.Request) (*http.Response, error) {
-	return &http.Response{StatusCode: 200, Body: io.NopCloser(bytes.NewReader(encodeResponse(string(a), nil)))}, nil
 }
 
 // TestStoryDisk: wherever the agent writes, a full disk costs nothing that was
@@ -7161,8 +7271,6 @@ func testPeer(t *testing.T, command ...string) {
 	}
 }
 
-// BenchmarkReading is the whole way of a reading: command, sensor, monitor.
-// Compare it with BenchmarkExec, a bare loop that runs the same sensor.
 // BenchmarkBudgets measures what the agent takes, each figure beside a
 // yardstick on the same machine in the same run, and prints it as a table:
 //
@@ -7654,6 +7762,8 @@ func (m *leanMonitor) await(b *budgets, n int) {
 	m.last = time.Now()
 }
 
+// BenchmarkReading is the whole way of a reading: command, sensor, monitor.
+// Compare it with BenchmarkExec, a bare loop that runs the same sensor.
 func BenchmarkReading(b *testing.B) {
 	dir := b.TempDir()
 	writeSensor(b, dir, "s", "echo 42")

@@ -943,6 +943,8 @@ func httpURL(v string) (*url.URL, error) {
 		return nil, fmt.Errorf("%q is neither an http nor an https URL", shown)
 	case u.Hostname() == "":
 		return nil, fmt.Errorf("%q names no host", shown)
+	case strings.ContainsFunc(u.Host, func(r rune) bool { return r >= 0x80 }):
+		return nil, fmt.Errorf("%q: a host is written in ASCII, xn--... where its name is not", shown)
 	}
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
 		return nil, fmt.Errorf("%q: there is no such port", shown)

@@ -2004,7 +2004,7 @@ func (t *selftest) outcome(ctx context.Context, a *selftestAgent, command, senso
 	if err != nil {
 		return stored{}, "", fmt.Errorf("%s %s: %w", command, sensor, err)
 	}
-	timer := time.NewTimer(a.client.http.Timeout)
+	timer := time.NewTimer(a.client.timeout)
 	defer timer.Stop()
 	select {
 	case got := <-t.stored:

@@ -1230,7 +1230,7 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 	case c.url.Scheme == "https" && u.Scheme != "https":
 		return nil, fmt.Errorf("from https to %s, where everybody can read and change what is sent", u.Redacted())
 	}
-	next := newClient(u, c.http.Timeout, c.tls)
+	next := newClient(u, c.timeout, c.tls)
 	defer next.close()
 	if v, err = next.call(ctx, "healthcheck"); err == nil && v != "OK" {
 		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
