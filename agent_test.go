@@ -3569,7 +3569,7 @@ func TestSpoolLate(t *testing.T) {
 	writeTree(t, dir, map[string]string{"readings": record})
 	d.mu.Lock()
 	d.spool.retryAt = time.Now().Add(time.Millisecond)
-	d.changed.Broadcast()
+	d.toWrite.Signal()
 	d.mu.Unlock()
 	if got := receive(t, "what was in it", m.readings); got.ticket != "early" {
 		t.Errorf("got %+v", got)
@@ -3598,7 +3598,7 @@ func TestSpoolBroken(t *testing.T) {
 	}
 	d.mu.Lock()
 	d.spool.retryAt = time.Time{} // as after a minute
-	d.changed.Broadcast()
+	d.toWrite.Signal()
 	d.mu.Unlock()
 	await(t, "it works again", func() bool {
 		_, err := os.Stat(blocked + "/readings")
@@ -7536,9 +7536,10 @@ func (b *budgets) loaded() {
 	anonymous := 0.0
 	for i := 0; i < 3; i++ {
 		cmd, address := b.agent(m.address(), "")
+		calls := submitCalls(loadReadings)
 		before := processTime(b, cmd)
 		begun := time.Now()
-		b.load(address, loadReadings, 0)
+		b.load(address, calls, 0)
 		m.await(b, loadReadings)
 		rate = append(rate, loadReadings/time.Since(begun).Seconds())
 		cpu = append(cpu, (processTime(b, cmd)-before)/loadReadings*1e6)
@@ -7571,7 +7572,7 @@ func processTime(b *budgets, cmd *exec.Cmd) float64 {
 
 // load has 8 callers ask for readings, at so many a second (0: as fast as it
 // goes), and returns how long each answer took, in microseconds.
-func (b *budgets) load(address string, n int, rate float64) []float64 {
+func (b *budgets) load(address string, calls [][]byte, rate float64) []float64 {
 	const callers = 8
 	var took [callers][]float64
 	var all sync.WaitGroup
@@ -7582,12 +7583,12 @@ func (b *budgets) load(address string, n int, rate float64) []float64 {
 			w := b.dial(address)
 			defer w.conn.Close()
 			begun := time.Now()
-			for k := 0; k < n/callers; k++ {
+			for k := 0; k < len(calls)/callers; k++ {
 				if rate > 0 {
 					time.Sleep(time.Until(begun.Add(time.Duration((float64(k) + float64(i)/callers) * callers / rate * 1e9))))
 				}
 				sent := time.Now()
-				w.exchange(wireCall("cmd_submit_reading", k*callers+i, "s"))
+				w.exchange(calls[k*callers+i])
 				took[i] = append(took[i], float64(time.Since(sent).Nanoseconds())/1000)
 			}
 		}(i)
@@ -7608,13 +7609,13 @@ func (b *budgets) acknowledged() {
 	var picket, empty []float64
 	for i := 0; i < 3; i++ {
 		cmd, address := b.agent(m.address(), "")
-		took := b.load(address, n, rate)
+		took := b.load(address, submitCalls(n), rate)
 		m.await(b, n)
 		b.stop(cmd)
 		slices.Sort(took)
 		picket = append(picket, took[len(took)*99/100])
 		cmd, address = b.start(b.empty, "serve", b.sensor)
-		took = b.load(address, n, rate)
+		took = b.load(address, submitCalls(n), rate)
 		b.stop(cmd)
 		slices.Sort(took)
 		empty = append(empty, took[len(took)*99/100])
@@ -7627,7 +7628,7 @@ func (b *budgets) backlog() {
 	m := b.monitor()
 	m.away.Store(true)
 	cmd, address := b.agent(m.address(), "spool = spool\nspool_size = 4M\n")
-	b.load(address, loadReadings, 0)
+	b.load(address, submitCalls(loadReadings), 0)
 	for {
 		text, err := os.ReadFile(filepath.Join(b.dir, "spool/readings"))
 		if err == nil && bytes.Count(text, []byte(" r ")) >= loadReadings {
@@ -7654,6 +7655,15 @@ func (b *budgets) backlog() {
 func wireCall(method string, params ...any) []byte {
 	body := encodeCall(method, params...)
 	return []byte(fmt.Sprintf("POST /xmlrpc/ HTTP/1.1\r\nHost: x\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
+}
+
+// submitCalls are so many calls that ask for a reading, made before anything is measured.
+func submitCalls(n int) [][]byte {
+	calls := make([][]byte, n)
+	for i := range calls {
+		calls[i] = wireCall("cmd_submit_reading", i, "s")
+	}
+	return calls
 }
 
 // A lean peer takes as little as possible of the processor that the agent is on.

@@ -1666,6 +1666,8 @@ const (
 	lastMisses  = 4               // after so many then, one after the other, the monitor counts as away
 	roomForRuns = 64              // readings of those that run when no more may begin
 	spoolRetry  = time.Minute     // before a spool that cannot be written is tried again
+	marksAtOnce = 64              // delivered readings that are marked in the spool in one go
+	markTime    = time.Second / 10
 	spoolTime   = 5 * time.Second // for the last of it when the agent ends
 )
 
@@ -1716,7 +1718,7 @@ type delivery struct {
 	zone     *time.Location
 	noValue  string // sent where there is no number
 	client   *client
-	changed  *sync.Cond
+	changed  *sync.Cond     // what may be sent, or how much room there is
 	kept     []*undelivered // oldest first
 	old      int            // of them, those that had to wait while the monitor was away
 	turn     bool           // the next attempt is with a fresh one, if there is any
@@ -1735,10 +1737,12 @@ type delivery struct {
 	held     int64          // bytes of those that are or will be in the spool
 	unsaved  []*undelivered // to be written to the spool
 	marks    []uint64       // records to be marked as delivered
+	marksBy  time.Time      // when the first of them is due
 	syncMark bool           // one of them must not come back after a power cut
 	sealed   bool           // nothing more will come
 	respool  func()         // changes the spool; for the goroutine that writes it
 	retired  []*spool       // hold what the new one does not have yet
+	toWrite  *sync.Cond     // any of these
 }
 
 // DeliveryTotals count since the start of the agent.
@@ -1756,7 +1760,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 		client: c, zone: zone, noValue: noValue, clock: func(now time.Time) time.Time { return now }, retry: retry, cancel: cancel,
 		done: make(chan struct{}), saved: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
 	}
-	d.changed = sync.NewCond(&d.mu)
+	d.changed, d.toWrite = sync.NewCond(&d.mu), sync.NewCond(&d.mu)
 	if s != nil {
 		d.load()
 	}
@@ -1850,7 +1854,7 @@ func (d *delivery) save(u *undelivered) {
 			d.unsaved = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
 		}
 		d.unsaved = append(d.unsaved, u)
-		d.changed.Broadcast()
+		d.toWrite.Signal()
 	}
 }
 
@@ -1888,6 +1892,7 @@ func (d *delivery) wake() {
 	d.mu.Lock() // not before Wait waits
 	defer d.mu.Unlock()
 	d.changed.Broadcast()
+	d.toWrite.Signal()
 }
 
 // discard forgets an undelivered reading: the monitor has given its ticket
@@ -1935,6 +1940,7 @@ func (d *delivery) remove(u *undelivered) {
 		d.held -= u.length()
 		if d.held == 0 && d.spool != nil {
 			d.spool.retryAt = time.Time{} // to empty a file takes no room
+			d.toWrite.Signal()
 		}
 	}
 	if u.record != 0 {
@@ -1948,6 +1954,18 @@ func (d *delivery) remove(u *undelivered) {
 func (d *delivery) mark(u *undelivered) {
 	d.marks = append(d.marks, u.record)
 	d.syncMark = d.syncMark || u.discarded
+	if len(d.marks) == 1 {
+		d.marksBy = time.Now().Add(markTime)
+	}
+	if len(d.marks) == 1 || d.marksDue() {
+		d.toWrite.Signal()
+	}
+}
+
+// marksDue reports whether marks are to be written now: a backlog's are written
+// in batches.
+func (d *delivery) marksDue() bool {
+	return len(d.marks) >= marksAtOnce || len(d.marks) > 0 && (d.inSpool == 0 || d.syncMark || d.sealed || !time.Now().Before(d.marksBy))
 }
 
 // monitor is the client of the monitor that readings go to.
@@ -1984,16 +2002,16 @@ func (d *delivery) next() (*undelivered, *client) {
 		case d.closing:
 			return nil, nil
 		}
-		d.waitUntil(at)
+		d.waitUntil(d.changed, at)
 	}
 }
 
-// waitUntil waits for a change or a moment (zero: none). The mutex is held.
-func (d *delivery) waitUntil(at time.Time) {
+// waitUntil waits for a signal or a moment (zero: none). The mutex is held.
+func (d *delivery) waitUntil(signal *sync.Cond, at time.Time) {
 	if !at.IsZero() {
 		defer time.AfterFunc(time.Until(at), d.wake).Stop()
 	}
-	d.changed.Wait()
+	signal.Wait()
 }
 
 // pick chooses the reading to send now, or says when there may be one (zero:
@@ -2093,6 +2111,7 @@ func (d *delivery) settle(u *undelivered, c *client, err error) {
 			d.dropped.printf(warning+"%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
 		}
 	default:
+		d.toWrite.Signal() // the clock may have been set
 		if d.away.IsZero() {
 			d.reportBack()
 			d.away = now
@@ -2185,7 +2204,7 @@ func (d *delivery) close(ctx context.Context) {
 	d.mu.Lock()
 	d.reportBack()
 	d.sealed = true
-	d.changed.Broadcast()
+	d.toWrite.Signal()
 	d.mu.Unlock()
 	select {
 	case <-d.saved:
@@ -2218,7 +2237,7 @@ func (d *delivery) useSpool(s *spool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.respool = func() { d.changeSpool(s) }
-	d.changed.Broadcast()
+	d.toWrite.Signal()
 }
 
 func (d *delivery) changeSpool(s *spool) {
@@ -2267,24 +2286,28 @@ func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
 			d.respool = nil
 		}
 		var at time.Time
-		waits := len(d.unsaved) > 0 || len(d.marks) > 0
-		switch s := d.spool; {
-		case len(d.retired) > 0 && (s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0):
+		waits := len(d.unsaved) > 0 || d.marksDue()
+		s := d.spool
+		if s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0 {
 			for _, r := range d.retired {
 				r.retire()
 			}
 			d.retired = nil
+		}
+		switch {
 		case s == nil:
 		case waits || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
 			if s.err == nil || d.sealed && waits || !time.Now().Before(s.retryAt) {
 				return d.takeSpoolWork(), true
 			}
 			at = s.retryAt
+		case len(d.marks) > 0:
+			at = d.marksBy
 		}
 		if d.sealed {
 			return w, false
 		}
-		d.waitUntil(at)
+		d.waitUntil(d.toWrite, at)
 	}
 }
 
