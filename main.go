@@ -87,6 +87,7 @@ var (
 )
 
 func main() {
+	growStack()
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1) // before anything else: an init may be quick
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -110,6 +111,16 @@ func main() {
 		log.Print(err)
 		os.Exit(exitFailed)
 	}
+}
+
+// growStack has the stack of a goroutine grow while there is little on it. To move
+// a deep one the runtime looks up each function in tables of the binary, 64 KiB of
+// which come into memory each time: of an idle agent that was a tenth.
+//
+//go:noinline
+func growStack() byte {
+	var room [12 << 10]byte
+	return room[len(os.Args)]
 }
 
 // An output remembers that it could not be written.
@@ -482,8 +493,7 @@ func (w *logWriter) close() {
 func (w *logWriter) run() {
 	defer close(w.done)
 	defer w.hangUp()
-	timer := time.NewTimer(repeatTime)
-	defer timer.Stop()
+	var repeated <-chan time.Time // when it is time to sum up
 	for {
 		select {
 		case line, more := <-w.lines:
@@ -496,15 +506,17 @@ func (w *logWriter) run() {
 				w.sumUp()
 				return
 			case line == w.before:
-				w.again++
+				if w.again++; repeated == nil {
+					repeated = time.After(repeatTime)
+				}
 			default:
 				w.sumUp()
 				w.print(line)
 				w.before = line
 			}
-		case <-timer.C:
+		case <-repeated:
 			w.sumUp()
-			timer.Reset(repeatTime)
+			repeated = nil
 		}
 	}
 }
@@ -774,6 +786,7 @@ func (a *agent) await(ctx context.Context) error {
 // listen serves a listener until it is closed.
 func (a *agent) listen(l net.Listener) {
 	go func() {
+		growStack()
 		if err := a.handler.serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			a.served <- fmt.Errorf("serve %s: %w", l.Addr(), err)
 		}

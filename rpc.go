@@ -1346,7 +1346,6 @@ func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
 		password, _ := u.User.Password()
 		c.head += "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)) + "\r\n"
 	}
-	c.expiry = time.AfterFunc(c.idle, c.expire)
 	return c
 }
 
@@ -1391,7 +1390,11 @@ func (c *client) keep(l *link) {
 		return
 	}
 	c.kept, c.since = l, time.Now()
-	c.expiry.Reset(c.idle)
+	if c.expiry == nil {
+		c.expiry = time.AfterFunc(c.idle, c.expire)
+	} else {
+		c.expiry.Reset(c.idle)
+	}
 }
 
 // call calls a method and returns its result. The error is a *fault exactly

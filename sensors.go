@@ -906,18 +906,17 @@ func (q *queue) lane(c *command) *lane {
 // has given the ticket away again, and no reading is delivered for the command
 // before.
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
 	q.mu.Lock()
 	taken, err := q.take(&c)
-	a := &applicant{&c, make(chan error, 1)}
-	if !taken && err == nil {
-		q.outside = append(q.outside, a)
-	}
-	q.mu.Unlock()
 	if taken || err != nil {
+		q.mu.Unlock()
 		return err
 	}
+	a := &applicant{&c, make(chan error, 1)}
+	q.outside = append(q.outside, a)
+	q.mu.Unlock()
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
 	select {
 	case err := <-a.taken:
 		return err
