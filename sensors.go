@@ -31,17 +31,17 @@ import (
 )
 
 const (
-	helpTime     = 10 * time.Second      // for a help text, where the time-out is longer
-	badHelpTime  = time.Minute           // before a sensor without one is asked again
-	maxOutput    = 4 << 10               // bytes on standard output: a number has twenty, a help text a few hundred
-	maxReason    = 1 << 10               // bytes of standard error that are kept, the last
-	maxName      = 255                   // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10               // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
-	quickTime    = 10 * time.Millisecond // of a run, in which a pipe takes what it writes
-	freeOutput   = 64 << 10              // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
-	killDelay    = 2 * time.Second       // from SIGTERM to SIGKILL, and from there to giving up
-	shareTime    = time.Second           // to wait while another process replaces a sensor
-	busyRetries  = 100                   // of 10 ms, while an executable just written is still open somewhere
+	helpTime     = 10 * time.Second  // for a help text, where the time-out is longer
+	badHelpTime  = time.Minute       // before a sensor without one is asked again
+	maxOutput    = 4 << 10           // bytes on standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10           // bytes of standard error that are kept, the last
+	maxName      = 255               // bytes of a sensor's name, as file systems have it
+	maxArguments = 8 << 10           // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
+	quickTime    = time.Second / 100 // of a run, in which a pipe takes what it writes
+	freeOutput   = 64 << 10          // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
+	killDelay    = 2 * time.Second   // from SIGTERM to SIGKILL, and from there to giving up
+	shareTime    = time.Second       // to wait while another process replaces a sensor
+	busyRetries  = 100               // of 10 ms, while an executable just written is still open somewhere
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -525,14 +525,10 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	file := filepath.Join(dir, s.executable)
 	pid, err := s.start(file, args, dir, uintptr(stdout.end), stderrEnd)
 	if err != nil {
-		why := err.Error()
-		switch _, absent := os.Stat(file); {
-		case errors.Is(absent, os.ErrNotExist) || errors.Is(absent, syscall.ENOTDIR):
+		if _, absent := os.Stat(file); errors.Is(absent, os.ErrNotExist) || errors.Is(absent, syscall.ENOTDIR) {
 			return outcome{code: codeNotFound, why: "no such sensor"}
-		case errors.Is(err, os.ErrNotExist):
-			why += " (its interpreter, or a line end of DOS behind that?)"
 		}
-		return outcome{code: codeNotStarted, why: why}
+		return outcome{code: codeNotStarted, why: err.Error()}
 	}
 	stdout.begin()
 	if reason != nil {
@@ -566,10 +562,13 @@ func (s *sensors) start(file string, args []string, dir string, stdout, stderr u
 	}
 	for try := 0; ; try++ {
 		pid, err := syscall.ForkExec(file, args, process)
-		switch {
-		case err == nil:
+		if err == nil {
 			return pid, nil
-		case try == busyRetries || !errors.Is(err, syscall.ETXTBSY):
+		}
+		if errors.Is(err, syscall.ENOENT) {
+			err = errors.New("no such file or directory (its interpreter, or a line end of DOS behind that?)")
+		}
+		if try == busyRetries || !errors.Is(err, syscall.ETXTBSY) {
 			return 0, &os.PathError{Op: "start", Path: file, Err: err}
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -688,7 +687,7 @@ func newCapture(limit int, tail bool) (*capture, error) {
 // time, and what they wrote is read then. Otherwise it is read while the process
 // runs, until the pipe ends or finish is called.
 func (c *capture) begin() {
-	c.closeEnd()
+	closeOnce(&c.end)
 	c.file, c.done = make(chan *os.File, 1), make(chan struct{})
 	c.slow = time.AfterFunc(quickTime, func() {
 		defer close(c.done)
@@ -725,10 +724,9 @@ func (c *capture) keep(b []byte) {
 func (c *capture) finish() (kept []byte, more bool) {
 	if !c.slow.Stop() {
 		file := <-c.file
-		defer file.Close()
 		file.SetReadDeadline(time.Unix(1, 0))
 		<-c.done
-		defer func() { c.pipe = -1 }()
+		defer func() { c.pipe = -1; file.Close() }() // whose it is
 	}
 	buf := make([]byte, maxOutput)
 	for c.total <= freeOutput {
@@ -744,17 +742,16 @@ func (c *capture) finish() (kept []byte, more bool) {
 	return c.kept, c.total > int64(c.limit)
 }
 
-func (c *capture) closeEnd() { closePipe(&c.end) }
-
 func (c *capture) close() {
-	c.closeEnd()
-	closePipe(&c.pipe)
+	closeOnce(&c.end)
+	closeOnce(&c.pipe)
 }
 
-func closePipe(end *int) {
-	if *end >= 0 {
-		syscall.Close(*end)
-		*end = -1
+// closeOnce closes a file, unless it has been.
+func closeOnce(fd *int) {
+	if *fd >= 0 {
+		syscall.Close(*fd)
+		*fd = -1
 	}
 }
 
