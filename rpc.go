@@ -1473,17 +1473,15 @@ func (c *client) dial(ctx context.Context, deadline time.Time) (*link, error) {
 
 // quiet reports whether nothing has come over the connection since the last answer.
 func (l *link) quiet() bool {
-	quiet := false
 	raw, err := l.tcp.SyscallConn()
-	if err == nil {
-		err = raw.Read(func(fd uintptr) bool {
-			var b [1]byte
-			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-			quiet = errors.Is(err, syscall.EAGAIN)
-			return true
-		})
+	if err != nil || l.r.Buffered() > 0 {
+		return false
 	}
-	return err == nil && quiet && l.r.Buffered() == 0
+	var said error
+	err = raw.Control(func(fd uintptr) {
+		_, _, said = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	})
+	return err == nil && errors.Is(said, syscall.EAGAIN)
 }
 
 // exchange sends a request and has its answer read, by the deadline. It keeps
