@@ -928,6 +928,7 @@ func TestReading(t *testing.T) {
 		{"echo 7; head -c 4095 /dev/zero | tr '\\0' ' '", 65, "", "more than 4096 bytes of output"},
 		{"echo 7; head -c 4094 /dev/zero | tr '\\0' ' '", 0, "7", ""},
 		{"head -c 300000 /dev/zero; exit 4", 4, "", ""},
+		{"{ head -c 70000 /dev/zero | tr '\\0' ' '; echo end; } >&2; exit 5", 5, "", `"end"`},
 		{"head -c 300000 /dev/zero >&2; exit 5", 5, "", strconv.Quote(strings.Repeat("\x00", 1024))},
 		{"printf 4; echo a >&2; sleep 0.05; printf 2; echo b >&2; exit 6", 6, "42", `"a b"`}, // slow enough to be read while it runs
 		{"(sleep 60; printf 42) & exit 0", 65, "", `not a number: ""`},                       // nobody waits for who is left
@@ -2494,6 +2495,7 @@ func TestClientWire(t *testing.T) {
 		{"a fault", []string{strings.Replace(sized("a"), "200 OK", "500 Oops", 1), sized("b")}, false, []string{`HTTP "500 Oops"`, `HTTP "500 Oops"`}, 2},
 		{"an endless header", []string{"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader)}, false, []string{"a header of more than 8192 bytes", "a header of more than 8192 bytes"}, 2},
 		{"endless informational answers", []string{strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 1000)}, false, []string{"a header of more than 8192 bytes", "a header of more than 8192 bytes"}, 2},
+		{"half a header", []string{"HTTP/1.1 200 OK\r\nCont"}, false, []string{".*i/o timeout"}, 1},
 		{"no HTTP", []string{"SSH-2.0-OpenSSH_9.6\r\n"}, true, []string{`malformed HTTP .*`, `malformed HTTP .*`}, 2},
 	}
 	for _, test := range tests {
@@ -2539,6 +2541,9 @@ func TestClientWire(t *testing.T) {
 			defer l.Close()
 			c := newClient(&url.URL{Scheme: "http", Host: l.Addr().String()}, patience, nil)
 			c.idle = patience
+			if test.name == "half a header" {
+				c.timeout = time.Second / 2
+			}
 			defer c.close()
 			for _, want := range test.want {
 				v, err := c.call(context.Background(), "m")
@@ -2554,6 +2559,118 @@ func TestClientWire(t *testing.T) {
 				t.Errorf("%d connections; want %d", conns.Load(), test.conns)
 			}
 		})
+	}
+}
+
+// TestClientTLSWire: over TLS, too, a connection is kept, but not where the
+// monitor has said more than it was asked, all of it in one segment.
+func TestClientTLSWire(t *testing.T) {
+	for _, more := range []bool{false, true} {
+		files := newCA(t, "ca").files(t, "monitor", time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var conns atomic.Int32
+		var served sync.WaitGroup
+		served.Add(1)
+		go func() {
+			defer served.Done()
+			for {
+				raw, err := l.Accept()
+				if err != nil {
+					return
+				}
+				conns.Add(1)
+				served.Add(1)
+				go func() {
+					defer served.Done()
+					defer raw.Close()
+					segment := &heldConn{Conn: raw}
+					conn := tls.Server(segment, serverTLS(files))
+					for r := bufio.NewReader(conn); ; {
+						request, err := http.ReadRequest(r)
+						if err != nil {
+							return
+						}
+						io.Copy(io.Discard, request.Body)
+						segment.hold = true
+						for answer := 0; answer == 0 || answer == 1 && more; answer++ {
+							body := encodeResponse(answer, nil)
+							fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+						}
+						segment.release()
+					}
+				}()
+			}
+		}()
+		c := newClient(&url.URL{Scheme: "https", Host: l.Addr().String()}, patience, clientTLS(files))
+		c.idle = patience
+		for i := 0; i < 3; i++ {
+			if v, err := c.call(context.Background(), "m"); v != 0 || err != nil {
+				t.Errorf("more %v: got %v, %v", more, v, err)
+			}
+		}
+		c.close()
+		l.Close()
+		served.Wait()
+		if n := conns.Load(); more && n != 3 || !more && n != 1 {
+			t.Errorf("more %v: %d connections", more, n)
+		}
+	}
+}
+
+// A heldConn can hold back what is written to it, to write it in one go.
+type heldConn struct {
+	net.Conn
+	hold bool
+	held []byte
+}
+
+func (h *heldConn) Write(p []byte) (int, error) {
+	if !h.hold {
+		return h.Conn.Write(p)
+	}
+	h.held = append(h.held, p...)
+	return len(p), nil
+}
+
+func (h *heldConn) release() {
+	h.Conn.Write(h.held)
+	h.hold, h.held = false, nil
+}
+
+// TestClientCancelled: what was cancelled before is not sent; what was cancelled
+// when all had come is there.
+func TestClientCancelled(t *testing.T) {
+	m := newRecorder(t)
+	c := newClient(m.url, patience, nil)
+	c.idle = patience
+	defer c.close()
+	mustCall(t, c, "healthcheck")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	for i := 0; i < 20; i++ {
+		if _, err := c.call(ctx, "cmd_store_probe_data", i, []any{0, "1"}, dateTime("20261122T20:43:21")); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
+	}
+	ctx, cancel = context.WithCancel(context.Background())
+	defer cancel()
+	err := c.post(ctx, "healthcheck", nil, func(_ *link, body io.Reader) error {
+		v, err := readResponse(body)
+		if v != "OK" {
+			t.Errorf("got %v", v)
+		}
+		cancel()
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	mustCall(t, c, "healthcheck")
+	if n := len(m.readings); n != 0 {
+		t.Errorf("%d sent", n)
 	}
 }
 

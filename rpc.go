@@ -1417,6 +1417,9 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	request = strconv.AppendInt(request, int64(len(body)), 10)
 	request = append(request, "\r\n\r\n"...)
 	request = append(request, body...)
+	if err := ctx.Err(); err != nil {
+		return err // nothing is sent
+	}
 	deadline := time.Now().Add(c.timeout)
 	if l := c.take(); l != nil {
 		answered, err := c.exchange(ctx, l, deadline, request, read)
@@ -1446,7 +1449,7 @@ func hungUp(err error) bool {
 func (c *client) dial(ctx context.Context, deadline time.Time) (*link, error) {
 	port := c.url.Port()
 	if port == "" {
-		port = c.url.Scheme // http or https
+		port = map[string]string{"http": "80", "https": "443"}[c.url.Scheme]
 	}
 	conn, err := (&net.Dialer{Deadline: deadline}).DialContext(ctx, "tcp", net.JoinHostPort(c.url.Hostname(), port))
 	if err != nil {
@@ -1456,7 +1459,7 @@ func (c *client) dial(ctx context.Context, deadline time.Time) (*link, error) {
 	if c.url.Scheme == "https" {
 		config := c.tls.Clone()
 		if config.ServerName == "" {
-			config.ServerName = c.url.Hostname()
+			config.ServerName, _, _ = strings.Cut(c.url.Hostname(), "%") // without a zone
 		}
 		conn.SetDeadline(deadline)
 		t := tls.Client(conn, config)
@@ -1481,7 +1484,12 @@ func (l *link) quiet() bool {
 	err = raw.Control(func(fd uintptr) {
 		_, _, said = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 	})
-	return err == nil && errors.Is(said, syscall.EAGAIN)
+	if err != nil || !errors.Is(said, syscall.EAGAIN) {
+		return false
+	}
+	l.SetReadDeadline(time.Unix(1, 0))
+	_, err = l.r.Peek(1) // what TLS has of it already
+	return errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // exchange sends a request and has its answer read, by the deadline. It keeps
@@ -1490,9 +1498,12 @@ func (l *link) quiet() bool {
 func (c *client) exchange(ctx context.Context, l *link, deadline time.Time, request []byte, read func(*link, io.Reader) error) (answered bool, err error) {
 	stop := context.AfterFunc(ctx, func() { l.tcp.Close() })
 	l.SetDeadline(deadline)
-	answered, reusable, err := l.exchange(request, read)
-	if !stop() {
-		err = ctx.Err()
+	answered, reusable, err := l.exchange(deadline, request, read)
+	if !stop() { // the connection is closed, but perhaps all had come
+		reusable = false
+		if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
+			err = ctx.Err()
+		}
 	}
 	if err == nil && reusable {
 		c.keep(l)
@@ -1502,7 +1513,7 @@ func (c *client) exchange(ctx context.Context, l *link, deadline time.Time, requ
 	return answered, err
 }
 
-func (l *link) exchange(request []byte, read func(*link, io.Reader) error) (answered, reusable bool, err error) {
+func (l *link) exchange(deadline time.Time, request []byte, read func(*link, io.Reader) error) (answered, reusable bool, err error) {
 	if _, err := l.Write(request); err != nil {
 		return false, false, err
 	}
@@ -1513,8 +1524,11 @@ func (l *link) exchange(request []byte, read func(*link, io.Reader) error) (answ
 	var resp *http.Response
 	for resp == nil || resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
 		if resp, err = http.ReadResponse(l.r, nil); err != nil {
-			if l.limited.N <= 0 {
+			switch {
+			case l.limited.N <= 0:
 				err = fmt.Errorf("a header of more than %d bytes", maxHeader)
+			case !time.Now().Before(deadline): // net/http complains of the half that has come
+				err = os.ErrDeadlineExceeded
 			}
 			return true, false, err
 		}

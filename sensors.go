@@ -39,6 +39,7 @@ const (
 	maxArguments = 8 << 10           // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
 	quickTime    = time.Second / 100 // of a run, in which a pipe takes what it writes
 	freeOutput   = 64 << 10          // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
+	maxPipe      = 1 << 20           // bytes that are in a pipe, on a box with pages of 64 KiB
 	killDelay    = 2 * time.Second   // from SIGTERM to SIGKILL, and from there to giving up
 	shareTime    = time.Second       // to wait while another process replaces a sensor
 	busyRetries  = 100               // of 10 ms, while an executable just written is still open somewhere
@@ -587,8 +588,11 @@ func (s *sensors) await(ctx context.Context, name string, pid int) outcome {
 	reap := func() (status syscall.WaitStatus) {
 		syscall.Kill(-pid, syscall.SIGKILL) // who is left
 		for {
-			if _, err := syscall.Wait4(pid, &status, 0, nil); !errors.Is(err, syscall.EINTR) {
+			switch _, err := syscall.Wait4(pid, &status, 0, nil); {
+			case err == nil:
 				return status
+			case !errors.Is(err, syscall.EINTR):
+				return syscall.WaitStatus(syscall.SIGKILL) // nobody knows: not a success
 			}
 		}
 	}
@@ -729,14 +733,12 @@ func (c *capture) finish() (kept []byte, more bool) {
 		defer func() { c.pipe = -1; file.Close() }() // whose it is
 	}
 	buf := make([]byte, maxOutput)
-	for c.total <= freeOutput {
+	for begun := c.total; c.total-begun < maxPipe; { // somebody who is left may still write
 		n, err := syscall.Read(c.pipe, buf)
-		switch {
-		case errors.Is(err, syscall.EINTR):
-		case n <= 0:
-			return c.kept, c.total > int64(c.limit)
-		default:
+		if n > 0 {
 			c.keep(buf[:n])
+		} else if !errors.Is(err, syscall.EINTR) {
+			break
 		}
 	}
 	return c.kept, c.total > int64(c.limit)
