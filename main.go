@@ -1254,7 +1254,7 @@ func runList(ctx context.Context, in invocation) error {
 func sensorOnDisk(v string) (string, error) {
 	name, err := sensorName(v)
 	if name == ownSensor {
-		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers for it", ownSensor)
+		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers to that name, and no other sensor can have it", ownSensor)
 	}
 	return name, err
 }
@@ -1283,7 +1283,13 @@ func runInstall(ctx context.Context, in invocation) error {
 		return err
 	}
 	file := in.args[0]
-	name, _, _ := strings.Cut(filepath.Base(file), ".tar")
+	name := filepath.Base(file)
+	for _, suffix := range []string{".tar", ".tar.bz2", ".tar.gz", ".tbz2", ".tgz"} {
+		if before, ok := strings.CutSuffix(name, suffix); ok {
+			name = before
+			break
+		}
+	}
 	in.args = []string{name}
 	return changeSensor(ctx, in, "install FILE.tar.bz2", func(_ settings, u *updater, name string) error {
 		return u.install(ctx, name, fromFile(file))
@@ -1347,7 +1353,7 @@ func runConfig(_ context.Context, in invocation) error {
 		if len(in.args) == 0 || len(in.args)%3 != 0 {
 			return usagef("usage: picket config set SECTION OPTION VALUE [SECTION OPTION VALUE...]")
 		}
-		return editConfig(file, func(c *ini) error {
+		return editConfig(file, true, func(c *ini) error {
 			for args := in.args; len(args) > 0; args = args[3:] {
 				if err := c.set(args[0], args[1], args[2]); err != nil {
 					return err
@@ -1359,7 +1365,7 @@ func runConfig(_ context.Context, in invocation) error {
 		if err := in.takes(1, 2, "config unset SECTION [OPTION]"); err != nil {
 			return err
 		}
-		return editConfig(file, func(c *ini) error {
+		return editConfig(file, false, func(c *ini) error {
 			var found bool
 			var err error
 			if len(in.args) == 1 {
@@ -1377,11 +1383,11 @@ func runConfig(_ context.Context, in invocation) error {
 }
 
 // editConfig changes client.cfg, unless that would break settings that are in
-// order.
-func editConfig(file string, change func(*ini) error) error {
+// order, or where they have to be known give it a name that nobody reads.
+func editConfig(file string, known bool, change func(*ini) error) error {
 	var warnings []string
 	err := editINI(file, nil, func(c *ini) error {
-		_, known, before := c.settings(filepath.Dir(file))
+		_, old, before := c.settings(filepath.Dir(file))
 		if err := change(c); err != nil {
 			return err
 		}
@@ -1389,7 +1395,10 @@ func editConfig(file string, change func(*ini) error) error {
 		if err != nil && before == nil {
 			return &exitError{exitUsage, fmt.Errorf("not changed: %w", err)}
 		}
-		warnings = slices.DeleteFunc(all, func(w string) bool { return slices.Contains(known, w) })
+		warnings = slices.DeleteFunc(all, func(w string) bool { return slices.Contains(old, w) })
+		if known && len(warnings) > 0 {
+			return &exitError{exitUsage, fmt.Errorf("not changed: %s", warnings[0])}
+		}
 		return nil
 	})
 	for _, w := range warnings {
@@ -1453,7 +1462,7 @@ func runCall(ctx context.Context, in invocation) error {
 		return &exitError{exitUsage, err}
 	}
 	if option, err := files.load(); err != nil {
-		return usagef("-%s: %w", option, err)
+		return usagef("-%s: %w", strings.Replace(option, "certificate", "cert", 1), err)
 	}
 	var params []any
 	for _, arg := range in.args[2:] {
@@ -1532,8 +1541,13 @@ func runMonitor(ctx context.Context, in invocation) error {
 			return &exitError{exitUsage, fmt.Errorf("-next: %w", err)}
 		}
 	}
+	if m.packages != "" {
+		if _, err := os.ReadDir(m.packages); err != nil {
+			return usagef("-packages: %w", err)
+		}
+	}
 	if option, err := files.load(); err != nil {
-		return usagef("-%s: %w", option, err)
+		return usagef("-%s: %w", strings.Replace(option, "certificate", "cert", 1), err)
 	}
 	scheme := "http"
 	if m.tls = serverTLS(*files); m.tls != nil {
@@ -1541,7 +1555,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 	}
 	listener, err := net.Listen("tcp", *listen)
 	if err != nil {
-		return err
+		return fmt.Errorf("-listen: %w", err)
 	}
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
 	m.stored = func(s stored) error {
@@ -1655,7 +1669,7 @@ func (m *monitor) file(params []any, suffix string) (any, error) {
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxPackage+1))
 	if err == nil && len(data) > maxPackage {
-		err = fmt.Errorf("%s is larger than %d bytes", f.Name(), maxPackage)
+		err = faultf(faultParams, "%s%s is larger than the %d bytes that a stand-in serves", name, suffix, maxPackage)
 	}
 	return data, err
 }

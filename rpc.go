@@ -2889,6 +2889,9 @@ func ticketText(ticket any) string {
 	if s, ok := ticket.(string); ok {
 		return "ticket " + cut(s)
 	}
+	if ticket == nil {
+		return "no ticket"
+	}
 	return fmt.Sprint("ticket ", ticket)
 }
 

@@ -291,7 +291,7 @@ func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 	o := s.run(ctx, name, []string{s.help}, nil)
 	switch {
 	case o.code != 0:
-		return "", fmt.Errorf("%s %s: exit %d: %s", name, s.help, o.code, o.reason())
+		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
 	case o.tooLong:
 		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
 	case len(strings.TrimSpace(string(o.output))) == 0:
@@ -378,6 +378,14 @@ type outcome struct {
 	tooLong bool // there was more than maxOutput
 	stderr  []byte
 	why     string // where the code is the agent's own or a time-out's
+}
+
+// String is the code and, where there is one, the reason.
+func (o outcome) String() string {
+	if reason := o.reason(); reason != "" {
+		return fmt.Sprintf("exit %d: %s", o.code, reason)
+	}
+	return fmt.Sprintf("exit %d", o.code)
 }
 
 // reason says in one line why the code is not 0, as far as anybody said it.
@@ -609,7 +617,10 @@ func (s *sensors) await(ctx context.Context, name string, pid int) outcome {
 	case <-timer.C:
 		why = fmt.Sprintf("timed out after %v", s.timeout)
 	case <-ctx.Done():
-		why = "ended with the agent, or with the time for a help text"
+		why = "ended with the agent"
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			why = fmt.Sprintf("ended after %v", helpTime)
+		}
 	}
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		syscall.Kill(-pid, signal)

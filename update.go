@@ -171,7 +171,10 @@ func (u *updater) install(ctx context.Context, name string, from source) error {
 		}
 		u.progress("try")
 		if o := u.sensors.runIn(ctx, u.at(trialPrefix+name), trialPrefix+name, []string{u.sensors.help}, nil); o.code != 0 {
-			return fmt.Errorf("try %s %s: exit %d: %s", u.sensors.executable, u.sensors.help, o.code, o.reason())
+			if o.code == codeNotFound {
+				return fmt.Errorf("it holds no executable %s", u.sensors.executable)
+			}
+			return fmt.Errorf("try %s %s: %s", u.sensors.executable, u.sensors.help, o)
 		}
 		if err := u.moveSynced(u.at(trialPrefix+name), u.at(newPrefix+name)); err != nil {
 			return err
@@ -1107,7 +1110,7 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	case path.Clean(name) != name:
 		return "", errors.New("not a plain path")
 	case top != p.name:
-		return "", fmt.Errorf("not in the directory %s", cut(p.name))
+		return "", fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
 	case name == p.name && h.Typeflag != tar.TypeDir:
 		return "", errors.New("not a directory")
 	}
