@@ -7574,7 +7574,7 @@ func (b *budgets) command(dir, name string, args ...string) string {
 func (b *budgets) build() {
 	b.picket, b.empty, b.sensor = filepath.Join(b.dir, "picket"), filepath.Join(b.dir, "empty"), filepath.Join(b.dir, "sensors/s/check")
 	writeTree(b, b.dir, map[string]string{"yardstick/main.go": yardstick, "yardstick/go.mod": "module yardstick\n\ngo 1.21\n", "sensor.c": staticSensor, "sensors/s/": ""})
-	flags := []string{"build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w -buildid=", "-o"}
+	flags := []string{"build", "-trimpath", "-buildvcs=false", "-tags", "nethttpomithttp2", "-ldflags", "-s -w -buildid= -X main.built=1 -X main.release=bench", "-o"} // as make build
 	b.command(".", "go", append(flags, b.picket, ".")...)
 	b.command(filepath.Join(b.dir, "yardstick"), "go", append(flags, b.empty, ".")...)
 	b.command(b.dir, program(b, "cc"), "-w", "-Os", "-static", "-o", b.sensor, "sensor.c")
