@@ -3544,7 +3544,7 @@ func TestSpool(t *testing.T) {
 	await(t, "all are on the disk", func() bool { return len(spooled(t, dir)) == len(tickets) })
 	d.discard(1)
 	d.put(1, reading{code: -15, taken: taken})
-	await(t, "the newer one is", func() bool { return fmt.Sprint(spooled(t, dir)[3]) == "1=" })
+	await(t, "the newer one is", func() bool { got := spooled(t, dir); return len(got) == len(tickets) && got[3] == "1=" })
 	within(patience, d.close)
 
 	m.set(nil)
