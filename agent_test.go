@@ -2501,44 +2501,23 @@ func TestClientWire(t *testing.T) {
 	for _, test := range tests {
 		test := test
 		t.Run(test.name, func(t *testing.T) {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			var conns atomic.Int32
-			var served sync.WaitGroup
-			served.Add(1)
-			go func() {
-				defer served.Done()
-				for {
-					conn, err := l.Accept()
-					if err != nil {
+			l := listenRaw(t, func(conn net.Conn) {
+				r := bufio.NewReader(conn)
+				for _, answer := range test.answers {
+					request, err := http.ReadRequest(r)
+					if err != nil || answer == "" {
 						return
 					}
-					conns.Add(1)
-					served.Add(1)
-					go func() {
-						defer served.Done()
-						defer conn.Close()
-						r := bufio.NewReader(conn)
-						for _, answer := range test.answers {
-							request, err := http.ReadRequest(r)
-							if err != nil || answer == "" {
-								return
-							}
-							if _, err := io.Copy(io.Discard, request.Body); err != nil {
-								return
-							}
-							if _, err := io.WriteString(conn, answer); err != nil || test.ends {
-								return
-							}
-						}
-						io.Copy(io.Discard, r) // until the client hangs up
-					}()
+					if _, err := io.Copy(io.Discard, request.Body); err != nil {
+						return
+					}
+					if _, err := io.WriteString(conn, answer); err != nil || test.ends {
+						return
+					}
 				}
-			}()
-			defer served.Wait()
-			defer l.Close()
+				io.Copy(io.Discard, r) // until the client hangs up
+			})
+			defer l.close()
 			c := newClient(&url.URL{Scheme: "http", Host: l.Addr().String()}, patience, nil)
 			c.idle = patience
 			if test.name == "half a header" {
@@ -2555,8 +2534,8 @@ func TestClientWire(t *testing.T) {
 					t.Errorf("got %s; want %s", got, want)
 				}
 			}
-			if int(conns.Load()) != test.conns {
-				t.Errorf("%d connections; want %d", conns.Load(), test.conns)
+			if n := int(l.conns.Load()); n != test.conns {
+				t.Errorf("%d connections; want %d", n, test.conns)
 			}
 		})
 	}
@@ -2567,43 +2546,23 @@ func TestClientWire(t *testing.T) {
 func TestClientTLSWire(t *testing.T) {
 	for _, more := range []bool{false, true} {
 		files := newCA(t, "ca").files(t, "monitor", time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		var conns atomic.Int32
-		var served sync.WaitGroup
-		served.Add(1)
-		go func() {
-			defer served.Done()
-			for {
-				raw, err := l.Accept()
+		l := listenRaw(t, func(raw net.Conn) {
+			segment := &heldConn{Conn: raw}
+			conn := tls.Server(segment, serverTLS(files))
+			for r := bufio.NewReader(conn); ; {
+				request, err := http.ReadRequest(r)
 				if err != nil {
 					return
 				}
-				conns.Add(1)
-				served.Add(1)
-				go func() {
-					defer served.Done()
-					defer raw.Close()
-					segment := &heldConn{Conn: raw}
-					conn := tls.Server(segment, serverTLS(files))
-					for r := bufio.NewReader(conn); ; {
-						request, err := http.ReadRequest(r)
-						if err != nil {
-							return
-						}
-						io.Copy(io.Discard, request.Body)
-						segment.hold = true
-						for answer := 0; answer == 0 || answer == 1 && more; answer++ {
-							body := encodeResponse(answer, nil)
-							fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-						}
-						segment.release()
-					}
-				}()
+				io.Copy(io.Discard, request.Body)
+				segment.hold = true
+				for answer := 0; answer == 0 || answer == 1 && more; answer++ {
+					body := encodeResponse(answer, nil)
+					fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+				}
+				segment.release()
 			}
-		}()
+		})
 		c := newClient(&url.URL{Scheme: "https", Host: l.Addr().String()}, patience, clientTLS(files))
 		c.idle = patience
 		for i := 0; i < 3; i++ {
@@ -2612,12 +2571,52 @@ func TestClientTLSWire(t *testing.T) {
 			}
 		}
 		c.close()
-		l.Close()
-		served.Wait()
-		if n := conns.Load(); more && n != 3 || !more && n != 1 {
+		l.close()
+		if n := l.conns.Load(); more && n != 3 || !more && n != 1 {
 			t.Errorf("more %v: %d connections", more, n)
 		}
 	}
+}
+
+// A rawListener counts its connections.
+type rawListener struct {
+	net.Listener
+	conns  atomic.Int32
+	served sync.WaitGroup
+}
+
+// listenRaw serves each connection with a function, and closes it after that.
+func listenRaw(t *testing.T, serve func(net.Conn)) *rawListener {
+	t.Helper()
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &rawListener{Listener: inner}
+	l.served.Add(1)
+	go func() {
+		defer l.served.Done()
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			l.conns.Add(1)
+			l.served.Add(1)
+			go func() {
+				defer l.served.Done()
+				defer conn.Close()
+				serve(conn)
+			}()
+		}
+	}()
+	return l
+}
+
+// close waits until nothing is served any more.
+func (l *rawListener) close() {
+	l.Close()
+	l.served.Wait()
 }
 
 // A heldConn can hold back what is written to it, to write it in one go.

@@ -1448,6 +1448,18 @@ func tlsFlags(flags *flag.FlagSet) *tlsFiles {
 	return t
 }
 
+// loadTLSFlags reads the certificates that flags name. Its error names the flag.
+func loadTLSFlags(t *tlsFiles) error {
+	option, err := t.load()
+	if option == "certificate" {
+		option = "cert"
+	}
+	if err != nil {
+		return usagef("-%s: %w", option, err)
+	}
+	return nil
+}
+
 func runCall(ctx context.Context, in invocation) error {
 	flags := newFlags("call")
 	files := tlsFlags(flags)
@@ -1461,8 +1473,8 @@ func runCall(ctx context.Context, in invocation) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	if option, err := files.load(); err != nil {
-		return usagef("-%s: %w", strings.Replace(option, "certificate", "cert", 1), err)
+	if err := loadTLSFlags(files); err != nil {
+		return err
 	}
 	var params []any
 	for _, arg := range in.args[2:] {
@@ -1546,8 +1558,8 @@ func runMonitor(ctx context.Context, in invocation) error {
 			return usagef("-packages: %w", err)
 		}
 	}
-	if option, err := files.load(); err != nil {
-		return usagef("-%s: %w", strings.Replace(option, "certificate", "cert", 1), err)
+	if err := loadTLSFlags(files); err != nil {
+		return err
 	}
 	scheme := "http"
 	if m.tls = serverTLS(*files); m.tls != nil {

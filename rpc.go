@@ -1366,9 +1366,9 @@ func (c *client) expire() {
 	}
 }
 
-// take takes the connection that waits, if there is one.
-// It is of no use where the peer has said anything since its last answer: that it
-// ends, or more than it was asked.
+// take takes the connection that waits, if there is one. It is of no use where the
+// peer has said anything since its last answer: that it ends, or more than it was
+// asked.
 func (c *client) take() *link {
 	c.mu.Lock()
 	l := c.kept
@@ -2357,8 +2357,7 @@ func (d *delivery) writeSpool(w spoolWork) {
 	defer d.changed.Broadcast()
 	s := d.spool
 	d.totals.spoolBytes = s.size
-	switch {
-	case err != nil:
+	if err != nil {
 		s.stop(err)
 		d.unsaved = append(slices.DeleteFunc(w.add, func(u *undelivered) bool { return u.gone }), d.unsaved...)
 		d.marks = append(w.marks, d.marks...)
@@ -2367,13 +2366,13 @@ func (d *delivery) writeSpool(w spoolWork) {
 			d.unsaved, d.marks = nil, nil // the process is about to end
 		}
 		return
-	case fresh: // and what was in another one is to be written again
-		s.resume()
+	}
+	s.resume()
+	if fresh { // what was in another one is to be written again
 		d.forgetRecords()
 		d.adopt(found)
 		return
 	}
-	s.resume()
 	for i, u := range w.add {
 		u.record = s.last - uint64(len(w.add)-1-i)
 		if u.gone { // meanwhile

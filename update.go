@@ -170,10 +170,11 @@ func (u *updater) install(ctx context.Context, name string, from source) error {
 			return err
 		}
 		u.progress("try")
-		if o := u.sensors.runIn(ctx, u.at(trialPrefix+name), trialPrefix+name, []string{u.sensors.help}, nil); o.code != 0 {
-			if o.code == codeNotFound {
-				return fmt.Errorf("it holds no executable %s", u.sensors.executable)
-			}
+		switch o := u.sensors.runIn(ctx, u.at(trialPrefix+name), trialPrefix+name, []string{u.sensors.help}, nil); o.code {
+		case 0:
+		case codeNotFound:
+			return fmt.Errorf("it holds no executable %s", u.sensors.executable)
+		default:
 			return fmt.Errorf("try %s %s: %s", u.sensors.executable, u.sensors.help, o)
 		}
 		if err := u.moveSynced(u.at(trialPrefix+name), u.at(newPrefix+name)); err != nil {
