@@ -174,6 +174,29 @@ func golden(t *testing.T, file, got string) {
 	}
 }
 
+// A testCase is one of the cases that a file of testdata holds.
+type testCase struct{ name, text string }
+
+// cases reads a file of testdata. Each case begins with a line "-- NAME --" and
+// goes on to the next such line; what stands before the first is for the reader.
+func cases(t testing.TB, file string) (list []testCase) {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.SplitAfter(string(text), "\n") {
+		name, opens := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "-- ")
+		name, closes := strings.CutSuffix(name, " --")
+		if opens && closes {
+			list = append(list, testCase{name: name})
+		} else if len(list) > 0 {
+			list[len(list)-1].text += line
+		}
+	}
+	return list
+}
+
 // program returns the path of a program, or skips the test.
 func program(t testing.TB, name string) string {
 	t.Helper()
