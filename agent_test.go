@@ -1146,7 +1146,7 @@ func TestReadingUser(t *testing.T) {
 		t.Skip("only root can run sensors as another user")
 	}
 	for _, test := range []struct{ user, want string }{{"daemon", "1 1 1"}, {"1", "1 1 1"}, {"54321", "54321 54321 54321"}} {
-		user, err := credential(test.user)
+		user, err := otherUser(test.user)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -520,7 +520,7 @@ type settings struct {
 	executable, help, path, backup string
 	timeout                        time.Duration
 	concurrency                    int
-	user                           *syscall.Credential // nil: whoever runs the agent
+	user                           *sensorUser // nil: whoever runs the agent
 	update                         bool
 	maxPackage, maxUnpacked        int64 // bytes
 	publicKey                      string
@@ -596,7 +596,7 @@ var options = []struct {
 	{"sensor", "backup", "sensors_backup/", func(s *settings, v, dir string) (err error) { s.backup, err = absolute(v, dir); return }},
 	{"sensor", "timeout", "30s", func(s *settings, v, _ string) (err error) { s.timeout, err = duration(v); return }},
 	{"sensor", "concurrency", "2", func(s *settings, v, _ string) (err error) { s.concurrency, err = between(v, 1, 64); return }},
-	{"sensor", "user", "", func(s *settings, v, _ string) (err error) { s.user, err = credential(v); return }},
+	{"sensor", "user", "", func(s *settings, v, _ string) (err error) { s.user, err = otherUser(v); return }},
 	{"sensor", "update", "yes", func(s *settings, v, _ string) (err error) { s.update, err = boolean(v); return }},
 	{"sensor", "keep", "3", func(s *settings, v, _ string) (err error) { s.keep, err = between(v, 0, 1000); return }},
 	{"sensor", "public_key", "", func(s *settings, v, dir string) (err error) { s.publicKey, err = keyFile(v, dir); return }},
@@ -953,29 +953,35 @@ func httpURL(v string) (*url.URL, error) {
 	return u, nil
 }
 
-// credential returns the user, by name or number, that sensors run as, with
-// the groups he is in; nil where it is who runs the agent. Only root can have
-// it otherwise.
-func credential(v string) (*syscall.Credential, error) {
+// A sensorUser is another user that sensors run as.
+type sensorUser struct {
+	credential *syscall.Credential
+	name, home string // for the environment of a sensor
+}
+
+// otherUser returns the user, by name or number, that sensors run as. It
+// returns nil where that is the user who runs the agent: only root can run
+// sensors as another one.
+func otherUser(v string) (*sensorUser, error) {
 	if v == "" {
 		return nil, nil
 	}
-	c, err := lookUp(v)
+	u, err := findUser(v)
 	euid := os.Geteuid()
 	switch {
 	case err != nil:
 		return nil, err
-	case int(c.Uid) == euid && euid != 0:
+	case int(u.credential.Uid) == euid && euid != 0:
 		return nil, nil
 	case euid != 0:
 		return nil, errors.New("only root can run sensors as another user")
 	}
-	return c, nil
+	return u, nil
 }
 
-// lookUp finds a user and his groups. A number that /etc/passwd does not know
-// is taken as it is, with a group of the same number.
-func lookUp(v string) (*syscall.Credential, error) {
+// findUser finds a user and his groups. A number that /etc/passwd does not know
+// is taken as it is, with a group of the same number and / as his home.
+func findUser(v string) (*sensorUser, error) {
 	u, err := user.Lookup(v)
 	id, notNumber := strconv.ParseUint(v, 10, 32)
 	if err != nil && notNumber != nil {
@@ -983,7 +989,7 @@ func lookUp(v string) (*syscall.Credential, error) {
 	}
 	if err != nil {
 		if u, err = user.LookupId(v); err != nil {
-			return &syscall.Credential{Uid: uint32(id), Gid: uint32(id)}, nil
+			return &sensorUser{&syscall.Credential{Uid: uint32(id), Gid: uint32(id)}, v, "/"}, nil
 		}
 	}
 	groups, err := u.GroupIds()
@@ -998,7 +1004,7 @@ func lookUp(v string) (*syscall.Credential, error) {
 		}
 		ids = append(ids, uint32(n))
 	}
-	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
+	return &sensorUser{&syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, u.Username, u.HomeDir}, nil
 }
 
 // readINI reads and parses a file of at most 1 MiB; /dev/null is one, too.

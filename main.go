@@ -1794,7 +1794,7 @@ func scratchDir(s settings) (string, error) {
 }
 
 // tryScript runs a script in a directory, as a sensor.
-func tryScript(dir string, user *syscall.Credential) error {
+func tryScript(dir string, user *sensorUser) error {
 	if err := makeSensor(filepath.Join(dir, "try"), "echo 1"); err != nil {
 		return err
 	}

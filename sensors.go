@@ -62,8 +62,8 @@ const (
 // Sensors is a directory of sensors and how they are run.
 type sensors struct {
 	path, executable, help string
-	timeout                time.Duration       // of one run
-	user                   *syscall.Credential // nil: as the agent
+	timeout                time.Duration // of one run
+	user                   *sensorUser   // nil: as the agent
 	env                    []string
 	*activity
 }
@@ -139,7 +139,7 @@ type helpEntry struct {
 
 // newSensors returns the sensors of a directory, of which at most concurrency
 // run at once.
-func newSensors(path, executable, help string, timeout time.Duration, concurrency int, user *syscall.Credential) *sensors {
+func newSensors(path, executable, help string, timeout time.Duration, concurrency int, user *sensorUser) *sensors {
 	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
 	return &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, user: user,
@@ -551,7 +551,10 @@ func (s *sensors) start(file string, args []string, dir string, stdout, stderr u
 	args = append([]string{file}, args...)
 	process := &syscall.ProcAttr{
 		Dir: dir, Env: s.env, Files: []uintptr{uintptr(null), stdout, stderr},
-		Sys: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
+		Sys: &syscall.SysProcAttr{Setpgid: true},
+	}
+	if s.user != nil {
+		process.Sys.Credential = s.user.credential
 	}
 	for try := 0; ; try++ {
 		pid, err := syscall.ForkExec(file, args, process)
