@@ -379,17 +379,16 @@ func marked(t *testing.T, word string) []int {
 // dump is all that an INI text says, one line an option.
 func dump(c *ini) string {
 	var b strings.Builder
-	for _, section := range append([]string{defaults}, c.sections...) {
-		fmt.Fprintf(&b, "[%s]\n", section)
-		for _, option := range c.options(section) {
-			if _, own := c.values[iniKey{section, option}]; !own {
-				continue
-			}
-			if value, err := c.get(section, option); err != nil {
-				fmt.Fprintf(&b, "%s: %v\n", option, err)
-			} else {
-				fmt.Fprintf(&b, "%s = %q\n", option, value)
-			}
+	for i, line := range c.lines {
+		key := line.key
+		switch value, err := c.get(key.section, key.option); {
+		case c.values[key].line != i+1: // a comment, or overridden
+		case key.option == "":
+			fmt.Fprintf(&b, "[%s]\n", key.section)
+		case err != nil:
+			fmt.Fprintf(&b, "%s: %v\n", key.option, err)
+		default:
+			fmt.Fprintf(&b, "%s = %q\n", key.option, value)
 		}
 	}
 	return b.String()
@@ -414,245 +413,121 @@ func TestINI(t *testing.T) {
 		}
 		golden(t, strings.TrimSuffix(file, ".ini")+".golden", got)
 	}
+	if _, err := parseINI("x", strings.Repeat("x\n", 30)); strings.Count(err.Error(), "\n") != maxBadLines {
+		t.Errorf("got %v; want twenty bad lines and a sum", err)
+	}
 }
 
-// TestINIPython compares with the two parsers whose files these are, as far
-// as the dialects agree.
+// TestINIPython compares with the two parsers that these files were written
+// for, as far as the dialects agree.
 func TestINIPython(t *testing.T) {
-	python := program(t, "python3")
-	const script = `
-import sys
-try:
-    import ConfigParser as configparser
-    c = configparser.SafeConfigParser()
-except ImportError:
-    import configparser
-    c = configparser.ConfigParser(strict=False, inline_comment_prefixes=(';', '#'))
-c.read(sys.argv[1])
-for s in ['DEFAULT'] + c.sections():
-    for o in (c.defaults() if s == 'DEFAULT' else c._sections[s]):
-        if o != '__name__':
-            try:
-                v = c.get(s, o).replace('\n', '\\n')
-            except configparser.Error:
-                v = 'ERROR'
-            print('%s|%s|%s' % (s, o, v))
-`
-	values := func(c *ini) map[string]string {
-		all := make(map[string]string)
+	compare := func(python, file string) {
+		c, err := readINI(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines []string
 		for k := range c.values {
 			v, err := c.get(k.section, k.option)
 			if err != nil {
 				v = "ERROR"
 			}
-			all[k.section+"|"+k.option] = strings.ReplaceAll(v, "\n", `\n`)
+			if k.option != "" {
+				lines = append(lines, fmt.Sprintf("%s|%s|%s\n", k.section, k.option, strings.ReplaceAll(v, "\n", `\n`)))
+			}
 		}
-		return all
-	}
-	ask := func(python, file string) map[string]string {
-		out, err := exec.Command(python, "-c", script, file).Output()
-		if err != nil {
-			t.Fatalf("%s: %v", python, err)
+		slices.Sort(lines)
+		want, err := exec.Command(python, "testdata/ini/values.py", file).Output()
+		if got := strings.Join(lines, ""); err != nil || got != string(want) || len(lines) < 10 {
+			t.Errorf("%s: got\n%s\nwant as %s\n%s, %v", file, got, python, want, err)
 		}
-		all := make(map[string]string)
-		for _, line := range strings.Split(strings.TrimSuffix(string(out), "\n"), "\n") {
-			words := strings.SplitN(line, "|", 3)
-			all[words[0]+"|"+words[1]] = words[2]
-		}
-		return all
 	}
 	if python2 := findPython2(); python2 != "" {
-		for _, file := range []string{"testdata/ini/classic.ini", "testdata/ini/interpolation.ini"} {
-			c, err := readINI(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got, want := values(c), ask(python2, file); !reflect.DeepEqual(got, want) {
-				t.Errorf("%s: got  %q\nwant %q as Python 2.7 has it", file, got, want)
-			}
-		}
+		compare(python2, "testdata/ini/classic.ini")
+		compare(python2, "testdata/ini/interpolation.ini")
 	}
-	// What picket wrote, Python 3 reads: without rem lines and "", which it has not.
-	file := filepath.Join(t.TempDir(), "written.ini")
+	// What picket wrote, Python 3 reads; it has no rem lines and no "".
 	c := &ini{values: make(map[iniKey]iniValue)}
-	for i, value := range []string{"", "plain", "100%", "%(none)s", "two\nlines", "a:b=c", "ü", "#", "; x", "x;y", "[x]"} {
+	for i, value := range []string{"", "plain", "100%", "%(none)s", "two\nlines", "a:b=c", "ü", "x;y", "[x]"} {
 		if err := c.set("section", fmt.Sprint("Option", i), value); err != nil {
-			t.Logf("%v", err)
+			t.Error(err)
 		}
 	}
 	if err := c.set(defaults, "d", "default"); err != nil {
 		t.Error(err)
 	}
+	file := filepath.Join(t.TempDir(), "written.ini")
 	if err := os.WriteFile(file, []byte(c.text()), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := values(c), ask(python, file); !reflect.DeepEqual(got, want) || len(got) < 10 {
-		t.Errorf("got  %q\nwant %q as Python 3 has it\n%s", got, want, c.text())
-	}
+	compare(program(t, "python3"), file)
 }
 
 func TestINIEdit(t *testing.T) {
-	set := func(section, option, value string) func(*ini) error {
-		return func(c *ini) error { return c.set(section, option, value) }
+	tests := []struct{ before, edit, after string }{ // an edit is a section, an option and perhaps a value
+		{"[a]\nx = 1\n", "a|x|2", "[a]\nx = 2\n"},
+		{"[a]\nX:1;2  ; why\r\n#c\r\n", "a|x|long value", "[a]\nX:long value  ; why\r\n#c\r\n"},
+		{"[a]\nx =\n", "a|x|1", "[a]\nx = 1\n"},
+		{"[a]\nx = ; why\n", "a|x|1", "[a]\nx = 1 ; why\n"},
+		{"[a]\nx = \"\"\n", "a|x|1", "[a]\nx = 1\n"},
+		{"[a]\nx = 1\ny = 1\n[a]\nx = 2\n", "a|x|3", "[a]\nx = 1\ny = 1\n[a]\nx = 3\n"},
+		{"[a]\nx = 1\n  2\n # c\n  3 ; d\ny = 1\n", "a|x|4", "[a]\nx = 4\n # c\ny = 1\n"},
+		{"[a]\nx = 1 ; c\n\n# e\n[b]", "a|x|p\nq", "[a]\nx = p ; c\n\tq\n\n# e\n[b]"},
+		{"[a]\r\nx = 1", "a|y|2\n3", "[a]\r\nx = 1\r\ny = 2\r\n\t3\r\n"},
+		{"[a]\nx = 1", "a|x|2\n3", "[a]\nx = 2\n\t3\n"},
+		{"# top\n[a]\nx = 1\n\n# about b\n[b]\n", "a|y|%", "# top\n[a]\nx = 1\ny = %%\n\n# about b\n[b]\n"},
+		{"[a]\n\n[b]\n", "a|y|2", "[a]\ny = 2\n\n[b]\n"},
+		{"[a]\nx = 1\n", "b|y|2", "[a]\nx = 1\n\n[b]\ny = 2\n"},
+		{"", "b|Y|", "[b]\ny = \n"},
+		{"[a]\nx = 1\n", "DEFAULT|y|2", "[a]\nx = 1\n\n[DEFAULT]\ny = 2\n"},
+		{"\xef\xbb\xbf[a]\nx = 1\n", "a|x|2", "\xef\xbb\xbf[a]\nx = 2\n"},
+		{"[DEFAULT]\nx = 1\n[a]\n", "a|x|2", "[DEFAULT]\nx = 1\n[a]\nx = 2\n"},
+		{"[a]\nx = 1\n# c\n  2\ny = 3\nx = 4 ; d\n", "a|X", "[a]\n# c\ny = 3\n"},
+		{"[a]\nx = 1\n# c\n[b]\ny = 2\n[a]\nz = 3\n", "a", "# c\n[b]\ny = 2\n"},
 	}
-	remove := func(names ...string) func(*ini) error {
-		return func(c *ini) (err error) {
-			found := false
-			if len(names) == 1 {
-				found, err = c.removeSection(names[0])
-			} else {
-				found, err = c.removeOption(names[0], names[1])
-			}
-			if err == nil && !found {
-				err = errors.New("not found")
-			}
-			return err
-		}
-	}
-	tests := []struct {
-		before string
-		edit   func(*ini) error
-		after  string
-	}{
-		{"[a]\nx = 1\n", set("a", "x", "2"), "[a]\nx = 2\n"},
-		{"[a]\nX:1;2  ; why\r\n#c\r\n", set("a", "x", "long value"), "[a]\nX:long value  ; why\r\n#c\r\n"},
-		{"[a]\nx =\n", set("a", "x", "1"), "[a]\nx = 1\n"},
-		{"[a]\nx = ; why\n", set("a", "x", "1"), "[a]\nx = 1 ; why\n"},
-		{"[a]\nx = \"\"\n", set("a", "x", "1"), "[a]\nx = 1\n"},
-		{"[a]\nx = 1\ny = 1\n[a]\nx = 2\n", set("a", "x", "3"), "[a]\nx = 1\ny = 1\n[a]\nx = 3\n"},
-		{"[a]\nx = 1\n  2\n # c\n  3 ; d\ny = 1\n", set("a", "x", "4"), "[a]\nx = 4\n # c\ny = 1\n"},
-		{"[a]\nx = 1 ; c\n\n# e\n[b]", set("a", "x", "p\nq"), "[a]\nx = p ; c\n\tq\n\n# e\n[b]"},
-		{"[a]\r\nx = 1", set("a", "y", "2\n3"), "[a]\r\nx = 1\r\ny = 2\r\n\t3\r\n"},
-		{"# top\n[a]\nx = 1\n\n# about b\n[b]\n", set("a", "y", "%"), "# top\n[a]\nx = 1\ny = %%\n\n# about b\n[b]\n"},
-		{"[a]\n\n[b]\n", set("a", "y", "2"), "[a]\ny = 2\n\n[b]\n"},
-		{"[a]\nx = 1\n", set("b", "y", "2"), "[a]\nx = 1\n\n[b]\ny = 2\n"},
-		{"", set("b", "Y", ""), "[b]\ny = \n"},
-		{"[a]\nx = 1\n", set("DEFAULT", "y", "2"), "[a]\nx = 1\n\n[DEFAULT]\ny = 2\n"},
-		{"\xef\xbb\xbf[a]\nx = 1\n", set("a", "x", "2"), "\xef\xbb\xbf[a]\nx = 2\n"},
-		{"[DEFAULT]\nx = 1\n[a]\n", set("a", "x", "2"), "[DEFAULT]\nx = 1\n[a]\nx = 2\n"},
-		{"[a]\nx = 1\n# c\n  2\ny = 3\nx = 4 ; d\n", remove("a", "X"), "[a]\n# c\ny = 3\n"},
-		{"[a]\nx = 1\n# c\n[b]\ny = 2\n[a]\nz = 3\n", remove("a"), "# c\n[b]\ny = 2\n"},
+	for _, refused := range []string{
+		"a|x|1\n\n2", "a|x|1\n", "a|x|1\r", "a|x| 1", "a|x|1 ; 2", "a|x|1\n#2", `a|x|""`, // values
+		"a||1", "a|b:c|1", "a| b|1", "a|#b|1", "a|rem b|1", "a|[b]|1", "a|b\nc|1", // names of options
+		"|x|1", "a]b|x|1", "a\nb|x|1", // names of sections
+		"a|z", "b", // what is not there
+	} {
+		tests = append(tests, struct{ before, edit, after string }{"[a]\nx = 1\n[DEFAULT]\nz = 1\n", refused, ""})
 	}
 	for _, test := range tests {
 		c, err := parseINI("x.ini", test.before)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := test.edit(c); err != nil || c.text() != test.after {
-			t.Errorf("%q: got %q, %v; want %q", test.before, c.text(), err, test.after)
+		if words := strings.Split(test.edit, "|"); len(words) == 3 {
+			err = c.set(words[0], words[1], words[2])
+		} else {
+			err = c.remove(words[0], words[1:]...)
 		}
-	}
-
-	const text = "[a]\nx = 1\n[DEFAULT]\nz = 1\n"
-	refused := map[string]func(*ini) error{
-		"an empty line":      set("a", "x", "1\n\n2"),
-		"a final newline":    set("a", "x", "1\n"),
-		"a carriage return":  set("a", "x", "1\r"),
-		"blanks around":      set("a", "x", " 1"),
-		"a comment":          set("a", "x", "1 ; 2"),
-		"a comment line":     set("a", "x", "1\n#2"),
-		"two quotes":         set("a", "x", `""`),
-		"no name":            set("a", "", "1"),
-		"a name with colon":  set("a", "b:c", "1"),
-		"a blank name":       set("a", " b", "1"),
-		"a comment's name":   set("a", "#b", "1"),
-		"rem":                set("a", "rem b", "1"),
-		"a section's name":   set("a", "[b]", "1"),
-		"a name of lines":    set("a", "b\nc", "1"),
-		"no section":         set("", "x", "1"),
-		"a bracket":          set("a]b", "x", "1"),
-		"a section of lines": set("a\nb", "x", "1"),
-		"unset an option":    remove("a", "z"),
-		"unset a section":    remove("b"),
-	}
-	for name, edit := range refused {
-		c, err := parseINI("x.ini", text)
-		if err != nil {
-			t.Fatal(err)
+		want := test.after
+		if want == "" {
+			want = test.before
 		}
-		if err := edit(c); err == nil || c.text() != text {
-			t.Errorf("%s: got %v and %q; want an error and nothing changed", name, err, c.text())
+		if c.text() != want || (err != nil) != (test.after == "") {
+			t.Errorf("%q, %q: got %q, %v; want %q", test.before, test.edit, c.text(), err, test.after)
 		}
 	}
 }
 
-func TestINITyped(t *testing.T) {
-	c, err := parseINI("x.ini", "[a]\nyes = Yes\noff = OFF\nn = -12\nf = 1.5e3\nword = maybe\n")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if v, err := c.getBool("a", "yes"); !v || err != nil {
-		t.Error(v, err)
-	}
-	if v, err := c.getBool("a", "off"); v || err != nil {
-		t.Error(v, err)
-	}
-	if v, err := c.getInt("a", "n"); v != -12 || err != nil {
-		t.Error(v, err)
-	}
-	if v, err := c.getFloat("a", "F"); v != 1500 || err != nil {
-		t.Error(v, err)
-	}
-	_, err1 := c.getBool("a", "word")
-	_, err2 := c.getInt("a", "f")
-	_, err3 := c.getFloat("a", "word")
-	_, err4 := c.get("a", "none")
-	_, err5 := c.get("b", "none")
-	got := fmt.Sprint(errors.Join(err1, err2, err3, err4, err5))
-	want := `x.ini:6: [a] word: "maybe" is not a boolean (yes or no)
-x.ini:5: [a] f: "1.5e3" is not a whole number
-x.ini:6: [a] word: "maybe" is not a number
-x.ini: no option "none" in [a]
-x.ini: no section [b]`
-	if got != want {
-		t.Errorf("got\n%s\nwant\n%s", got, want)
-	}
-	if !c.hasSection("a") || c.hasSection("b") || !c.hasOption("a", "N") || c.hasOption("b", "n") {
-		t.Error("hasSection, hasOption")
-	}
-}
-
+// TestSettings checks texts of client.cfg, and the defaults.
 func TestSettings(t *testing.T) {
-	tests := []struct{ text, want string }{
-		{"", ""},
-		{"[sensor]\ntimeout = 5m\nconcurrency = 64\nuser = " + strconv.Itoa(os.Geteuid()) + "\n[agent]\nlisten = 127.0.0.1:0\nlog = syslog\n", ""},
-		{"[sensor]\nroot = /x\npath = %(root)s/y\n", ""},
-		{"[sensor]\npth = x\ntimout = 1\n[Monitor]\n[agents]\nx=1\n[qqqqqqqqqqqq]\n", `c.cfg:2: unknown option "pth" in [sensor] (did you mean "path"?)
-c.cfg:3: unknown option "timout" in [sensor] (did you mean "timeout"?)
-c.cfg:4: unknown section [Monitor] (did you mean "monitor"?)
-c.cfg:5: unknown section [agents] (did you mean "agent"?)
-c.cfg:7: unknown section [qqqqqqqqqqqq]`},
-		{"[sensor]\ntimeout = 0\nexecutable = a/b\nhelp =\npath =\nuser = no-such-user\nconcurrency = 65\n", `c.cfg:3: [sensor] executable: "a/b" is not a file name
-c.cfg:4: [sensor] help: a value is needed
-c.cfg:5: [sensor] path: a directory is needed
-c.cfg:2: [sensor] timeout: "0" is not a time such as 30, 30s or 5m
-c.cfg:7: [sensor] concurrency: "65" is not a whole number from 1 to 64
-c.cfg:6: [sensor] user: no user "no-such-user": user: unknown user no-such-user`},
-		{"[monitor]\nurl = ftp://u:secret@h/\ntime = UTC\nno_value = none\n[agent]\nlisten = 8080\nqueue = x\nlog = file\n", `c.cfg:2: [monitor] url: "ftp://xxxxx@h/" is neither an http nor an https URL
-c.cfg:3: [monitor] time: "UTC" is neither local nor utc
-c.cfg:4: [monitor] no_value: "none" is neither nan nor a number
-c.cfg:6: [agent] listen: "8080" is not an address such as :8080 or 127.0.0.1:8080
-c.cfg:7: [agent] queue: "x" is not a whole number from 1 to 65536
-c.cfg:8: [agent] log: "file" is neither stderr nor syslog`},
-		{"[monitor]\nurl = http://\n", `c.cfg:2: [monitor] url: "http://" names no host`},
-		{"[monitor]\nurl = http://u:secret@h:x/\n", `c.cfg:2: [monitor] url: not a URL such as http://monitor:8081/xmlrpc/`},
-		{"[DEFAULT]\nx = %(y)s\n[sensor]\nz = %\n[monitor]\nurl = %(x)s\n", `c.cfg:6: [monitor] url: no option "y" in [monitor] or [DEFAULT] for %(y)s
-c.cfg:4: [sensor] z: bad interpolation at "%": %(name)s is a reference, %% a percent sign
-c.cfg:2: [sensor] x: no option "y" in [sensor] or [DEFAULT] for %(y)s
-c.cfg:4: unknown option "z" in [sensor]`},
-	}
-	for _, test := range tests {
-		c, err := parseINI("c.cfg", test.text)
+	for _, test := range cases(t, "testdata/settings.txt") {
+		text, want, _ := strings.Cut(strings.ReplaceAll(test.text, "EUID", strconv.Itoa(os.Geteuid())), "=>\n")
+		c, err := parseINI("c.cfg", text)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, warnings, err := c.settings("/dir")
-		lines := warnings
+		got := strings.Join(warnings, "\n") + "\n"
 		if err != nil {
-			lines = append(strings.Split(err.Error(), "\n"), lines...)
+			got = err.Error() + "\n" + got
 		}
-		if got := strings.Join(lines, "\n"); got != test.want {
-			t.Errorf("%q: got\n%s\nwant\n%s", test.text, got, test.want)
+		if strings.Trim(got, "\n") != strings.Trim(want, "\n") {
+			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, want)
 		}
 	}
 	s, _, err := (&ini{}).settings("/dir")
@@ -660,7 +535,7 @@ c.cfg:4: unknown option "z" in [sensor]`},
 		t.Fatal(err)
 	}
 	want := settings{
-		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup", timeout: 30 * time.Second, concurrency: 2,
+		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup", timeout: 30 * time.Second, concurrency: 4,
 		update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
 		monitor: &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"}, monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20,
 		listen: ":8080", queue: 256,
@@ -668,10 +543,89 @@ c.cfg:4: unknown option "z" in [sensor]`},
 	if !reflect.DeepEqual(s, want) {
 		t.Errorf("got %+v; want %+v", s, want)
 	}
+	c, err := parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _, err = c.settings("")
+	if got := fmt.Sprint(s.timeout, s.allow, err); got != "1h0m0s [10.0.0.0/8 10.1.2.3/32] <nil>" {
+		t.Errorf("got %s", got)
+	}
+}
+
+// TestLost: whatever protects the box and goes away is named.
+func TestLost(t *testing.T) {
+	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1)}
+	s.monitorTLS.ca, s.agentTLS = "c", tlsFiles{certificate: "c", ca: "c", name: "n"}
+	for want, change := range map[string]func(*settings){
+		"[sensor] user":        func(s *settings) { s.user = nil },
+		"[sensor] update = no": func(s *settings) { s.update = true },
+		"[sensor] public_key":  func(s *settings) { s.publicKey = "" },
+		"[monitor] ca":         func(s *settings) { s.monitorTLS.ca = "" },
+		"[agent] allow":        func(s *settings) { s.allow = nil },
+		"[agent] certificate":  func(s *settings) { s.agentTLS.certificate = "" },
+		"[agent] client_ca":    func(s *settings) { s.agentTLS.ca = "" },
+		"[agent] client_name":  func(s *settings) { s.agentTLS.name = "" },
+		"": func(s *settings) {
+			s.allow, s.publicKey, s.user = make([]netip.Prefix, 2), "other", &sensorUser{name: "x"}
+		},
+	} {
+		next := s
+		change(&next)
+		if got := strings.Join(s.lost(&next), ", "); got != want {
+			t.Errorf("got %q; want %q", got, want)
+		}
+		if got := next.lost(&s); len(got) > 0 {
+			t.Errorf("the other way round: got %q", got)
+		}
+	}
+	empty, _, _ := (&ini{}).settings("")
+	if got := s.lost(&empty); len(got) != 8 {
+		t.Errorf("an empty client.cfg: got %q; want all", got)
+	}
+}
+
+// TestIrregular: a FIFO, a socket, a device or a directory in the place of a
+// file is an error that names the option. Nothing waits for it.
+func TestIrregular(t *testing.T) {
+	dir := t.TempDir()
+	writeTree(t, dir, map[string]string{"plain": "", "directory/": ""})
+	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := net.Listen("unix", filepath.Join(dir, "socket")); err != nil {
+		t.Fatal(err)
+	} else {
+		defer l.Close()
+	}
+	for _, name := range []string{"directory", "fifo", "socket", "/dev/zero"} {
+		file := name
+		if !filepath.IsAbs(name) {
+			file = filepath.Join(dir, name)
+		}
+		if _, err := readINI(file); err == nil || err.Error() != file+": not a regular file" {
+			t.Errorf("%s: got %v", name, err)
+		}
+		for text, option := range map[string]string{
+			"[monitor]\nca = " + name: "[monitor] ca", "[agent]\nclient_ca = " + name: "[agent] client_ca",
+			"[agent]\ncertificate = " + name + "\nkey = plain":   "[agent] certificate",
+			"[monitor]\nkey = " + name + "\ncertificate = plain": "[monitor] key",
+			"[sensor]\npublic_key = " + name:                     "",
+		} {
+			c, err := parseINI("c.cfg", text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, err = c.settings(dir)
+			if want := fmt.Sprintf("c.cfg:2: %s: %s: not a regular file", option, file); option != "" && (err == nil || !strings.HasPrefix(err.Error(), want)) || option == "" && err != nil {
+				t.Errorf("%q: got %v; want %s", text, err, want)
+			}
+		}
+	}
 }
 
 // TestShippedConfig: client.cfg shows every option with its default, and the
-// README explains it.
+// README explains it. Values that somebody has set in it are his.
 func TestShippedConfig(t *testing.T) {
 	text, err := os.ReadFile("client.cfg")
 	if err != nil {
@@ -681,24 +635,26 @@ func TestShippedConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := regexp.MustCompile(`(?m)^#([a-z_]+ =)`).ReplaceAllString(string(text), "$1")
-	for name, text := range map[string]string{"as it is": string(text), "with every default": all} {
-		c, err := parseINI("client.cfg", text)
-		if err != nil {
-			t.Fatal(err)
+	c, err := parseINI("client.cfg", string(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, warnings, err := c.settings(""); err != nil || len(warnings) > 0 {
+		t.Errorf("got %v, %q", err, warnings)
+	}
+	comments := regexp.MustCompile(`(?m)^(\[.*\]|#[a-z_]+ =.*)$`).FindAllString(string(text), -1)
+	shown, err := parseINI("client.cfg", strings.ReplaceAll(strings.Join(comments, "\n"), "#", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range known {
+		if v, ok := shown.raw(o.section, o.name); ok && v.raw != o.value {
+			t.Errorf("client.cfg shows [%s] %s = %s; want %s", o.section, o.name, v.raw, o.value)
+		} else if _, set := c.raw(o.section, o.name); !ok && !set {
+			t.Errorf("client.cfg does not show [%s] %s", o.section, o.name)
 		}
-		got, warnings, err := c.settings("")
-		want, _, _ := (&ini{}).settings("")
-		if err != nil || len(warnings) > 0 || !reflect.DeepEqual(got, want) {
-			t.Errorf("%s: got %+v, %v, %v; want %+v", name, got, warnings, err, want)
-		}
-		for _, o := range options {
-			if name == "with every default" && !c.hasOption(o.section, o.name) {
-				t.Errorf("client.cfg does not show [%s] %s", o.section, o.name)
-			}
-			if !strings.Contains(string(readme), "`"+o.name+"`") {
-				t.Errorf("the README does not explain [%s] %s", o.section, o.name)
-			}
+		if !strings.Contains(string(readme), "`"+o.name+"`") {
+			t.Errorf("the README does not explain [%s] %s", o.section, o.name)
 		}
 	}
 	var help bytes.Buffer
@@ -718,13 +674,14 @@ func TestShippedConfig(t *testing.T) {
 	}
 }
 
+// TestEditINI: of changes at once none is lost, and the file keeps its owner,
+// its mode and the link to it. What somebody planted where the new content is
+// written first is not followed.
 func TestEditINI(t *testing.T) {
 	dir := t.TempDir()
 	target, link := filepath.Join(dir, "target.cfg"), filepath.Join(dir, "client.cfg")
-	if err := os.WriteFile(target, []byte("[a]\nx = 1\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(target, 0o640); err != nil {
+	writeTree(t, dir, map[string]string{"target.cfg": "[a]\nx = 1\n", "victim": "untouched"})
+	if err := errors.Join(os.Chmod(target, 0o640), os.Symlink("target.cfg", link), os.Symlink("victim", nextFile(target))); err != nil {
 		t.Fatal(err)
 	}
 	if os.Geteuid() == 0 {
@@ -732,55 +689,66 @@ func TestEditINI(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.Symlink("target.cfg", link); err != nil {
-		t.Fatal(err)
+	about := func() string {
+		info, err := os.Lstat(target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		owner := info.Sys().(*syscall.Stat_t)
+		return fmt.Sprint(info.Mode(), owner.Uid, owner.Gid)
 	}
-	if err := os.WriteFile(nextFile(target), []byte("left behind by a power cut"), 0o600); err != nil {
-		t.Fatal(err)
+	before := about()
+	edit := func(ctx context.Context, option string) error {
+		return editINI(ctx, link, func(c *ini) error { return c.set("a", option, "1") })
 	}
-	before, err := os.Stat(target)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var done sync.WaitGroup // at once, and none is lost
+	var done sync.WaitGroup
 	for i := 0; i < 20; i++ {
 		done.Add(1)
 		go func(i int) {
 			defer done.Done()
-			if err := editINI(link, nil, func(c *ini) error { return c.set("a", fmt.Sprint("y", i), "1") }); err != nil {
+			if err := edit(context.Background(), fmt.Sprint("y", i)); err != nil {
 				t.Error(err)
 			}
 		}(i)
 	}
 	done.Wait()
 	c, err := readINI(target)
-	if err != nil || len(c.values) != 21 {
-		t.Errorf("got %v, %v; want 21 values", c.values, err)
+	if err != nil || len(c.values) != 22 {
+		t.Errorf("got %v, %v; want 21 values and their section", c.values, err)
 	}
-	if fi, err := os.Lstat(link); err != nil || fi.Mode()&os.ModeSymlink == 0 {
-		t.Errorf("the link: %v, %v", fi, err)
+	if after := about(); after != before {
+		t.Errorf("got %s; want %s", after, before)
 	}
-	after, err := os.Stat(target)
+	if to, err := os.Readlink(link); to != "target.cfg" {
+		t.Errorf("the link leads to %q, %v", to, err)
+	}
+
+	// What fails changes nothing.
+	lock, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	was, is := before.Sys().(*syscall.Stat_t), after.Sys().(*syscall.Stat_t)
-	if after.Mode() != before.Mode() || is.Uid != was.Uid || is.Gid != was.Gid {
-		t.Errorf("got mode %v of %d:%d; want %v of %d:%d", after.Mode(), is.Uid, is.Gid, before.Mode(), was.Uid, was.Gid)
-	}
-
-	// What fails changes nothing: here the temporary file cannot be made.
-	if err := os.MkdirAll(nextFile(target)+"/x", 0o755); err != nil {
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	if err := editINI(link, nil, func(c *ini) error { return c.set("a", "x", "2") }); err == nil {
+	short, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer cancel()
+	if err := edit(short, "z"); err == nil || !strings.Contains(err.Error(), "another process holds it") {
+		t.Errorf("locked by another: got %v", err)
+	}
+	if err := recoverINI(link); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("recover, locked by another: got %v", err)
+	}
+	lock.Close()
+	writeTree(t, dir, map[string]string{filepath.Base(nextFile(target)) + "/x": ""})
+	if err := edit(context.Background(), "z"); err == nil {
 		t.Error("no error where there is no room for a temporary file")
 	}
-	if again, err := readINI(target); err != nil || again.text() != c.text() {
-		t.Errorf("got %q, %v; want %q", again.text(), err, c.text())
-	}
-	if _, err := readINI(dir); err == nil {
-		t.Error("no error for a directory")
+	want := map[string]string{"target.cfg": c.text(), "victim": "untouched"}
+	os.RemoveAll(nextFile(target))
+	os.Remove(link)
+	if got := readTree(t, dir); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q; want %q", got, want)
 	}
 }
 
@@ -814,8 +782,8 @@ func FuzzINI(f *testing.F) {
 		if again, err := parseINI("f", c.text()); err != nil || dump(again) != dump(c) {
 			t.Fatalf("reads back as %q, %v; want %q", dump(again), err, dump(c))
 		}
-		if found, err := c.removeOption(section, option); !found || err != nil {
-			t.Fatalf("remove: %v, %v", found, err)
+		if err := c.remove(section, option); err != nil {
+			t.Fatal(err)
 		}
 		if _, own := c.values[iniKey{section, strings.ToLower(option)}]; own {
 			t.Fatal("still there")
@@ -4937,12 +4905,6 @@ func crashChild(spec string) {
 		}
 		return nil
 	}
-	if i < 0 {
-		if err := editINI(dir, die, func(c *ini) error { return c.set("monitor", "url", "http://two/") }); err != nil {
-			log.Fatal(err)
-		}
-		return
-	}
 	t := &testing.B{}
 	u := testUpdater(t, dir, nil)
 	u.change = die
@@ -4951,46 +4913,57 @@ func crashChild(spec string) {
 	}
 }
 
-// TestCrashConfig kills a process at each step of saving client.cfg, which is
-// all that a move writes.
+// TestCrashConfig kills a process that changes client.cfg again and again, from
+// outside and at random moments. The file is whole each time, and the next start
+// removes what is left beside it.
 func TestCrashConfig(t *testing.T) {
+	const text = "[monitor]\nurl = http://%d/ ; here\n"
+	if file := os.Getenv("PICKET_TEST_CONFIG"); file != "" { // this process is to be killed
+		for i := 0; ; i = 1 - i {
+			err := editINI(context.Background(), file, func(c *ini) error { return c.set("monitor", "url", fmt.Sprintf("http://%d/", i)) })
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	points := 0
-	for n := 1; ; n++ {
-		file := filepath.Join(t.TempDir(), "client.cfg")
-		if err := os.WriteFile(file, []byte(crashConfig), 0o600); err != nil {
+	half := 0
+	for i := 0; i < *kills; i++ {
+		dir := t.TempDir()
+		writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf(text, 2)})
+		file := filepath.Join(dir, "client.cfg")
+		cmd := exec.Command(self, "-test.run=^TestCrashConfig$")
+		cmd.Env = append(os.Environ(), "PICKET_TEST_CONFIG="+file)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), fmt.Sprintf("PICKET_TEST_CRASH=%s -1 %d", file, n))
-		err := cmd.Run()
-		want := crashConfig
-		if err == nil {
-			want = strings.Replace(crashConfig, "one", "two", 1)
+		await(t, "first change", func() bool {
+			now, err := os.ReadFile(file)
+			return err == nil && string(now) != fmt.Sprintf(text, 2)
+		})
+		time.Sleep(time.Duration(mathrand.Int63n(int64(5 * time.Millisecond))))
+		cmd.Process.Kill()
+		cmd.Wait()
+		if exists(nextFile(file)) {
+			half++
 		}
-		if err := editINI(file, nil, func(*ini) error { return nil }); err != nil { // the next start
+		if err := recoverINI(file); err != nil {
 			t.Error(err)
 		}
-		text, err2 := os.ReadFile(file)
-		left := leftovers(t, filepath.Dir(file))
-		if string(text) != want || err2 != nil || len(left) > 0 {
-			t.Errorf("step %d: %v: got %q, %q; want %q", n, err, text, left, want)
+		got := readTree(t, dir)
+		if whole := got["client.cfg"]; len(got) != 1 || whole != fmt.Sprintf(text, 0) && whole != fmt.Sprintf(text, 1) {
+			t.Errorf("got %q; want one of two texts, and nothing else", got)
 		}
-		if err == nil {
-			break
-		}
-		points++
 	}
-	if points < 4 {
-		t.Errorf("killed at %d points only", points)
+	total("kills of a change of client.cfg", *kills)
+	if half == 0 && *kills >= 25 {
+		t.Error("none was killed while it wrote")
 	}
-	t.Logf("killed at %d points", points)
 }
-
-const crashConfig = "[monitor]\nurl = http://one/ ; here\n"
 
 // TestUpdateUnderLoad: readings at full rate while their sensor is replaced a
 // hundred times; none fails.
@@ -5321,8 +5294,8 @@ func TestCommandLine(t *testing.T) {
 		{text, "config", 0, "# .*client.cfg;.*\n\\[sensor\\]\nexecutable = check\n.*url = http://u:xxxxx@h/%%20\n.*queue = 256\nlog = stderr\n"},
 		{text, "config get monitor url", 0, "http://u:xxxxx@h/%20\n"},
 		{text, "config get monitor timeout", 0, "15s\n"},
-		{text, "config get monitor none", 1, `!.*client.cfg: no option "none" in \[monitor\]`},
-		{text, "config get x y", 1, `!.*client.cfg: no section \[x\]`},
+		{text, "config get monitor none", 1, `!.*client.cfg: \[monitor\] none: there is no option "none" in \[monitor\]`},
+		{text, "config get x y", 1, `!.*client.cfg: \[x\] y: there is no option "y" in \[x\]`},
 		{text, "config get x", 2, "!usage: .*"},
 		{text, "config set monitor url http://other/", 0, ""},
 		{text, "config set sensor timeout 7 sensor keep 4", 0, ""},
@@ -5333,7 +5306,7 @@ func TestCommandLine(t *testing.T) {
 		{text, "config unset monitor timeout", 1, `!.*no such section or option`},
 		{text, "config unset x", 1, `!.*no such section or option`},
 		{text, "config frob", 2, `!unknown command "config frob"; see picket help`},
-		{"x\n[sensor]\ny\n", "config", 2, "!.*client.cfg:1: no section header yet: \"x\"\n.*client.cfg:3: neither .*"},
+		{"x\n[sensor]\ny\n", "config", 2, "!.*client.cfg:1: no section header yet\n.*client.cfg:3: neither .*"},
 		{"[sensor]\ntimeout = x\n", "list", 2, "!.*client.cfg:2: .*"},
 		{text, "-c /no/such/file list", 2, "!stat /no/such/file: .*"},
 		{text, "-x", 2, "!flag provided but not defined: -x; see picket help"},
@@ -5343,10 +5316,10 @@ func TestCommandLine(t *testing.T) {
 		{text, "call " + m.url.String() + " cmd_get_new_monitor_url box", 1, "!fault -32602: there is no new monitor"},
 		{text, "call " + m.url.String() + " nope 7", 1, "!fault -32601: .*"},
 		{text, "call http://127.0.0.1:1/ x", 1, "!call http://127.0.0.1:1/: .*refused"},
-		{text, "call ftp://h/ x", 2, `!"ftp://h/" is neither .*`},
+		{text, "call ftp://h/ x", 2, `!this is neither an http nor an https URL`},
 		{text, "call http://h/", 2, "!usage: .*"},
 		{text, "monitor x", 2, `!monitor takes no argument "x"`},
-		{text, "monitor -next x", 2, `!-next: "x" is neither an http.*`},
+		{text, "monitor -next x", 2, `!-next: this is neither an http.*`},
 		{text, "monitor -listen nowhere", 1, "!-listen: listen tcp: .*"},
 		{text, "monitor -packages nowhere", 2, "!-packages: open nowhere: no such file or directory"},
 		{text, "monitor -cert x", 2, "!-cert: needs a key"},
@@ -5717,7 +5690,7 @@ func TestReload(t *testing.T) {
 	reload()
 	configure("[sensor]\npath = two\n[agent]\nlisten = 203.0.113.1:1\n") // an address of nobody here
 	reload()
-	for _, want := range []string{"reload: " + file + ":3: [sensor] timeout: \"x\" is not a time", "reload: " + file + ":1: no section header yet: \"x\"", "reload: [agent] listen: listen tcp 203.0.113.1:1: "} {
+	for _, want := range []string{"reload: " + file + ":3: [sensor] timeout: \"x\" is not a time", "reload: " + file + ":1: no section header yet", "reload: [agent] listen: listen tcp 203.0.113.1:1: "} {
 		if !strings.Contains(lines.String(), want) {
 			t.Errorf("not logged: %s\n%s", want, lines)
 		}
@@ -6194,7 +6167,7 @@ func TestStoryErrors(t *testing.T) {
 		code   int
 		want   string
 	}{
-		{"x\n", exitUsage, "picket: .*client.cfg:1: no section header yet: \"x\"\n"},
+		{"x\n", exitUsage, "picket: .*client.cfg:1: no section header yet\n"},
 		{"[agent]\nlisten = " + taken.Addr().String() + "\n", exitFailed, "picket: \\[agent\\] listen: listen tcp .*: address already in use\n"},
 	} {
 		dir := t.TempDir()
@@ -6931,7 +6904,7 @@ func soak(t *testing.T, dir string) {
 				case dice < 205:
 					raw(func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() })
 				case dice < 208:
-					if err := editINI(file, nil, func(c *ini) error { return c.set("sensor", "concurrency", fmt.Sprint(2+random.Intn(4))) }); err != nil {
+					if err := editINI(context.Background(), file, func(c *ini) error { return c.set("sensor", "concurrency", fmt.Sprint(2+random.Intn(4))) }); err != nil {
 						t.Error(err)
 					}
 					a.reload()
@@ -7995,7 +7968,7 @@ func BenchmarkParseINI(b *testing.B) {
 	for i := 0; i < b.N; i++ {
 		c, err := parseINI("client.cfg", string(text))
 		if err == nil {
-			_, _, err = c.settings("/")
+			_, _, err = c.settings("")
 		}
 		if err != nil {
 			b.Fatal(err)

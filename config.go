@@ -1,25 +1,26 @@
 package main
 
-// The settings and the file they come from: client.cfg, an INI text in the
-// dialect of Python 2.7's SafeConfigParser, because that is what the files
-// on the boxes were written for:
+// The settings and the file that they come from: client.cfg, an INI text in
+// the dialect of Python 2.7's SafeConfigParser, because the files on the boxes
+// were written for it:
 //
 //	[DEFAULT]
 //	root: /opt/picket
 //	[sensor]
 //	path = %(root)s/sensors   ; the value ends before the semicolon
-//	# the next line goes on from the one above it:
-//	  ...
+//	help =
+//	  options
 //
-// A key and its value are split at the first ':' or '='; keys are
-// lower-cased, sections are not. A ';' or '#' at the start of a line or after
-// white space begins a comment, and a line whose first word is rem is one.
-// Sections of the same name merge and the last of duplicate keys wins.
-// %(name)s stands for another value of the section or of [DEFAULT], %% for a
-// percent sign. Kinder than Python: an indented comment is a comment, a
-// byte-order mark is skipped, and order and comments survive writing.
+// A key and its value are split at the first ':' or '='. Keys are lower-cased,
+// sections are not. An indented line continues the value above it. A comment
+// begins with ';' or '#' at the start of a line or after white space, and a
+// line whose first word is rem is one. Sections of the same name merge, and the
+// last of duplicate keys wins. %(name)s stands for another value of the section
+// or of [DEFAULT], %% for a percent sign. Unlike Python, picket takes an
+// indented comment for a comment, skips a byte-order mark, and keeps order and
+// comments when it writes.
 //
-// This file reads, changes and saves that text and makes typed settings of
+// This file reads, changes and saves that text, and makes typed settings of
 // it. It knows nothing of sensors or of the wire.
 
 import (
@@ -46,153 +47,107 @@ import (
 )
 
 const (
-	maxConfig    = 1 << 20  // bytes of client.cfg: a thousand times what one needs, yet safe to hold in memory
-	maxExpanded  = 64 << 10 // bytes and references of one value once it is filled in: ten levels could make it 10^10
-	maxReference = 10       // levels of %(name)s, as Python has it
-	maxBadLines  = 20       // reported one by one; a file that is no INI at all has thousands
+	maxConfig    = 1 << 20          // bytes of client.cfg, or of a certificate: far more than one needs
+	maxExpanded  = 64 << 10         // bytes and references of one expanded value: ten levels could make it 10^10
+	maxReference = 10               // levels of %(name)s, as in Python
+	maxBadLines  = 20               // reported one by one: a file that is no INI at all has thousands
+	maxTimeout   = time.Hour        // of a sensor: so long can it keep others waiting
+	editTime     = 10 * time.Second // that a change of client.cfg waits for its lock
 	iniSpace     = " \t\n\r\v\f"
 	byteMark     = "\xef\xbb\xbf"
-	defaults     = "DEFAULT" // the section that every other one falls back to
+	defaults     = "DEFAULT" // the section whose options every other section has, too
 )
 
-// An iniKey names one option.
+// An iniKey names an option or, without one, a section.
 type iniKey struct{ section, option string }
 
 // An iniValue is a value as it stands in the file, before interpolation.
 type iniValue struct {
 	raw  string
-	line int // 1 is the first
+	line int  // where it begins; the first line is 1
+	read bool // was asked for
 }
 
-// An iniLine is one line of the text and what it means.
+// An iniLine is one line of the text, with its line end. The three parts
+// follow one another; a line without a value is all before.
 type iniLine struct {
-	text     string // with its line end
-	kind     lineKind
-	key      iniKey // the section it stands in; the option that it begins or continues
-	from, to int    // where in text its part of the value stands
+	key                   iniKey // that it begins or continues; a comment has none
+	continues             bool
+	before, value, behind string
 }
 
-type lineKind int
+func (l iniLine) text() string { return l.before + l.value + l.behind }
 
-const (
-	otherLine lineKind = iota // blank, a comment
-	headerLine
-	optionLine
-	continuationLine
-)
-
-// An ini is an INI text. Changing it changes the lines concerned and no
-// other byte.
+// An ini is an INI text. A change keeps every byte of all other lines.
 type ini struct {
-	name     string // of the file, for errors
-	lines    []iniLine
-	sections []string // in the order of the file, without DEFAULT
-	values   map[iniKey]iniValue
+	name   string // of the file, for errors
+	lines  []iniLine
+	key    iniKey              // of the last line, comments apart
+	values map[iniKey]iniValue // also of each section: its header
 }
 
-// parseINI reads an INI text. Its error tells of every bad line (the first
-// twenty), each as "name:line: what is wrong".
+// parseINI reads an INI text. Its error lists the bad lines, the first twenty
+// of them, each as "name:line: what is wrong". It quotes none of them: there
+// may be a password in it.
 func parseINI(name, text string) (*ini, error) {
 	c := &ini{name: name, values: make(map[iniKey]iniValue)}
 	var errs []error
-	bad := func(format string, args ...any) {
-		errs = append(errs, fmt.Errorf("%s:%d: %s", name, len(c.lines)+1, fmt.Sprintf(format, args...)))
-	}
-	inSection := false
-	var at iniKey // the section and option that the next line belongs to
-	for _, text := range strings.SplitAfter(text, "\n") {
-		if text == "" {
+	for i, line := range strings.SplitAfter(text, "\n") {
+		if line == "" {
 			break // after the last line end
 		}
-		line := iniLine{text: text, key: at}
-		body, start := text, 0
-		if len(c.lines) == 0 {
-			body = strings.TrimPrefix(text, byteMark)
-			start = len(text) - len(body)
+		if err := c.add(line); err != nil {
+			errs = append(errs, fmt.Errorf("%s:%d: %w", name, i+1, err))
 		}
-		trimmed := strings.Trim(body, iniSpace)
-		indented := trimmed != "" && body[0] != trimmed[0]
-		switch {
-		case isComment(trimmed, indented):
-		case indented && at.option != "":
-			line.kind = continuationLine
-			line.from = strings.Index(text, trimmed)
-			line.to = valueEnd(text, line.from)
-			v := c.values[at]
-			v.raw += "\n" + text[line.from:line.to]
-			c.values[at] = v
-		case !indented && strings.Index(body, "]") > 1 && body[0] == '[':
-			line.kind = headerLine
-			inSection = true
-			at = iniKey{section: body[1:strings.Index(body, "]")]}
-			line.key = at
-			if at.section != defaults && !c.hasSection(at.section) {
-				c.sections = append(c.sections, at.section)
-			}
-		case !inSection:
-			bad("no section header yet: %.80q", masked(trimmed, ""))
-		case indented:
-			bad("an indented line with no option to continue: %.80q", masked(trimmed, ""))
-		case strings.IndexAny(body, ":=") < 1:
-			bad("neither a section, an option nor a comment: %.80q", masked(trimmed, ""))
-		default:
-			sep := strings.IndexAny(body, ":=")
-			at.option = strings.ToLower(strings.TrimRight(body[:sep], iniSpace))
-			line.kind, line.key = optionLine, at
-			line.from = start + sep + 1
-			for line.from < len(text) && strings.IndexByte(" \t\v\f", text[line.from]) >= 0 {
-				line.from++
-			}
-			line.to = valueEnd(text, line.from)
-			raw := text[line.from:line.to]
-			if raw == `""` {
-				raw = "" // how the old files write an empty value
-			}
-			c.values[at] = iniValue{raw, len(c.lines) + 1}
-		}
-		c.lines = append(c.lines, line)
 	}
-	if n := len(errs); n > maxBadLines {
-		errs = append(errs[:maxBadLines], fmt.Errorf("%s: %d more bad lines", name, n-maxBadLines))
+	if more := len(errs) - maxBadLines; more > 0 {
+		errs = append(errs[:maxBadLines], fmt.Errorf("%s: %d more bad lines", name, more))
 	}
 	return c, errors.Join(errs...)
 }
 
-// wordEnds are what stands between words of a message.
-const wordEnds = " \t\n\""
-
-// masked is a text with what may be user and password replaced: in each word of
-// it that has a colon before an @, all before that but for the scheme of a URL.
-// Words end with one of ends; "" takes the text for one word.
-func masked(text, ends string) string {
-	var b strings.Builder
-	for {
-		end := len(text)
-		if i := strings.IndexAny(text, ends); i >= 0 {
-			end = i
-		}
-		word := text[:end]
-		if at := strings.LastIndex(word, "@"); at >= 0 && strings.Contains(word[:at], ":") {
-			scheme, _, ok := strings.Cut(word[:at], "://")
-			if ok {
-				b.WriteString(scheme + "://")
-			}
-			word = "xxxxx" + word[at:]
-		}
-		b.WriteString(word)
-		if end == len(text) {
-			return b.String()
-		}
-		b.WriteByte(text[end])
-		text = text[end+1:]
+// add appends a line. It belongs to the section above it and, where it is
+// indented, to the option above it.
+func (c *ini) add(text string) error {
+	line, body := iniLine{before: text}, text
+	if len(c.lines) == 0 {
+		body = strings.TrimPrefix(text, byteMark)
 	}
+	trimmed := strings.Trim(body, iniSpace)
+	indented := trimmed != "" && body[0] != trimmed[0]
+	comment := isComment(trimmed, indented)
+	bracket, separator := strings.Index(body, "]"), strings.IndexAny(body, ":=")
+	switch {
+	case comment:
+	case indented && c.key.option != "":
+		line.continues = true
+		line.split(strings.Index(text, trimmed))
+		v := c.values[c.key]
+		c.values[c.key] = iniValue{raw: v.raw + "\n" + line.value, line: v.line}
+	case strings.HasPrefix(body, "[") && bracket > 1:
+		c.key = iniKey{section: body[1:bracket]}
+		c.values[c.key] = iniValue{line: len(c.lines) + 1}
+	case c.key.section == "":
+		return errors.New("no section header yet")
+	case indented:
+		return errors.New("an indented line with no option to continue")
+	case separator < 1:
+		return errors.New("neither a section, an option nor a comment")
+	default:
+		c.key.option = strings.ToLower(strings.TrimRight(body[:separator], iniSpace))
+		line.split(len(text) - len(body) + separator + 1)
+		v := iniValue{raw: line.value, line: len(c.lines) + 1}
+		if v.raw == `""` {
+			v.raw = "" // how the old files write an empty value
+		}
+		c.values[c.key] = v
+	}
+	if !comment {
+		line.key = c.key
+	}
+	c.lines = append(c.lines, line)
+	return nil
 }
-
-// A maskedError is an error whose text shows no password.
-type maskedError struct{ error }
-
-func (e maskedError) Error() string { return masked(e.error.Error(), wordEnds) }
-func (e maskedError) Unwrap() error { return e.error }
 
 // isComment reports whether a line is blank or a comment, given its text
 // without the white space around it.
@@ -200,16 +155,15 @@ func isComment(trimmed string, indented bool) bool {
 	if trimmed == "" || trimmed[0] == '#' || trimmed[0] == ';' {
 		return true
 	}
-	word := trimmed
-	if i := strings.IndexAny(trimmed, iniSpace); i >= 0 {
-		word = trimmed[:i]
-	}
-	return !indented && strings.EqualFold(word, "rem")
+	end := strings.IndexAny(trimmed+" ", iniSpace)
+	return !indented && strings.EqualFold(trimmed[:end], "rem")
 }
 
-// valueEnd finds the end of the value that begins at from: a comment, or the
-// end of the line, less the white space before it.
-func valueEnd(text string, from int) int {
+// split finds the value in a line. It begins after the first n bytes and the
+// blanks there, and ends before a comment or the end of the line.
+func (l *iniLine) split(n int) {
+	text := l.text()
+	from := len(text) - len(strings.TrimLeft(text[n:], " \t\v\f"))
 	end := len(text)
 	for i := from; i < len(text); i++ {
 		if (text[i] == ';' || text[i] == '#') && strings.IndexByte(iniSpace, text[i-1]) >= 0 {
@@ -217,301 +171,184 @@ func valueEnd(text string, from int) int {
 			break
 		}
 	}
-	return from + len(strings.TrimRight(text[from:end], iniSpace))
+	l.before, l.value = text[:from], strings.TrimRight(text[from:end], iniSpace)
+	l.behind = text[from+len(l.value):]
 }
 
-// text returns the INI text, to the byte what was read, less what was changed.
+// text returns the INI text.
 func (c *ini) text() string {
 	var b strings.Builder
 	for _, line := range c.lines {
-		b.WriteString(line.text)
+		b.WriteString(line.text())
 	}
 	return b.String()
 }
 
 // hasSection reports whether there is such a section. As in Python, DEFAULT
-// is none.
+// does not count.
 func (c *ini) hasSection(section string) bool {
-	return slices.Contains(c.sections, section)
-}
-
-// hasOption reports whether get finds such an option.
-func (c *ini) hasOption(section, option string) bool {
-	_, ok := c.raw(section, option)
-	return ok
-}
-
-// options lists a section's options, those it has from DEFAULT last, each
-// group in the order of the file.
-func (c *ini) options(section string) []string {
-	var names []string
-	seen := make(map[string]bool)
-	for _, from := range []string{section, defaults} {
-		for _, line := range c.lines {
-			if name := line.key.option; line.kind == optionLine && line.key.section == from && !seen[name] {
-				seen[name] = true
-				names = append(names, name)
-			}
-		}
-	}
-	return names
+	_, ok := c.values[iniKey{section: section}]
+	return ok && section != defaults
 }
 
 // raw looks an option up in its section, then in DEFAULT.
 func (c *ini) raw(section, option string) (iniValue, bool) {
-	option = strings.ToLower(option)
-	if v, ok := c.values[iniKey{section, option}]; ok {
-		return v, true
+	key := iniKey{section, strings.ToLower(option)}
+	if _, ok := c.values[key]; !ok && c.hasSection(section) {
+		key.section = defaults
 	}
-	if section != defaults && !c.hasSection(section) {
-		return iniValue{}, false
+	v, ok := c.values[key]
+	if !ok || key.option == "" {
+		return v, false
 	}
-	v, ok := c.values[iniKey{defaults, option}]
-	return v, ok
+	v.read = true
+	c.values[key] = v
+	return v, true
 }
 
 // get returns an option's value with every %(name)s filled in.
 func (c *ini) get(section, option string) (string, error) {
-	v, ok := c.raw(section, option)
-	switch {
-	case !ok && section != defaults && !c.hasSection(section):
-		return "", fmt.Errorf("%s: no section [%s]", c.name, section)
-	case !ok:
-		return "", fmt.Errorf("%s: no option %q in [%s]", c.name, option, section)
-	}
 	var b strings.Builder
-	budget := maxExpanded
-	if err := c.expand(&b, &budget, section, v.raw, []string{strings.ToLower(option)}); err != nil {
-		return "", c.errorAt(section, option, err)
-	}
-	return b.String(), nil
+	left := maxExpanded
+	err := c.expand(&b, &left, section, strings.ToLower(option), 0)
+	return b.String(), c.errorAt(section, option, err)
 }
 
-// errorAt says in front of err which option it is about, and where that stands.
+// errorAt adds to an error which option it is about and where that stands.
 func (c *ini) errorAt(section, option string, err error) error {
-	err = maskedError{err} // a URL may have come to the wrong place
+	if err == nil {
+		return nil
+	}
 	if v, ok := c.raw(section, option); ok {
 		return fmt.Errorf("%s:%d: [%s] %s: %w", c.name, v.line, section, option, err)
 	}
 	return fmt.Errorf("%s: [%s] %s: %w", c.name, section, option, err)
 }
 
-// expand appends raw to b, its references replaced, while the budget lasts.
-// The path holds the options that are being expanded, outermost first.
-func (c *ini) expand(b *strings.Builder, budget *int, section, raw string, path []string) error {
-	if len(path) > maxReference && strings.Contains(raw, "%") {
-		return fmt.Errorf("references nested deeper than %d levels", maxReference)
+// expand appends an option's value to b and fills in its references, which are
+// so many levels deep. Left is the number of bytes and references that may come.
+func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
+	v, ok := c.raw(section, option)
+	switch {
+	case depth > maxReference:
+		return fmt.Errorf("references nested deeper than %d levels, or in a circle", maxReference)
+	case !ok && option == "__name__": // as in Python 2
+		v.raw = strings.ReplaceAll(section, "%", "%%")
+	case !ok:
+		return fmt.Errorf("there is no option %q in [%s]", option, section)
 	}
-	for {
+	for raw := v.raw; ; {
 		before, rest, found := strings.Cut(raw, "%")
 		b.WriteString(before)
-		if *budget -= 1 + len(before); *budget < 0 {
+		if *left -= 1 + len(before); *left < 0 {
 			return fmt.Errorf("longer than %d bytes when filled in", maxExpanded)
 		}
-		if !found {
+		end := strings.Index(rest, ")")
+		switch {
+		case !found:
 			return nil
-		}
-		if strings.HasPrefix(rest, "%") {
+		case strings.HasPrefix(rest, "%"):
 			b.WriteByte('%')
 			raw = rest[1:]
-			continue
-		}
-		end := strings.Index(rest, ")")
-		if !strings.HasPrefix(rest, "(") || end < 2 || !strings.HasPrefix(rest[end:], ")s") {
-			shown := "%" + rest
-			if !strings.HasPrefix(rest, "(") && len(rest) > 2 {
-				shown = shown[:3] // the rest may be a password
+		case !strings.HasPrefix(rest, "(") || end < 2 || !strings.HasPrefix(rest[end:], ")s"):
+			return errors.New("bad interpolation: %(name)s is a reference, %% a percent sign")
+		default:
+			if err := c.expand(b, left, section, strings.ToLower(rest[1:end]), depth+1); err != nil {
+				return err
 			}
-			if strings.Contains(rest, "@") {
-				shown = "%"
-			}
-			return fmt.Errorf("bad interpolation at %.80q: %%(name)s is a reference, %%%% a percent sign", shown)
+			raw = rest[end+2:]
 		}
-		name := strings.ToLower(rest[1:end])
-		for i, p := range path {
-			if p == name {
-				return fmt.Errorf("cycle: %s -> %s", strings.Join(path[i:], " -> "), name)
-			}
-		}
-		v, ok := c.raw(section, name)
-		if name == "__name__" && !ok { // as in Python 2
-			v, ok = iniValue{raw: strings.ReplaceAll(section, "%", "%%")}, true
-		}
-		if !ok {
-			return fmt.Errorf("no option %q in [%s] or [%s] for %%(%s)s", name, section, defaults, rest[1:end])
-		}
-		if err := c.expand(b, budget, section, v.raw, append(path[:len(path):len(path)], name)); err != nil {
-			return err
-		}
-		raw = rest[end+2:]
 	}
 }
 
-// The typed get: what a program expects of a ConfigParser, as set and remove
-// are, whether or not the settings below use it.
-
-// getBool returns 1, yes, true and on as true and 0, no, false and off as
-// false, in any case of letters.
-func (c *ini) getBool(section, option string) (bool, error) {
-	s, err := c.get(section, option)
-	if err != nil {
-		return false, err
-	}
-	v, err := boolean(s)
-	if err != nil {
-		return false, c.errorAt(section, option, err)
-	}
-	return v, nil
-}
-
-// getInt returns a decimal whole number.
-func (c *ini) getInt(section, option string) (int, error) {
-	s, err := c.get(section, option)
-	if err != nil {
-		return 0, err
-	}
-	n, err := strconv.Atoi(s)
-	if err != nil {
-		return 0, c.errorAt(section, option, fmt.Errorf("%q is not a whole number", s))
-	}
-	return n, nil
-}
-
-// getFloat returns a decimal number.
-func (c *ini) getFloat(section, option string) (float64, error) {
-	s, err := c.get(section, option)
-	if err != nil {
-		return 0, err
-	}
-	f, err := strconv.ParseFloat(s, 64)
-	if err != nil || strings.ContainsAny(s, "xX_") {
-		return 0, c.errorAt(section, option, fmt.Errorf("%q is not a number", s))
-	}
-	return f, nil
-}
-
-// set gives an option a value, which get returns as it is given here: a
-// percent sign is written %%, a newline as a continuation line. The value is
-// replaced where it stands, its comment stays; a missing option is added
-// behind the last one of its section, a missing section at the end. A value
-// or name that would not read back the same is refused and changes nothing.
+// set gives an option a value, and get returns exactly that: a percent sign is
+// written %%, a newline as a continuation line. The value is replaced where it
+// stands, and its comment stays. A missing option is added after the last one
+// of its section, a missing section at the end. A value or name that would not
+// read back the same is refused and changes nothing.
 func (c *ini) set(section, option, value string) error {
 	key := iniKey{section, strings.ToLower(option)}
 	raw := strings.ReplaceAll(value, "%", "%%")
-	parts := strings.Split(raw, "\n")
-	at, after := -1, -1 // the line that defines the option; the last line of the section with a meaning
-	for i, line := range c.lines {
-		if line.key.section != section || line.kind == otherLine {
-			continue
+	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool { return l.continues && l.key == key })
+	defined, last := -1, -1 // the line of the option; the last line of the section
+	for i, line := range lines {
+		if line.key.section == section {
+			last = i
 		}
-		after = i
-		if line.kind == optionLine && line.key == key {
-			at = i
+		if line.key == key {
+			defined = i
 		}
-	}
-	var lines []string
-	for _, line := range c.lines {
-		lines = append(lines, line.text)
 	}
 	eol := "\n"
-	if len(lines) > 0 && strings.HasSuffix(lines[0], "\r\n") {
+	if len(lines) > 0 && strings.HasSuffix(lines[0].text(), "\r\n") {
 		eol = "\r\n"
 	}
-	var more strings.Builder // the continuation lines
-	for _, part := range parts[1:] {
-		more.WriteString("\t" + part + eol)
+	first, more, found := strings.Cut(raw, "\n")
+	if found {
+		more = "\t" + strings.ReplaceAll(more, "\n", eol+"\t") + eol
 	}
-	insert := func(i int, text string) { // behind line i
-		if i >= 0 && !strings.HasSuffix(lines[i], "\n") {
-			lines[i] += eol
-		}
-		lines = append(lines[:i+1], append([]string{text}, lines[i+1:]...)...)
-	}
+	at, added := last+1, key.option+" = "+first+eol+more
 	switch {
-	case at >= 0:
-		lines[at] = c.lines[at].withValue(parts[0])
-		for i := at + 1; i < len(c.lines) && c.lines[i].kind != optionLine && c.lines[i].kind != headerLine; i++ {
-			if c.lines[i].kind == continuationLine {
-				lines[i] = ""
-			}
+	case defined >= 0:
+		lines[defined] = lines[defined].withValue(first)
+		at, added = defined+1, more
+	case last < 0:
+		at, added = len(lines), "["+section+"]"+eol+added
+		if at > 0 && strings.Trim(lines[at-1].text(), iniSpace) != "" {
+			added = eol + added
 		}
-		if more.Len() > 0 {
-			insert(at, more.String())
-		}
-	case after >= 0:
-		insert(after, key.option+" = "+parts[0]+eol+more.String())
-	default:
-		head := "[" + section + "]" + eol
-		if n := len(c.lines); n > 0 && strings.Trim(lines[n-1], iniSpace) != "" {
-			head = eol + head
-		}
-		insert(len(lines)-1, head+key.option+" = "+parts[0]+eol+more.String())
+	}
+	if at > 0 && added != "" && !strings.HasSuffix(lines[at-1].text(), "\n") {
+		lines[at-1].behind += eol
 	}
 	want := maps.Clone(c.values)
+	want[iniKey{section: section}] = iniValue{}
 	want[key] = iniValue{raw: raw}
-	if err := c.become(lines, want); err != nil {
+	if err := c.replaceText(slices.Insert(lines, at, iniLine{before: added}), want); err != nil {
 		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
 	}
 	return nil
 }
 
-// withValue returns the text of an option's line with another value in it.
-func (l iniLine) withValue(value string) string {
-	before, behind := l.text[:l.from], l.text[l.to:]
-	if l.from == l.to && (strings.HasSuffix(before, "=") || strings.HasSuffix(before, ":")) {
-		before += " " // "key =" becomes "key = value"
+// withValue returns the line of an option with another value.
+func (l iniLine) withValue(value string) iniLine {
+	if l.value == "" && strings.Trim(l.before[len(l.before)-1:], ":=") == "" {
+		l.before += " " // "key =" becomes "key = value"
 	}
-	if behind != "" && strings.IndexByte(iniSpace, behind[0]) < 0 {
-		behind = " " + behind // a comment that followed an empty value
+	if l.value == "" && strings.Trim(l.behind, iniSpace) != "" {
+		l.behind = " " + l.behind // a comment stays one
 	}
-	return before + value + behind
+	l.value = value
+	return l
 }
 
-// become replaces the text, if the new one reads as exactly the values that
-// are wanted.
-func (c *ini) become(lines []string, want map[iniKey]iniValue) error {
-	next, err := parseINI(c.name, strings.Join(lines, ""))
-	if err != nil {
-		return fmt.Errorf("it cannot be written so that it can be read: %w", err)
-	}
+// replaceText replaces the text by these lines, if they read as exactly the
+// values that are wanted.
+func (c *ini) replaceText(lines []iniLine, want map[iniKey]iniValue) error {
+	next, err := parseINI(c.name, (&ini{lines: lines}).text())
 	same := func(a, b iniValue) bool { return a.raw == b.raw }
-	if !maps.EqualFunc(next.values, want, same) {
+	if err != nil || !maps.EqualFunc(next.values, want, same) {
 		return errors.New("it cannot be written so that it reads back the same")
 	}
 	*c = *next
 	return nil
 }
 
-// removeOption removes every definition of the option in its section, and
-// reports whether there was one. Its comments stay; a value in DEFAULT shows
-// through again.
-func (c *ini) removeOption(section, option string) (bool, error) {
-	key := iniKey{section, strings.ToLower(option)}
-	return c.remove(func(l iniLine) bool { return l.key == key && l.kind != headerLine })
-}
-
-// removeSection removes a section's headers and options, and reports whether
-// there was one. Comments stay.
-func (c *ini) removeSection(section string) (bool, error) {
-	return c.remove(func(l iniLine) bool { return l.key.section == section })
-}
-
-func (c *ini) remove(doomed func(iniLine) bool) (bool, error) {
+// remove removes an option from its section or, without one, the whole section.
+// Comments stay. A value in DEFAULT shows through again.
+func (c *ini) remove(section string, option ...string) error {
 	want := maps.Clone(c.values)
-	var lines []string
-	removed := false
-	for _, line := range c.lines {
-		if line.kind == otherLine || !doomed(line) {
-			lines = append(lines, line.text)
-			continue
+	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool {
+		unwanted := l.key.section == section && (len(option) == 0 || l.key.option == strings.ToLower(option[0]))
+		if unwanted {
+			delete(want, l.key)
 		}
-		removed = true
-		delete(want, line.key)
+		return unwanted
+	})
+	if len(lines) == len(c.lines) {
+		return fmt.Errorf("%s: no such section or option", c.name)
 	}
-	if !removed {
-		return false, nil
-	}
-	return true, c.become(lines, want)
+	return c.replaceText(lines, want)
 }
 
 // Settings are what client.cfg says, checked and typed. Paths are absolute.
@@ -520,10 +357,10 @@ type settings struct {
 	executable, help, path, backup string
 	timeout                        time.Duration
 	concurrency                    int
-	user                           *sensorUser // nil: whoever runs the agent
+	user                           *sensorUser // nil: the user who runs the agent
 	update                         bool
-	maxPackage, maxUnpacked        int64 // bytes
-	publicKey                      string
+	maxPackage, maxUnpacked        int64  // bytes
+	publicKey                      string // a file or directory, which need not be there
 	keep                           int
 
 	monitor        *url.URL
@@ -535,13 +372,36 @@ type settings struct {
 	monitorTLS     tlsFiles
 
 	listen   string
-	allow    []netip.Prefix // who may call; empty: everybody
+	allow    []netip.Prefix // callers that may command the agent; empty: everybody
 	agentTLS tlsFiles
 	queue    int
 	syslog   bool
 }
 
-// TLSFiles is what a section says of TLS, and what is in the files.
+// lost names the protections that are in force in s and missing in next. One
+// with another value is not lost.
+func (s *settings) lost(next *settings) (names []string) {
+	for _, p := range []struct {
+		name      string
+		now, then bool
+	}{
+		{"[sensor] user", s.user != nil, next.user != nil},
+		{"[sensor] update = no", !s.update, !next.update},
+		{"[sensor] public_key", s.publicKey != "", next.publicKey != ""},
+		{"[monitor] ca", s.monitorTLS.ca != "", next.monitorTLS.ca != ""},
+		{"[agent] allow", len(s.allow) > 0, len(next.allow) > 0},
+		{"[agent] certificate", s.agentTLS.certificate != "", next.agentTLS.certificate != ""},
+		{"[agent] client_ca", s.agentTLS.ca != "", next.agentTLS.ca != ""},
+		{"[agent] client_name", s.agentTLS.name != "", next.agentTLS.name != ""},
+	} {
+		if p.now && !p.then {
+			names = append(names, p.name)
+		}
+	}
+	return names
+}
+
+// TLSFiles are the files that a section names for TLS, and what is in them.
 type tlsFiles struct {
 	certificate, key, ca string // "" where there is none
 	name                 string // that the peer's certificate must bear; "": any
@@ -549,15 +409,16 @@ type tlsFiles struct {
 	pool                 *x509.CertPool
 }
 
-// equal reports whether the files hold the same, and the same is asked of a peer.
+// equal reports whether both hold the same and ask the same of a peer.
 func (t *tlsFiles) equal(other tlsFiles) bool {
-	if (t.pair == nil) != (other.pair == nil) || (t.pool == nil) != (other.pool == nil) || t.name != other.name {
-		return false
+	samePair := t.pair == other.pair
+	if t.pair != nil && other.pair != nil {
+		samePair = slices.EqualFunc(t.pair.Certificate, other.pair.Certificate, bytes.Equal)
 	}
-	return (t.pair == nil || slices.EqualFunc(t.pair.Certificate, other.pair.Certificate, bytes.Equal)) && (t.pool == nil || t.pool.Equal(other.pool))
+	return samePair && t.pool.Equal(other.pool) && t.name == other.name
 }
 
-// load reads the files. Its error begins with the option that is to blame.
+// load reads the files. An error comes with the option that is to blame.
 func (t *tlsFiles) load() (option string, err error) {
 	switch {
 	case t.certificate != "" && t.key == "":
@@ -565,9 +426,17 @@ func (t *tlsFiles) load() (option string, err error) {
 	case t.key != "" && t.certificate == "":
 		return "key", errors.New("needs a certificate")
 	case t.certificate != "":
-		pair, err := tls.LoadX509KeyPair(t.certificate, t.key)
+		certificate, err := readSmall(t.certificate, maxConfig)
 		if err != nil {
 			return "certificate", err
+		}
+		key, err := readSmall(t.key, maxConfig)
+		if err != nil {
+			return "key", err
+		}
+		pair, err := tls.X509KeyPair(certificate, key)
+		if err != nil {
+			return "certificate", fmt.Errorf("%s: %w", t.certificate, err)
 		}
 		t.pair = &pair
 	}
@@ -584,244 +453,185 @@ func (t *tlsFiles) load() (option string, err error) {
 	return "", nil
 }
 
-// options lists every option of client.cfg. The function checks a value and
-// puts it into the settings; dir is the directory that relative paths start from.
-var options = []struct {
-	section, name, value string
-	set                  func(s *settings, value, dir string) error
-}{
-	{"sensor", "executable", "check", func(s *settings, v, _ string) (err error) { s.executable, err = plainElement(v); return }},
-	{"sensor", "help", "options", func(s *settings, v, _ string) (err error) { s.help, err = notEmpty(v); return }},
-	{"sensor", "path", "sensors/", func(s *settings, v, dir string) (err error) { s.path, err = absolute(v, dir); return }},
-	{"sensor", "backup", "sensors_backup/", func(s *settings, v, dir string) (err error) { s.backup, err = absolute(v, dir); return }},
-	{"sensor", "timeout", "30s", func(s *settings, v, _ string) (err error) { s.timeout, err = duration(v); return }},
-	{"sensor", "concurrency", "2", func(s *settings, v, _ string) (err error) { s.concurrency, err = between(v, 1, 64); return }},
-	{"sensor", "user", "", func(s *settings, v, _ string) (err error) { s.user, err = otherUser(v); return }},
-	{"sensor", "update", "yes", func(s *settings, v, _ string) (err error) { s.update, err = boolean(v); return }},
-	{"sensor", "keep", "3", func(s *settings, v, _ string) (err error) { s.keep, err = between(v, 0, 1000); return }},
-	{"sensor", "public_key", "", func(s *settings, v, dir string) (err error) { s.publicKey, err = keyFile(v, dir); return }},
-	{"sensor", "max_package", "4M", func(s *settings, v, _ string) (err error) { s.maxPackage, err = size(v); return }},
-	{"sensor", "max_unpacked", "16M", func(s *settings, v, _ string) (err error) { s.maxUnpacked, err = size(v); return }},
-	{"monitor", "url", "http://localhost:8081/xmlrpc/", func(s *settings, v, _ string) (err error) { s.monitor, err = httpURL(v); return }},
-	{"monitor", "timeout", "15s", func(s *settings, v, _ string) (err error) { s.monitorTimeout, err = duration(v); return }},
-	{"monitor", "time", "local", func(s *settings, v, _ string) (err error) { s.utc, err = oneOf(v, "local", "utc"); return }},
-	{"monitor", "no_value", "nan", func(s *settings, v, _ string) (err error) { s.noValue, err = floatText(v); return }},
-	{"monitor", "spool", "", func(s *settings, v, dir string) (err error) { s.spool, err = optionalPath(v, dir); return }},
-	{"monitor", "spool_size", "1M", func(s *settings, v, _ string) (err error) { s.spoolSize, err = sizeBetween(v, 64<<10, 4<<20); return }},
-	{"monitor", "ca", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.ca, err = keyFile(v, dir); return }},
-	{"monitor", "certificate", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.certificate, err = keyFile(v, dir); return }},
-	{"monitor", "key", "", func(s *settings, v, dir string) (err error) { s.monitorTLS.key, err = keyFile(v, dir); return }},
-	{"agent", "listen", ":8080", func(s *settings, v, _ string) (err error) { s.listen, err = address(v); return }},
-	{"agent", "allow", "", func(s *settings, v, _ string) (err error) { s.allow, err = networks(v); return }},
-	{"agent", "certificate", "", func(s *settings, v, dir string) (err error) { s.agentTLS.certificate, err = keyFile(v, dir); return }},
-	{"agent", "key", "", func(s *settings, v, dir string) (err error) { s.agentTLS.key, err = keyFile(v, dir); return }},
-	{"agent", "client_ca", "", func(s *settings, v, dir string) (err error) { s.agentTLS.ca, err = keyFile(v, dir); return }},
-	{"agent", "client_name", "", func(s *settings, v, _ string) (err error) { s.agentTLS.name = v; return }},
-	{"agent", "queue", "256", func(s *settings, v, _ string) (err error) { s.queue, err = between(v, 1, 65536); return }},
-	{"agent", "log", "stderr", func(s *settings, v, _ string) (err error) { s.syslog, err = oneOf(v, "stderr", "syslog"); return }},
+// An option is one option of client.cfg.
+type option struct {
+	section, name, value string             // the value is the default
+	set                  func(string) error // checks a value and stores it
 }
 
-// settings checks the whole text. The error tells of everything that is
-// wrong, each with file and line; the warnings of what nobody will read.
+// options lists every option of client.cfg. They store their values in s.
+// Relative paths start from dir. An option with a default cannot be empty.
+func (s *settings) options(dir string) []option {
+	path := func(v string) (string, error) {
+		if v != "" && !filepath.IsAbs(v) {
+			v = filepath.Join(dir, v)
+		}
+		return filepath.Join(v), nil // cleaned, and "" where there is none
+	}
+	text := func(v string) (string, error) { return v, nil }
+	return []option{
+		{"sensor", "executable", "check", store(&s.executable, plainElement)},
+		{"sensor", "help", "options", store(&s.help, text)},
+		{"sensor", "path", "sensors/", store(&s.path, path)},
+		{"sensor", "backup", "sensors_backup/", store(&s.backup, path)},
+		{"sensor", "timeout", "30s", store(&s.timeout, duration)},
+		{"sensor", "concurrency", "4", store(&s.concurrency, between(1, 64))},
+		{"sensor", "user", "", store(&s.user, otherUser)},
+		{"sensor", "update", "yes", store(&s.update, boolean)},
+		{"sensor", "keep", "3", store(&s.keep, between(0, 1000))},
+		{"sensor", "public_key", "", store(&s.publicKey, path)},
+		{"sensor", "max_package", "4M", store(&s.maxPackage, size(1, 1<<40))},
+		{"sensor", "max_unpacked", "16M", store(&s.maxUnpacked, size(1, 1<<40))},
+		{"monitor", "url", "http://localhost:8081/xmlrpc/", store(&s.monitor, httpURL)},
+		{"monitor", "timeout", "15s", store(&s.monitorTimeout, duration)},
+		{"monitor", "time", "local", store(&s.utc, secondOf("local", "utc"))},
+		{"monitor", "no_value", "nan", store(&s.noValue, floatText)},
+		{"monitor", "spool", "", store(&s.spool, path)},
+		{"monitor", "spool_size", "1M", store(&s.spoolSize, size(64<<10, 4<<20))},
+		{"monitor", "ca", "", store(&s.monitorTLS.ca, path)},
+		{"monitor", "certificate", "", store(&s.monitorTLS.certificate, path)},
+		{"monitor", "key", "", store(&s.monitorTLS.key, path)},
+		{"agent", "listen", ":8080", store(&s.listen, address)},
+		{"agent", "allow", "", store(&s.allow, networks)},
+		{"agent", "certificate", "", store(&s.agentTLS.certificate, path)},
+		{"agent", "key", "", store(&s.agentTLS.key, path)},
+		{"agent", "client_ca", "", store(&s.agentTLS.ca, path)},
+		{"agent", "client_name", "", store(&s.agentTLS.name, text)},
+		{"agent", "queue", "256", store(&s.queue, between(1, 65536))},
+		{"agent", "log", "stderr", store(&s.syslog, secondOf("stderr", "syslog"))},
+	}
+}
+
+// known are the options for whoever needs only their names and defaults.
+var known = new(settings).options("")
+
+// store returns a function that stores what a check returns.
+func store[T any](to *T, check func(string) (T, error)) func(string) error {
+	return func(v string) (err error) {
+		*to, err = check(v)
+		return err
+	}
+}
+
+// value returns the value of an option, or its default.
+func (c *ini) value(section, name string) (string, error) {
+	_, found := c.raw(section, name)
+	i := slices.IndexFunc(known, func(o option) bool { return o.section == section && o.name == strings.ToLower(name) })
+	if !found && i >= 0 {
+		return known[i].value, nil
+	}
+	return c.get(section, name)
+}
+
+// settings checks all options. The error tells everything that is wrong, the
+// warnings what is not used as it stands, each with file and line.
 func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 	var errs []error
-	reported := make(map[int]bool) // lines: a DEFAULT is seen once through each section
-	bad := func(section, name string, err error) {
-		if v, _ := c.raw(section, name); v.line == 0 || !reported[v.line] {
-			reported[v.line] = true
+	report := func(section, name string, err error) { errs = append(errs, c.errorAt(section, name, err)) }
+	for _, o := range s.options(dir) {
+		switch value, err := c.value(o.section, o.name); {
+		case err != nil:
 			errs = append(errs, err)
+		case value == "" && o.value != "":
+			report(o.section, o.name, errors.New("a value is needed"))
+		default:
+			report(o.section, o.name, o.set(value))
 		}
 	}
-	for _, o := range options {
-		value, err := c.value(o.section, o.name)
-		if err != nil {
-			bad(o.section, o.name, err)
-			continue
-		}
-		if err := o.set(&s, value, dir); err != nil {
-			bad(o.section, o.name, c.errorAt(o.section, o.name, err))
-		}
+	if s.path == s.backup && s.path != "" {
+		report("sensor", "backup", errors.New("the same directory as path"))
 	}
-	if s.path == s.backup && len(errs) == 0 {
-		errs = append(errs, c.errorAt("sensor", "backup", errors.New("the same directory as path")))
+	option, err := s.monitorTLS.load()
+	report("monitor", option, err)
+	if option, err = s.agentTLS.load(); option == "ca" {
+		option = "client_ca"
 	}
-	if len(errs) == 0 {
-		errs = append(errs, c.loadTLS(&s)...)
+	report("agent", option, err)
+	if s.agentTLS.ca != "" && s.agentTLS.certificate == "" { // it would check nobody
+		report("agent", "client_ca", errors.New("needs certificate and key"))
 	}
-	for _, section := range c.sections {
-		known := namesIn(section)
-		if len(known) == 0 {
-			warnings = append(warnings, fmt.Sprintf("%s:%d: unknown section [%s]%s", c.name, c.headerLine(section), section, nearest(section, namesIn(""))))
-		}
-		for _, name := range c.options(section) {
-			if _, err := c.get(section, name); err != nil {
-				bad(section, name, err)
-			}
-			v, own := c.values[iniKey{section, name}]
-			if len(known) > 0 && own && !slices.Contains(known, name) && !c.refersTo(section, name) {
-				warnings = append(warnings, fmt.Sprintf("%s:%d: unknown option %q in [%s]%s", c.name, v.line, name, section, nearest(name, known)))
-			}
-		}
+	if s.agentTLS.name != "" && s.agentTLS.ca == "" {
+		report("agent", "client_name", errors.New("needs client_ca"))
+	}
+	warnings = c.unread()
+	if s.timeout > maxTimeout { // earlier versions took it: the agent must start all the same
+		err := fmt.Errorf("%v is too long, %v is used", s.timeout, maxTimeout)
+		warnings = append(warnings, c.errorAt("sensor", "timeout", err).Error())
+		s.timeout = maxTimeout
 	}
 	return s, warnings, errors.Join(errs...)
 }
 
-// loadTLS reads the certificates and keys that the settings name, and refuses
-// what would protect less than it looks.
-func (c *ini) loadTLS(s *settings) (errs []error) {
-	if option, err := s.monitorTLS.load(); err != nil {
-		errs = append(errs, c.errorAt("monitor", option, err))
+// unread returns a warning for each section and option that picket does not
+// know, except options that other values refer to.
+func (c *ini) unread() (warnings []string) {
+	var sections []string
+	names := make(map[string][]string) // by section
+	for _, o := range known {
+		sections = append(sections, o.section)
+		names[o.section] = append(names[o.section], o.name)
 	}
-	if option, err := s.agentTLS.load(); err != nil {
-		if option == "ca" {
-			option = "client_ca"
-		}
-		errs = append(errs, c.errorAt("agent", option, err))
-	}
-	switch t := s.agentTLS; {
-	case t.ca != "" && t.certificate == "":
-		errs = append(errs, c.errorAt("agent", "client_ca", errors.New("needs certificate and key")))
-	case t.name != "" && t.ca == "":
-		errs = append(errs, c.errorAt("agent", "client_name", errors.New("needs client_ca")))
-	}
-	return errs
-}
-
-// value returns what is in force for an option: its value in the file, with
-// interpolation, or its default.
-func (c *ini) value(section, option string) (string, error) {
-	if !c.hasOption(section, option) {
-		for _, o := range options {
-			if o.section == section && o.name == strings.ToLower(option) {
-				return o.value, nil
-			}
-		}
-	}
-	return c.get(section, option)
-}
-
-func (c *ini) headerLine(section string) int {
 	for i, line := range c.lines {
-		if line.kind == headerLine && line.key.section == section {
-			return i + 1
+		section, name := line.key.section, line.key.option
+		what := ""
+		switch {
+		case section == "" || section == defaults || line.continues || c.values[line.key].read:
+		case name == "" && names[section] == nil:
+			what = fmt.Sprintf("section [%s]%s", section, nearest(section, sections))
+		case name != "" && names[section] != nil:
+			what = fmt.Sprintf("option %q in [%s]%s", name, section, nearest(name, names[section]))
+		}
+		if what != "" {
+			warnings = append(warnings, fmt.Sprintf("%s:%d: unknown %s", c.name, i+1, what))
 		}
 	}
-	return 0
+	return warnings
 }
 
-// refersTo reports whether another value of the section uses the option: it
-// is a variable of the file's author then, not a mistake.
-func (c *ini) refersTo(section, option string) bool {
-	for k, v := range c.values {
-		if (k.section == section || k.section == defaults) && strings.Contains(strings.ToLower(v.raw), "%("+option+")s") {
-			return true
-		}
-	}
-	return false
-}
-
-// namesIn lists the options of a section, or for "" the sections.
-func namesIn(section string) []string {
-	var names []string
-	for _, o := range options {
-		if section == "" && !slices.Contains(names, o.section) {
-			names = append(names, o.section)
-		} else if section == o.section {
-			names = append(names, o.name)
-		}
-	}
-	return names
-}
-
-// nearest suggests the name that was probably meant, or nothing where none is close.
+// nearest suggests the name that was probably meant: one that differs at one
+// place only, by at most two letters.
 func nearest(name string, known []string) string {
-	best, distance := "", 1+len(name)/2
 	for _, k := range known {
-		if d := editDistance(strings.ToLower(name), k); d < distance {
-			best, distance = k, d
+		a, b := strings.ToLower(name), k
+		for a != "" && b != "" && a[0] == b[0] {
+			a, b = a[1:], b[1:]
+		}
+		for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
+			a, b = a[:len(a)-1], b[:len(b)-1]
+		}
+		if differ := max(len(a), len(b)); differ <= 2 && differ < len(k) {
+			return fmt.Sprintf(" (did you mean %q?)", k)
 		}
 	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf(" (did you mean %q?)", best)
+	return ""
 }
 
-// editDistance counts the letters to insert, delete or replace (Levenshtein).
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		diagonal := row[0]
-		row[0] = i
-		for j := 1; j <= len(b); j++ {
-			d := diagonal
-			if a[i-1] != b[j-1] {
-				d = 1 + min(diagonal, row[j], row[j-1])
-			}
-			diagonal, row[j] = row[j], d
-		}
-	}
-	return row[len(b)]
-}
+// The checks of single values. Each returns the cleaned value.
 
-// plainElement returns v if it is one plain path element.
+// plainElement takes one plain path element.
 func plainElement(v string) (string, error) {
-	if v == "" || v == "." || v == ".." || strings.ContainsAny(v, "/\x00") {
+	if v == "." || v == ".." || strings.ContainsAny(v, "/\x00") {
 		return "", fmt.Errorf("%q is not a file name", v)
 	}
 	return v, nil
 }
 
-// notEmpty returns v if there is anything in it.
-func notEmpty(v string) (string, error) {
-	if v == "" {
-		return "", errors.New("a value is needed")
-	}
-	return v, nil
-}
-
-// absolute returns v as an absolute path; a relative one starts in dir.
-func absolute(v, dir string) (string, error) {
-	if v == "" {
-		return "", errors.New("a directory is needed")
-	}
-	if filepath.IsAbs(v) {
-		return filepath.Clean(v), nil
-	}
-	return filepath.Join(dir, v), nil
-}
-
-// optionalPath returns v as an absolute path, or nothing for nothing.
-func optionalPath(v, dir string) (string, error) {
-	if v == "" {
-		return "", nil
-	}
-	return absolute(v, dir)
-}
-
 // networks reads addresses and networks with commas between them:
-// 192.168.1.0/24, 10.0.0.5, fd00::/8. IPv4 in IPv6 is IPv4.
-func networks(v string) ([]netip.Prefix, error) {
-	var list []netip.Prefix
+// 192.168.1.0/24, 10.0.0.5, fd00::/8. IPv4 in IPv6 counts as IPv4.
+func networks(v string) (list []netip.Prefix, err error) {
 	for _, part := range strings.Split(v, ",") {
 		part = strings.TrimSpace(part)
-		if part == "" && strings.TrimSpace(v) == "" {
-			return nil, nil
-		}
 		prefix, err := netip.ParsePrefix(part)
 		if addr, err2 := netip.ParseAddr(part); err2 == nil && addr.Zone() == "" {
 			prefix, err = addr.Prefix(addr.BitLen())
 		}
-		if addr := prefix.Addr(); err == nil && addr.Is4In6() {
-			if prefix.Bits() < 96 {
-				err = errors.New("IPv4 and more")
-			}
+		if addr := prefix.Addr(); addr.Is4In6() && prefix.Bits() >= 96 {
 			prefix = netip.PrefixFrom(addr.Unmap(), prefix.Bits()-96)
 		}
-		if err != nil {
+		switch {
+		case v == "":
+			return nil, nil
+		case err != nil || prefix.Addr().Is4In6():
 			return nil, fmt.Errorf("%q is neither an address nor a network such as 192.168.1.0/24", part)
 		}
 		list = append(list, prefix.Masked())
@@ -829,7 +639,7 @@ func networks(v string) ([]netip.Prefix, error) {
 	return list, nil
 }
 
-// boolean reads yes, no and what else stands for them.
+// boolean takes yes and no, and the other words that Python takes for them.
 func boolean(v string) (bool, error) {
 	switch strings.ToLower(v) {
 	case "1", "yes", "true", "on":
@@ -840,47 +650,45 @@ func boolean(v string) (bool, error) {
 	return false, fmt.Errorf("%q is not a boolean (yes or no)", v)
 }
 
-// keyFile returns v as an absolute path of something that is there, or nothing
-// for nothing: a key that is missing must not turn into no check.
-func keyFile(v, dir string) (string, error) {
-	if v == "" {
-		return "", nil
-	}
-	file, err := absolute(v, dir)
-	if err != nil {
-		return "", err
-	}
-	if _, err := os.Stat(file); err != nil {
-		return "", err
-	}
-	return file, nil
-}
-
-// sizeBetween reads a number of bytes from low to high.
-func sizeBetween(v string, low, high int64) (int64, error) {
-	n, err := size(v)
-	if err == nil && (n < low || n > high) {
-		err = fmt.Errorf("%q is not from %dK to %dM", v, low>>10, high>>20)
-	}
-	return n, err
-}
-
-// size reads a number of bytes: 65536, 64K or 4M.
-func size(v string) (int64, error) {
-	digits, factor := v, int64(1)
-	for suffix, f := range map[string]int64{"K": 1 << 10, "M": 1 << 20, "G": 1 << 30} {
-		if rest, ok := strings.CutSuffix(strings.ToUpper(v), suffix); ok {
-			digits, factor = rest, f
+// secondOf takes two words and reports whether it got the second.
+func secondOf(first, second string) func(string) (bool, error) {
+	return func(v string) (bool, error) {
+		if v != first && v != second {
+			return false, fmt.Errorf("%q is neither %s nor %s", v, first, second)
 		}
+		return v == second, nil
 	}
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n <= 0 || n > 1<<40/factor {
-		return 0, fmt.Errorf("%q is not a size such as 65536, 64K or 4M", v)
-	}
-	return n * factor, nil
 }
 
-// duration reads 30 (seconds), 30s, 5m or 1h30m; it is more than zero.
+// between takes a whole number from low to high.
+func between(low, high int) func(string) (int, error) {
+	return func(v string) (int, error) {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < low || n > high {
+			return 0, fmt.Errorf("%q is not a whole number from %d to %d", v, low, high)
+		}
+		return n, nil
+	}
+}
+
+// size takes a number of bytes from low to high, such as 65536, 64K or 4M.
+func size(low, high int64) func(string) (int64, error) {
+	return func(v string) (int64, error) {
+		digits, factor := strings.ToUpper(v), int64(1)
+		for suffix, f := range map[string]int64{"K": 1 << 10, "M": 1 << 20, "G": 1 << 30} {
+			if rest, found := strings.CutSuffix(digits, suffix); found {
+				digits, factor = rest, f
+			}
+		}
+		n, err := strconv.ParseInt(digits, 10, 64)
+		if err != nil || n > high/factor || n*factor < low {
+			return 0, fmt.Errorf("%q is not a size from %d to %d, such as 65536, 64K or 4M", v, low, high)
+		}
+		return n * factor, nil
+	}
+}
+
+// duration takes 30 (seconds), 30s, 5m or 1h30m. It is more than zero.
 func duration(v string) (time.Duration, error) {
 	text := v
 	if _, err := strconv.ParseFloat(v, 64); err == nil {
@@ -893,24 +701,7 @@ func duration(v string) (time.Duration, error) {
 	return d, nil
 }
 
-// between reads a whole number from low to high.
-func between(v string, low, high int) (int, error) {
-	n, err := strconv.Atoi(v)
-	if err != nil || n < low || n > high {
-		return 0, fmt.Errorf("%q is not a whole number from %d to %d", v, low, high)
-	}
-	return n, nil
-}
-
-// oneOf reports whether v is the second of two words.
-func oneOf(v, first, second string) (bool, error) {
-	if v != first && v != second {
-		return false, fmt.Errorf("%q is neither %s nor %s", v, first, second)
-	}
-	return v == second, nil
-}
-
-// floatText returns v if a monitor's float() takes it.
+// floatText takes what a monitor's float() takes.
 func floatText(v string) (string, error) {
 	f, err := strconv.ParseFloat(v, 64)
 	if err != nil || math.IsInf(f, 0) || strings.ContainsAny(v, "xX_") {
@@ -919,8 +710,7 @@ func floatText(v string) (string, error) {
 	return v, nil
 }
 
-// address returns v if one can listen there: host:port, or :port for every
-// address of the box.
+// address takes host:port, or :port for every address of the box.
 func address(v string) (string, error) {
 	_, port, err := net.SplitHostPort(v)
 	if err == nil {
@@ -932,26 +722,45 @@ func address(v string) (string, error) {
 	return v, nil
 }
 
-// httpURL reads the URL of an XML-RPC endpoint: http or https, with a host.
-// The error never shows a password.
+// httpURL takes the URL of an XML-RPC endpoint: http or https, with a host. Its
+// errors do not quote it, as there may be a password in it.
 func httpURL(v string) (*url.URL, error) {
 	u, err := url.Parse(v)
-	shown := masked(v, "")
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, errors.New("not a URL such as http://monitor:8081/xmlrpc/")
-	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("%q is neither an http nor an https URL", shown)
-	case u.Hostname() == "":
-		return nil, fmt.Errorf("%q names no host", shown)
-	case strings.ContainsFunc(u.Host, func(r rune) bool { return r >= 0x80 }):
-		return nil, fmt.Errorf("%q: a host is written in ASCII, xn--... where its name is not", shown)
 	}
-	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
-		return nil, fmt.Errorf("%q: there is no such port", shown)
+	port, err := strconv.ParseUint(u.Port(), 10, 16)
+	switch {
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, errors.New("this is neither an http nor an https URL")
+	case u.Hostname() == "":
+		return nil, errors.New("this URL names no host")
+	case strings.ContainsFunc(u.Host, func(r rune) bool { return r >= 0x80 }):
+		return nil, errors.New("a host is written in ASCII, as xn--... where its name is not")
+	case u.Port() != "" && (err != nil || port == 0):
+		return nil, errors.New("this URL has a port that does not exist")
 	}
 	return u, nil
 }
+
+// masked returns a text that shows no password: in each line everything between
+// :// and the last @ becomes xxxxx. (A URL that was taken for a path has :/ only.)
+func masked(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		before, rest, found := strings.Cut(line, ":/")
+		if at := strings.LastIndex(rest, "@"); found && at >= 0 {
+			lines[i] = before + "://xxxxx" + rest[at:]
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+// A maskedError is an error whose text shows no password.
+type maskedError struct{ error }
+
+func (e maskedError) Error() string { return masked(e.error.Error()) }
+func (e maskedError) Unwrap() error { return e.error }
 
 // A sensorUser is another user that sensors run as.
 type sensorUser struct {
@@ -959,55 +768,45 @@ type sensorUser struct {
 	name, home string // for the environment of a sensor
 }
 
-// otherUser returns the user, by name or number, that sensors run as. It
-// returns nil where that is the user who runs the agent: only root can run
-// sensors as another one.
+// otherUser finds the user, by name or number, that sensors run as, and his
+// groups. It returns nil for the user who runs the agent, unless that is root:
+// only root can run sensors as another user. A number that /etc/passwd does not
+// know is taken as it is, with a group of the same number and / as home.
 func otherUser(v string) (*sensorUser, error) {
 	if v == "" {
 		return nil, nil
 	}
-	u, err := findUser(v)
-	euid := os.Geteuid()
-	switch {
-	case err != nil:
-		return nil, err
-	case int(u.credential.Uid) == euid && euid != 0:
-		return nil, nil
-	case euid != 0:
-		return nil, errors.New("only root can run sensors as another user")
-	}
-	return u, nil
-}
-
-// findUser finds a user and his groups. A number that /etc/passwd does not know
-// is taken as it is, with a group of the same number and / as his home.
-func findUser(v string) (*sensorUser, error) {
 	u, err := user.Lookup(v)
-	id, notNumber := strconv.ParseUint(v, 10, 32)
-	if err != nil && notNumber != nil {
-		return nil, fmt.Errorf("no user %q: %w", v, err)
-	}
-	if err != nil {
+	if _, notNumber := strconv.ParseUint(v, 10, 32); err != nil && notNumber == nil {
 		if u, err = user.LookupId(v); err != nil {
-			return &sensorUser{&syscall.Credential{Uid: uint32(id), Gid: uint32(id)}, v, "/"}, nil
+			u, err = &user.User{Uid: v, Gid: v, Username: v, HomeDir: "/"}, nil
 		}
 	}
-	groups, err := u.GroupIds()
 	if err != nil {
+		return nil, fmt.Errorf("no user %q: %w", v, err)
+	}
+	groups, err := u.GroupIds()
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // a box need not have /etc/group
 		return nil, fmt.Errorf("groups of user %q: %w", v, err)
 	}
 	var ids []uint32
 	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		n, err := strconv.ParseUint(text, 10, 32)
+		id, err := strconv.ParseUint(text, 10, 32)
 		if err != nil {
 			return nil, fmt.Errorf("user %q: %w", v, err)
 		}
-		ids = append(ids, uint32(n))
+		ids = append(ids, uint32(id))
+	}
+	switch euid := os.Geteuid(); {
+	case euid != 0 && int(ids[0]) == euid:
+		return nil, nil
+	case euid != 0:
+		return nil, errors.New("only root can run sensors as another user")
 	}
 	return &sensorUser{&syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, u.Username, u.HomeDir}, nil
 }
 
-// readINI reads and parses a file of at most 1 MiB; /dev/null is one, too.
+// readINI reads and parses a file of at most 1 MiB.
 func readINI(file string) (*ini, error) {
 	text, err := readSmall(file, maxConfig)
 	if err != nil {
@@ -1016,16 +815,9 @@ func readINI(file string) (*ini, error) {
 	return parseINI(file, string(text))
 }
 
-// readSmall reads a file of at most limit bytes. It waits for no pipe.
+// readSmall reads a regular file of at most limit bytes.
 func readSmall(file string, limit int64) ([]byte, error) {
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() && info.Mode()&os.ModeCharDevice == 0 {
-		return nil, fmt.Errorf("%s: not a file", file)
-	}
-	f, err := os.Open(file)
+	f, err := openRegular(file)
 	if err != nil {
 		return nil, err
 	}
@@ -1037,108 +829,132 @@ func readSmall(file string, limit int64) ([]byte, error) {
 	return data, err
 }
 
-// editINI reads a file, lets change alter it and, where it did, saves it. Two
-// that edit the same file at once wait for each other. If anything fails, the
-// file is what it was. Where step is not nil, it is asked before each change of
-// the file system.
-func editINI(file string, step func(what string) error, change func(*ini) error) error {
+// openRegular opens a regular file for reading. It opens nothing else: a FIFO
+// would keep it waiting, and a device may do something when it is opened.
+func openRegular(file string) (f *os.File, err error) {
+	info, err := os.Stat(file)
+	if err == nil && info.Mode().IsRegular() {
+		if f, err = os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0); err == nil {
+			info, err = f.Stat() // it may have been exchanged
+		}
+	}
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s: not a regular file", file)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// editINI reads a file, lets change alter it and, where it did, saves it. If
+// anything fails, the file stays as it was. Others that edit it, in any process,
+// are waited for, up to 10 s.
+func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(target))
+	dir, err := os.Open(filepath.Dir(target)) // to lock it: the file itself is replaced
 	if err != nil {
 		return err
 	}
 	defer dir.Close() // which also unlocks it
-	// The file itself is no good to lock: it is replaced. A file system
-	// without locks is no reason to refuse.
-	if err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX); err != nil && !errors.Is(err, syscall.ENOLCK) && !errors.Is(err, syscall.ENOTSUP) && !errors.Is(err, syscall.ENOSYS) {
-		return &os.PathError{Op: "lock", Path: dir.Name(), Err: err}
+	if err := flockWithin(ctx, dir, syscall.LOCK_EX, editTime); err != nil {
+		return fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
-	os.Remove(nextFile(target)) // of a power cut; replaceFile reports what is wrong with it
+	os.Remove(nextFile(target)) // left by a power cut, or planted; if it stays, replaceFile fails
 	c, err := readINI(target)
 	if err != nil {
 		return err
 	}
 	before := c.text()
 	c.name = file
-	if err := change(c); err != nil {
+	if err := change(c); err != nil || c.text() == before {
 		return err
 	}
-	if c.text() == before {
-		return nil
-	}
-	if err := replaceFile(target, []byte(c.text()), step); err != nil {
+	if err := replaceFile(target, []byte(c.text())); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
 	return nil
 }
 
-// replaceFile replaces the content of a file that is no symbolic link,
-// keeping its mode and owner. At every moment, and after a power cut, the
-// file has either the old content or the new one, whole: the new one, and on the
-// disk, when replaceFile returns nil; the old one when it returns an error, but
-// for one of the last step, the sync of the directory. What a power cut leaves behind is at
-// most nextFile.
-func replaceFile(file string, data []byte, step func(what string) error) (err error) {
+// recoverINI removes what a power cut left of an editINI. It does not wait:
+// where another process holds the lock, it returns context.DeadlineExceeded.
+func recoverINI(file string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 0)
+	defer cancel()
+	return editINI(ctx, file, func(*ini) error { return nil })
+}
+
+// flockWithin locks an open file or directory. It waits for another process
+// that holds the lock, until ctx ends or the time is over. On a file system
+// without locks it does nothing: two changes at once are unlikely.
+func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	for {
+		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
+		switch err {
+		case nil, syscall.ENOLCK, syscall.ENOTSUP, syscall.ENOSYS:
+			return nil
+		case syscall.EWOULDBLOCK, syscall.EINTR:
+		default:
+			return err
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("another process holds it: %w", ctx.Err())
+		}
+	}
+}
+
+// replaceFile replaces the content of a file that is no symbolic link, and
+// keeps its mode and owner. At every moment, and after a power cut, the file has
+// either the old content or the new one, whole. When it returns nil, the new one
+// is on the disk. When it returns an error, the file has the old one, unless only
+// the sync of the directory failed. A power cut leaves nextFile at most.
+func replaceFile(file string, data []byte) error {
 	old, err := os.Stat(file)
 	if err != nil {
 		return err
 	}
-	if step == nil {
-		step = func(string) error { return nil }
-	}
 	next := nextFile(file)
-	if err := step("create " + next); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(next)
-		}
-	}()
-	if err := keepOwner(f, old); err != nil {
-		return err
+	if err = keepOwner(f, old); err == nil {
+		err = f.Chmod(old.Mode())
 	}
-	if err := f.Chmod(old.Mode()); err != nil {
-		return err
+	if err == nil {
+		_, err = f.Write(data)
 	}
-	if err := step("write " + next); err != nil {
-		return err
+	if err == nil {
+		err = f.Sync()
 	}
-	if _, err := f.Write(data); err != nil {
-		return err
+	if err2 := f.Close(); err == nil {
+		err = err2
 	}
-	if err := step("sync " + next); err != nil {
-		return err
+	if err == nil {
+		err = os.Rename(next, file)
 	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	if err := step("rename " + next); err != nil {
-		return err
-	}
-	if err := os.Rename(next, file); err != nil {
+	if err != nil {
+		os.Remove(next)
 		return err
 	}
 	return syncDir(filepath.Dir(file))
 }
 
-// nextFile is where the new content of a file is written first.
+// nextFile is where the new content of a file is written first. The name is
+// always the same, so that the next start finds what a power cut left.
 func nextFile(file string) string {
 	return filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".picket")
 }
 
-// keepOwner gives f the owner and group of old, where it has others.
+// keepOwner gives f the owner and group of old, where they differ.
 func keepOwner(f *os.File, old os.FileInfo) error {
 	now, err := f.Stat()
 	if err != nil {
@@ -1151,37 +967,15 @@ func keepOwner(f *os.File, old os.FileInfo) error {
 	return f.Chown(int(was.Uid), int(was.Gid))
 }
 
-// syncDir writes a directory's entries to the disk: what makes a rename last.
+// syncDir writes the entries of a directory to the disk, so that a rename lasts.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // a file system that cannot
+	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // on a file system that cannot
 		return err
 	}
 	return nil
-}
-
-// flockWithin locks an open file or directory, and waits for who else has. On a
-// file system that has no locks, where nothing else could be done, it does
-// nothing.
-func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	for {
-		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
-		switch {
-		case err == nil, errors.Is(err, syscall.ENOLCK), errors.Is(err, syscall.ENOTSUP), errors.Is(err, syscall.ENOSYS):
-			return nil
-		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
-			return err
-		}
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
 }

@@ -722,7 +722,7 @@ func (a *agent) settle(ctx context.Context) {
 	if err := now.updater.recover(ctx); err != nil {
 		log.Printf(warning+"recover sensors: %v", err)
 	}
-	if err := editINI(now.settings.file, nil, func(*ini) error { return nil }); err != nil {
+	if err := recoverINI(now.settings.file); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 		log.Printf(warning+"recover %s: %v", now.settings.file, err)
 	}
 }
@@ -1131,7 +1131,7 @@ func (a *agent) move(ctx context.Context) error {
 		return errors.New("client.cfg was read again meanwhile")
 	}
 	now := *a.setup.Load()
-	err = editINI(now.settings.file, nil, func(c *ini) error { return c.set("monitor", "url", u.String()) })
+	err = editINI(ctx, now.settings.file, func(c *ini) error { return c.set("monitor", "url", u.String()) })
 	if err != nil {
 		return err
 	}
@@ -1324,7 +1324,7 @@ func changeSensor(ctx context.Context, in invocation, usage string, change func(
 	return nil
 }
 
-func runConfig(_ context.Context, in invocation) error {
+func runConfig(ctx context.Context, in invocation) error {
 	file, err := findConfig(in.config)
 	if err != nil {
 		return err
@@ -1353,7 +1353,7 @@ func runConfig(_ context.Context, in invocation) error {
 		if len(in.args) == 0 || len(in.args)%3 != 0 {
 			return usagef("usage: picket config set SECTION OPTION VALUE [SECTION OPTION VALUE...]")
 		}
-		return editConfig(file, true, func(c *ini) error {
+		return editConfig(ctx, file, true, func(c *ini) error {
 			for args := in.args; len(args) > 0; args = args[3:] {
 				if err := c.set(args[0], args[1], args[2]); err != nil {
 					return err
@@ -1365,28 +1365,16 @@ func runConfig(_ context.Context, in invocation) error {
 		if err := in.takes(1, 2, "config unset SECTION [OPTION]"); err != nil {
 			return err
 		}
-		return editConfig(file, false, func(c *ini) error {
-			var found bool
-			var err error
-			if len(in.args) == 1 {
-				found, err = c.removeSection(in.args[0])
-			} else {
-				found, err = c.removeOption(in.args[0], in.args[1])
-			}
-			if err == nil && !found {
-				err = fmt.Errorf("%s: no such section or option", file)
-			}
-			return err
-		})
+		return editConfig(ctx, file, false, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
 	}
 	return usagef("unknown command %q; see picket help", "config "+verb)
 }
 
 // editConfig changes client.cfg, unless that would break settings that are in
 // order, or where they have to be known give it a name that nobody reads.
-func editConfig(file string, known bool, change func(*ini) error) error {
+func editConfig(ctx context.Context, file string, known bool, change func(*ini) error) error {
 	var warnings []string
-	err := editINI(file, nil, func(c *ini) error {
+	err := editINI(ctx, file, func(c *ini) error {
 		_, old, before := c.settings(filepath.Dir(file))
 		if err := change(c); err != nil {
 			return err
@@ -1412,7 +1400,10 @@ func redacted(value string) string {
 	if u, err := url.Parse(value); err == nil && u.User != nil {
 		return u.Redacted()
 	}
-	return masked(value, "")
+	if at := strings.LastIndex(value, "@"); at >= 0 && strings.Contains(value[:at], ":") { // a broken URL
+		return "xxxxx" + value[at:]
+	}
+	return value
 }
 
 // printConfig prints every option as INI, with its value or default. A
@@ -1426,7 +1417,7 @@ func printConfig(file string, out io.Writer) error {
 		log.Print(warning + warns)
 	}
 	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
-	for _, o := range options {
+	for _, o := range known {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
 			err = effective.set(o.section, o.name, redacted(value))
