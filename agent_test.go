@@ -413,8 +413,8 @@ func TestINI(t *testing.T) {
 		}
 		golden(t, strings.TrimSuffix(file, ".ini")+".golden", got)
 	}
-	if _, err := parseINI("x", strings.Repeat("x\n", 30)); strings.Count(err.Error(), "\n") != maxBadLines {
-		t.Errorf("got %v; want twenty bad lines and a sum", err)
+	if _, err := parseINI("x", strings.Repeat("x\n", 30)); len(strings.Split(err.Error(), "\n")) != maxBadLines {
+		t.Errorf("got %v; want the first twenty bad lines", err)
 	}
 }
 

@@ -51,11 +51,11 @@ const (
 	maxExpanded  = 64 << 10         // bytes and references of one expanded value: ten levels could make it 10^10
 	maxReference = 10               // levels of %(name)s, as in Python
 	maxBadLines  = 20               // reported one by one: a file that is no INI at all has thousands
-	maxTimeout   = time.Hour        // of a sensor: so long can it keep others waiting
+	maxTimeout   = time.Hour        // of a sensor, which takes the place of others for that long
 	editTime     = 10 * time.Second // that a change of client.cfg waits for its lock
 	iniSpace     = " \t\n\r\v\f"
 	byteMark     = "\xef\xbb\xbf"
-	defaults     = "DEFAULT" // the section whose options every other section has, too
+	defaults     = "DEFAULT" // the section that the others inherit from
 )
 
 // An iniKey names an option or, without one, a section.
@@ -65,25 +65,25 @@ type iniKey struct{ section, option string }
 type iniValue struct {
 	raw  string
 	line int  // where it begins; the first line is 1
-	read bool // was asked for
+	read bool // it was looked up
 }
 
 // An iniLine is one line of the text, with its line end. The three parts
 // follow one another; a line without a value is all before.
 type iniLine struct {
-	key                   iniKey // that it begins or continues; a comment has none
-	continues             bool
+	key                   iniKey // of the section or option that it belongs to; a comment has none
+	continues             bool   // it continues the value of the line above
 	before, value, behind string
 }
 
 func (l iniLine) text() string { return l.before + l.value + l.behind }
 
-// An ini is an INI text. A change keeps every byte of all other lines.
+// An ini is an INI text. A change of it keeps every byte of all other lines.
 type ini struct {
 	name   string // of the file, for errors
 	lines  []iniLine
-	key    iniKey              // of the last line, comments apart
-	values map[iniKey]iniValue // also of each section: its header
+	key    iniKey              // of the last line that is no comment
+	values map[iniKey]iniValue // for the key of a section: where its header stands
 }
 
 // parseINI reads an INI text. Its error lists the bad lines, the first twenty
@@ -96,12 +96,9 @@ func parseINI(name, text string) (*ini, error) {
 		if line == "" {
 			break // after the last line end
 		}
-		if err := c.add(line); err != nil {
+		if err := c.add(line); err != nil && len(errs) < maxBadLines {
 			errs = append(errs, fmt.Errorf("%s:%d: %w", name, i+1, err))
 		}
-	}
-	if more := len(errs) - maxBadLines; more > 0 {
-		errs = append(errs[:maxBadLines], fmt.Errorf("%s: %d more bad lines", name, more))
 	}
 	return c, errors.Join(errs...)
 }
@@ -160,19 +157,20 @@ func isComment(trimmed string, indented bool) bool {
 }
 
 // split finds the value in a line. It begins after the first n bytes and the
-// blanks there, and ends before a comment or the end of the line.
+// blanks there, and ends before a comment or the end of the line. Where it is
+// empty, the blanks belong to what stands behind.
 func (l *iniLine) split(n int) {
 	text := l.text()
-	from := len(text) - len(strings.TrimLeft(text[n:], " \t\v\f"))
-	end := len(text)
-	for i := from; i < len(text); i++ {
-		if (text[i] == ';' || text[i] == '#') && strings.IndexByte(iniSpace, text[i-1]) >= 0 {
+	from, end := len(text)-len(strings.TrimLeft(text[n:], " \t\v\f")), len(text)
+	for i := from; i < end; i++ {
+		if strings.IndexByte(";#", text[i]) >= 0 && strings.IndexByte(iniSpace, text[i-1]) >= 0 {
 			end = i
-			break
 		}
 	}
-	l.before, l.value = text[:from], strings.TrimRight(text[from:end], iniSpace)
-	l.behind = text[from+len(l.value):]
+	if l.value = strings.TrimRight(text[from:end], iniSpace); l.value == "" {
+		from = n
+	}
+	l.before, l.behind = text[:from], text[from+len(l.value):]
 }
 
 // text returns the INI text.
@@ -184,22 +182,17 @@ func (c *ini) text() string {
 	return b.String()
 }
 
-// hasSection reports whether there is such a section. As in Python, DEFAULT
-// does not count.
-func (c *ini) hasSection(section string) bool {
-	_, ok := c.values[iniKey{section: section}]
-	return ok && section != defaults
-}
-
-// raw looks an option up in its section, then in DEFAULT.
+// raw looks an option up in its section, then, if there is such a section, in
+// DEFAULT.
 func (c *ini) raw(section, option string) (iniValue, bool) {
 	key := iniKey{section, strings.ToLower(option)}
-	if _, ok := c.values[key]; !ok && c.hasSection(section) {
+	_, own := c.values[key]
+	if _, exists := c.values[iniKey{section: section}]; exists && !own {
 		key.section = defaults
 	}
 	v, ok := c.values[key]
 	if !ok || key.option == "" {
-		return v, false
+		return iniValue{}, false
 	}
 	v.read = true
 	c.values[key] = v
@@ -225,8 +218,9 @@ func (c *ini) errorAt(section, option string, err error) error {
 	return fmt.Errorf("%s: [%s] %s: %w", c.name, section, option, err)
 }
 
-// expand appends an option's value to b and fills in its references, which are
-// so many levels deep. Left is the number of bytes and references that may come.
+// expand appends an option's value to b, with its references filled in. Left is
+// how many bytes and references may still come, depth how many references led
+// here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
 	v, ok := c.raw(section, option)
 	switch {
@@ -290,7 +284,10 @@ func (c *ini) set(section, option, value string) error {
 	at, added := last+1, key.option+" = "+first+eol+more
 	switch {
 	case defined >= 0:
-		lines[defined] = lines[defined].withValue(first)
+		if lines[defined].value == "" {
+			lines[defined].before += " " // "key =" becomes "key = value"
+		}
+		lines[defined].value = first
 		at, added = defined+1, more
 	case last < 0:
 		at, added = len(lines), "["+section+"]"+eol+added
@@ -308,18 +305,6 @@ func (c *ini) set(section, option, value string) error {
 		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
 	}
 	return nil
-}
-
-// withValue returns the line of an option with another value.
-func (l iniLine) withValue(value string) iniLine {
-	if l.value == "" && strings.Trim(l.before[len(l.before)-1:], ":=") == "" {
-		l.before += " " // "key =" becomes "key = value"
-	}
-	if l.value == "" && strings.Trim(l.behind, iniSpace) != "" {
-		l.behind = " " + l.behind // a comment stays one
-	}
-	l.value = value
-	return l
 }
 
 // replaceText replaces the text by these lines, if they read as exactly the
@@ -459,8 +444,8 @@ type option struct {
 	set                  func(string) error // checks a value and stores it
 }
 
-// options lists every option of client.cfg. They store their values in s.
-// Relative paths start from dir. An option with a default cannot be empty.
+// options lists every option of client.cfg, each to be stored in s. Relative
+// paths start from dir. An option that has a default must not be empty.
 func (s *settings) options(dir string) []option {
 	path := func(v string) (string, error) {
 		if v != "" && !filepath.IsAbs(v) {
@@ -502,7 +487,7 @@ func (s *settings) options(dir string) []option {
 	}
 }
 
-// known are the options for whoever needs only their names and defaults.
+// known lists the options for whoever needs their names and defaults only.
 var known = new(settings).options("")
 
 // store returns a function that stores what a check returns.
@@ -541,12 +526,12 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 	if s.path == s.backup && s.path != "" {
 		report("sensor", "backup", errors.New("the same directory as path"))
 	}
-	option, err := s.monitorTLS.load()
-	report("monitor", option, err)
-	if option, err = s.agentTLS.load(); option == "ca" {
-		option = "client_ca"
+	blamed, err := s.monitorTLS.load()
+	report("monitor", blamed, err)
+	if blamed, err = s.agentTLS.load(); blamed == "ca" {
+		blamed = "client_ca"
 	}
-	report("agent", option, err)
+	report("agent", blamed, err)
 	if s.agentTLS.ca != "" && s.agentTLS.certificate == "" { // it would check nobody
 		report("agent", "client_ca", errors.New("needs certificate and key"))
 	}
@@ -563,7 +548,7 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 }
 
 // unread returns a warning for each section and option that picket does not
-// know, except options that other values refer to.
+// know. An option that another value refers to is not one of them.
 func (c *ini) unread() (warnings []string) {
 	var sections []string
 	names := make(map[string][]string) // by section
@@ -590,17 +575,17 @@ func (c *ini) unread() (warnings []string) {
 
 // nearest suggests the name that was probably meant: one that differs at one
 // place only, by at most two letters.
-func nearest(name string, known []string) string {
-	for _, k := range known {
-		a, b := strings.ToLower(name), k
+func nearest(name string, names []string) string {
+	for _, n := range names {
+		a, b := strings.ToLower(name), n
 		for a != "" && b != "" && a[0] == b[0] {
 			a, b = a[1:], b[1:]
 		}
 		for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
 			a, b = a[:len(a)-1], b[:len(b)-1]
 		}
-		if differ := max(len(a), len(b)); differ <= 2 && differ < len(k) {
-			return fmt.Sprintf(" (did you mean %q?)", k)
+		if differ := max(len(a), len(b)); differ <= 2 && differ < len(n) {
+			return fmt.Sprintf(" (did you mean %q?)", n)
 		}
 	}
 	return ""
@@ -619,6 +604,9 @@ func plainElement(v string) (string, error) {
 // networks reads addresses and networks with commas between them:
 // 192.168.1.0/24, 10.0.0.5, fd00::/8. IPv4 in IPv6 counts as IPv4.
 func networks(v string) (list []netip.Prefix, err error) {
+	if v == "" {
+		return nil, nil
+	}
 	for _, part := range strings.Split(v, ",") {
 		part = strings.TrimSpace(part)
 		prefix, err := netip.ParsePrefix(part)
@@ -628,10 +616,7 @@ func networks(v string) (list []netip.Prefix, err error) {
 		if addr := prefix.Addr(); addr.Is4In6() && prefix.Bits() >= 96 {
 			prefix = netip.PrefixFrom(addr.Unmap(), prefix.Bits()-96)
 		}
-		switch {
-		case v == "":
-			return nil, nil
-		case err != nil || prefix.Addr().Is4In6():
+		if err != nil || prefix.Addr().Is4In6() {
 			return nil, fmt.Errorf("%q is neither an address nor a network such as 192.168.1.0/24", part)
 		}
 		list = append(list, prefix.Masked())
@@ -842,15 +827,15 @@ func openRegular(file string) (f *os.File, err error) {
 		err = fmt.Errorf("%s: not a regular file", file)
 	}
 	if err != nil {
-		f.Close()
+		f.Close() // a nil file does not mind
 		return nil, err
 	}
 	return f, nil
 }
 
-// editINI reads a file, lets change alter it and, where it did, saves it. If
-// anything fails, the file stays as it was. Others that edit it, in any process,
-// are waited for, up to 10 s.
+// editINI reads a file, lets change alter it and saves it where it did. If
+// anything fails, the file stays as it was. Processes that edit the same file
+// wait for each other, for up to 10 s.
 func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
@@ -860,11 +845,11 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	if err != nil {
 		return err
 	}
-	defer dir.Close() // which also unlocks it
+	defer dir.Close() // and so unlock it
 	if err := flockWithin(ctx, dir, syscall.LOCK_EX, editTime); err != nil {
 		return fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
-	os.Remove(nextFile(target)) // left by a power cut, or planted; if it stays, replaceFile fails
+	os.Remove(nextFile(target)) // left by a power cut, or planted; where it stays, replaceFile fails
 	c, err := readINI(target)
 	if err != nil {
 		return err
@@ -880,17 +865,17 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	return nil
 }
 
-// recoverINI removes what a power cut left of an editINI. It does not wait:
-// where another process holds the lock, it returns context.DeadlineExceeded.
+// recoverINI removes what editINI left at a power cut. It does not wait: while
+// another process holds the lock, it returns context.DeadlineExceeded.
 func recoverINI(file string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 0)
 	defer cancel()
 	return editINI(ctx, file, func(*ini) error { return nil })
 }
 
-// flockWithin locks an open file or directory. It waits for another process
-// that holds the lock, until ctx ends or the time is over. On a file system
-// without locks it does nothing: two changes at once are unlikely.
+// flockWithin locks an open file or directory until it is closed. While another
+// process holds the lock it waits, until ctx ends or the time is over. On a file
+// system without locks it does nothing, as nothing can be done there.
 func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
@@ -913,9 +898,9 @@ func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) e
 
 // replaceFile replaces the content of a file that is no symbolic link, and
 // keeps its mode and owner. At every moment, and after a power cut, the file has
-// either the old content or the new one, whole. When it returns nil, the new one
-// is on the disk. When it returns an error, the file has the old one, unless only
-// the sync of the directory failed. A power cut leaves nextFile at most.
+// either the old content or the new one, whole. When replaceFile returns nil, the
+// new one is on the disk. After an error the file has the old one, unless only
+// the sync of the directory failed. At a power cut, nextFile may be left.
 func replaceFile(file string, data []byte) error {
 	old, err := os.Stat(file)
 	if err != nil {
