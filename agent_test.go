@@ -464,51 +464,23 @@ func TestINIPython(t *testing.T) {
 }
 
 func TestINIEdit(t *testing.T) {
-	tests := []struct{ before, edit, after string }{ // an edit is a section, an option and perhaps a value
-		{"[a]\nx = 1\n", "a|x|2", "[a]\nx = 2\n"},
-		{"[a]\nX:1;2  ; why\r\n#c\r\n", "a|x|long value", "[a]\nX:long value  ; why\r\n#c\r\n"},
-		{"[a]\nx =\n", "a|x|1", "[a]\nx = 1\n"},
-		{"[a]\nx = ; why\n", "a|x|1", "[a]\nx = 1 ; why\n"},
-		{"[a]\nx = \"\"\n", "a|x|1", "[a]\nx = 1\n"},
-		{"[a]\nx = 1\ny = 1\n[a]\nx = 2\n", "a|x|3", "[a]\nx = 1\ny = 1\n[a]\nx = 3\n"},
-		{"[a]\nx = 1\n  2\n # c\n  3 ; d\ny = 1\n", "a|x|4", "[a]\nx = 4\n # c\ny = 1\n"},
-		{"[a]\nx = 1 ; c\n\n# e\n[b]", "a|x|p\nq", "[a]\nx = p ; c\n\tq\n\n# e\n[b]"},
-		{"[a]\r\nx = 1", "a|y|2\n3", "[a]\r\nx = 1\r\ny = 2\r\n\t3\r\n"},
-		{"[a]\nx = 1", "a|x|2\n3", "[a]\nx = 2\n\t3\n"},
-		{"# top\n[a]\nx = 1\n\n# about b\n[b]\n", "a|y|%", "# top\n[a]\nx = 1\ny = %%\n\n# about b\n[b]\n"},
-		{"[a]\n\n[b]\n", "a|y|2", "[a]\ny = 2\n\n[b]\n"},
-		{"[a]\nx = 1\n", "b|y|2", "[a]\nx = 1\n\n[b]\ny = 2\n"},
-		{"", "b|Y|", "[b]\ny = \n"},
-		{"[a]\nx = 1\n", "DEFAULT|y|2", "[a]\nx = 1\n\n[DEFAULT]\ny = 2\n"},
-		{"\xef\xbb\xbf[a]\nx = 1\n", "a|x|2", "\xef\xbb\xbf[a]\nx = 2\n"},
-		{"[DEFAULT]\nx = 1\n[a]\n", "a|x|2", "[DEFAULT]\nx = 1\n[a]\nx = 2\n"},
-		{"[a]\nx = 1\n# c\n  2\ny = 3\nx = 4 ; d\n", "a|X", "[a]\n# c\ny = 3\n"},
-		{"[a]\nx = 1\n# c\n[b]\ny = 2\n[a]\nz = 3\n", "a", "# c\n[b]\ny = 2\n"},
-	}
-	for _, refused := range []string{
-		"a|x|1\n\n2", "a|x|1\n", "a|x|1\r", "a|x| 1", "a|x|1 ; 2", "a|x|1\n#2", `a|x|""`, // values
-		"a||1", "a|b:c|1", "a| b|1", "a|#b|1", "a|rem b|1", "a|[b]|1", "a|b\nc|1", // names of options
-		"|x|1", "a]b|x|1", "a\nb|x|1", // names of sections
-		"a|z", "b", // what is not there
-	} {
-		tests = append(tests, struct{ before, edit, after string }{"[a]\nx = 1\n[DEFAULT]\nz = 1\n", refused, ""})
-	}
-	for _, test := range tests {
-		c, err := parseINI("x.ini", test.before)
+	plain := strings.NewReplacer(`\r`, "\r", `\n`, "\n", `\t`, "\t", `\BOM`, byteMark, "\\\n", "")
+	for _, test := range cases(t, "testdata/edits.txt") {
+		before, after, _ := strings.Cut(plain.Replace(test.text), "=>\n")
+		c, err := parseINI("x.ini", before)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if words := strings.Split(test.edit, "|"); len(words) == 3 {
+		if words := strings.Split(plain.Replace(test.name), "|"); len(words) == 3 {
 			err = c.set(words[0], words[1], words[2])
 		} else {
 			err = c.remove(words[0], words[1:]...)
 		}
-		want := test.after
-		if want == "" {
-			want = test.before
-		}
-		if c.text() != want || (err != nil) != (test.after == "") {
-			t.Errorf("%q, %q: got %q, %v; want %q", test.before, test.edit, c.text(), err, test.after)
+		switch {
+		case after != "" && (err != nil || c.text() != after):
+			t.Errorf("%s in %q: got %q, %v; want %q", test.name, before, c.text(), err, after)
+		case after == "" && (err == nil || c.text() != before):
+			t.Errorf("%s in %q: got %q, %v; want an error and nothing changed", test.name, before, c.text(), err)
 		}
 	}
 }
@@ -530,30 +502,26 @@ func TestSettings(t *testing.T) {
 			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, want)
 		}
 	}
-	s, _, err := (&ini{}).settings("/dir")
-	if err != nil {
-		t.Fatal(err)
-	}
 	want := settings{
-		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup", timeout: 30 * time.Second, concurrency: 4,
-		update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
-		monitor: &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"}, monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20,
-		listen: ":8080", queue: 256,
+		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup",
+		timeout: 30 * time.Second, concurrency: 4, update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
+		monitor:        &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"},
+		monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20, listen: ":8080", queue: 256,
 	}
-	if !reflect.DeepEqual(s, want) {
-		t.Errorf("got %+v; want %+v", s, want)
+	if got, _, err := (&ini{}).settings("/dir"); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, %v; want %+v", got, err, want)
 	}
 	c, err := parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, _, err = c.settings("")
+	s, _, err := c.settings("")
 	if got := fmt.Sprint(s.timeout, s.allow, err); got != "1h0m0s [10.0.0.0/8 10.1.2.3/32] <nil>" {
-		t.Errorf("got %s", got)
+		t.Errorf("got %s; want at most an hour, and IPv4", got)
 	}
 }
 
-// TestLost: whatever protects the box and goes away is named.
+// TestLost: each protection that goes away is named.
 func TestLost(t *testing.T) {
 	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1)}
 	s.monitorTLS.ca, s.agentTLS = "c", tlsFiles{certificate: "c", ca: "c", name: "n"}
@@ -566,17 +534,12 @@ func TestLost(t *testing.T) {
 		"[agent] certificate":  func(s *settings) { s.agentTLS.certificate = "" },
 		"[agent] client_ca":    func(s *settings) { s.agentTLS.ca = "" },
 		"[agent] client_name":  func(s *settings) { s.agentTLS.name = "" },
-		"": func(s *settings) {
-			s.allow, s.publicKey, s.user = make([]netip.Prefix, 2), "other", &sensorUser{name: "x"}
-		},
+		"":                     func(s *settings) { s.allow, s.publicKey = make([]netip.Prefix, 2), "other" },
 	} {
 		next := s
 		change(&next)
-		if got := strings.Join(s.lost(&next), ", "); got != want {
-			t.Errorf("got %q; want %q", got, want)
-		}
-		if got := next.lost(&s); len(got) > 0 {
-			t.Errorf("the other way round: got %q", got)
+		if got := strings.Join(s.lost(&next), ", "); got != want || len(next.lost(&s)) > 0 {
+			t.Errorf("got %q, and %q the other way round; want %q", got, next.lost(&s), want)
 		}
 	}
 	empty, _, _ := (&ini{}).settings("")
@@ -589,43 +552,37 @@ func TestLost(t *testing.T) {
 // file is an error that names the option. Nothing waits for it.
 func TestIrregular(t *testing.T) {
 	dir := t.TempDir()
-	writeTree(t, dir, map[string]string{"plain": "", "directory/": ""})
-	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
+	plain, fifo, socket := filepath.Join(dir, "plain"), filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
+	l, err := net.Listen("unix", socket)
+	if err := errors.Join(err, syscall.Mkfifo(fifo, 0o600), os.WriteFile(plain, nil, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if l, err := net.Listen("unix", filepath.Join(dir, "socket")); err != nil {
-		t.Fatal(err)
-	} else {
-		defer l.Close()
-	}
-	for _, name := range []string{"directory", "fifo", "socket", "/dev/zero"} {
-		file := name
-		if !filepath.IsAbs(name) {
-			file = filepath.Join(dir, name)
-		}
-		if _, err := readINI(file); err == nil || err.Error() != file+": not a regular file" {
-			t.Errorf("%s: got %v", name, err)
+	defer l.Close()
+	for _, file := range []string{dir, fifo, socket, "/dev/zero"} {
+		want := file + ": not a regular file"
+		if _, err := readINI(file); err == nil || err.Error() != want {
+			t.Errorf("got %v; want %s", err, want)
 		}
 		for text, option := range map[string]string{
-			"[monitor]\nca = " + name: "[monitor] ca", "[agent]\nclient_ca = " + name: "[agent] client_ca",
-			"[agent]\ncertificate = " + name + "\nkey = plain":   "[agent] certificate",
-			"[monitor]\nkey = " + name + "\ncertificate = plain": "[monitor] key",
-			"[sensor]\npublic_key = " + name:                     "",
+			"[monitor]\nca = FILE":                         "[monitor] ca",
+			"[agent]\nclient_ca = FILE":                    "[agent] client_ca",
+			"[agent]\ncertificate = FILE\nkey = PLAIN":     "[agent] certificate",
+			"[monitor]\nkey = FILE\ncertificate = PLAIN\n": "[monitor] key",
 		} {
-			c, err := parseINI("c.cfg", text)
+			c, err := parseINI("c.cfg", strings.NewReplacer("FILE", file, "PLAIN", plain).Replace(text))
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, _, err = c.settings(dir)
-			if want := fmt.Sprintf("c.cfg:2: %s: %s: not a regular file", option, file); option != "" && (err == nil || !strings.HasPrefix(err.Error(), want)) || option == "" && err != nil {
-				t.Errorf("%q: got %v; want %s", text, err, want)
+			_, _, err = c.settings("")
+			if want := "c.cfg:2: " + option + ": " + want; err == nil || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("got %v; want %s", err, want)
 			}
 		}
 	}
 }
 
 // TestShippedConfig: client.cfg shows every option with its default, and the
-// README explains it. Values that somebody has set in it are his.
+// README explains it. Whoever follows the README sets values in it; those may differ.
 func TestShippedConfig(t *testing.T) {
 	text, err := os.ReadFile("client.cfg")
 	if err != nil {
@@ -642,16 +599,15 @@ func TestShippedConfig(t *testing.T) {
 	if _, warnings, err := c.settings(""); err != nil || len(warnings) > 0 {
 		t.Errorf("got %v, %q", err, warnings)
 	}
-	comments := regexp.MustCompile(`(?m)^(\[.*\]|#[a-z_]+ =.*)$`).FindAllString(string(text), -1)
-	shown, err := parseINI("client.cfg", strings.ReplaceAll(strings.Join(comments, "\n"), "#", ""))
+	defaults := regexp.MustCompile(`(?m)^(\[.*\]|#[a-z_]+ =.*)$`).FindAllString(string(text), -1)
+	shown, err := parseINI("client.cfg", strings.ReplaceAll(strings.Join(defaults, "\n"), "#", ""))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, o := range known {
-		if v, ok := shown.raw(o.section, o.name); ok && v.raw != o.value {
-			t.Errorf("client.cfg shows [%s] %s = %s; want %s", o.section, o.name, v.raw, o.value)
-		} else if _, set := c.raw(o.section, o.name); !ok && !set {
-			t.Errorf("client.cfg does not show [%s] %s", o.section, o.name)
+		v, ok := shown.raw(o.section, o.name)
+		if _, set := c.raw(o.section, o.name); ok && v.raw != o.value || !ok && !set {
+			t.Errorf("client.cfg shows [%s] %s = %q; want %q", o.section, o.name, v.raw, o.value)
 		}
 		if !strings.Contains(string(readme), "`"+o.name+"`") {
 			t.Errorf("the README does not explain [%s] %s", o.section, o.name)
@@ -674,14 +630,15 @@ func TestShippedConfig(t *testing.T) {
 	}
 }
 
-// TestEditINI: of changes at once none is lost, and the file keeps its owner,
-// its mode and the link to it. What somebody planted where the new content is
-// written first is not followed.
+// TestEditINI: of changes at once none is lost. The file keeps its owner, its
+// mode and the link to it. No link is followed that somebody planted where the
+// new content is written first. What fails changes nothing.
 func TestEditINI(t *testing.T) {
 	dir := t.TempDir()
 	target, link := filepath.Join(dir, "target.cfg"), filepath.Join(dir, "client.cfg")
 	writeTree(t, dir, map[string]string{"target.cfg": "[a]\nx = 1\n", "victim": "untouched"})
-	if err := errors.Join(os.Chmod(target, 0o640), os.Symlink("target.cfg", link), os.Symlink("victim", nextFile(target))); err != nil {
+	plant := func() error { return os.Symlink("victim", nextFile(target)) }
+	if err := errors.Join(os.Chmod(target, 0o640), os.Symlink("target.cfg", link), plant()); err != nil {
 		t.Fatal(err)
 	}
 	if os.Geteuid() == 0 {
@@ -690,12 +647,13 @@ func TestEditINI(t *testing.T) {
 		}
 	}
 	about := func() string {
-		info, err := os.Lstat(target)
-		if err != nil {
+		info, err := os.Stat(target)
+		to, err2 := os.Readlink(link)
+		if err := errors.Join(err, err2); err != nil {
 			t.Fatal(err)
 		}
 		owner := info.Sys().(*syscall.Stat_t)
-		return fmt.Sprint(info.Mode(), owner.Uid, owner.Gid)
+		return fmt.Sprint(info.Mode(), owner.Uid, owner.Gid, to)
 	}
 	before := about()
 	edit := func(ctx context.Context, option string) error {
@@ -713,40 +671,33 @@ func TestEditINI(t *testing.T) {
 	}
 	done.Wait()
 	c, err := readINI(target)
-	if err != nil || len(c.values) != 22 {
-		t.Errorf("got %v, %v; want 21 values and their section", c.values, err)
-	}
-	if after := about(); after != before {
-		t.Errorf("got %s; want %s", after, before)
-	}
-	if to, err := os.Readlink(link); to != "target.cfg" {
-		t.Errorf("the link leads to %q, %v", to, err)
+	if err != nil || len(c.values) != 22 || about() != before {
+		t.Errorf("got %v, %v, %s; want 21 values and their section, %s", c.values, err, about(), before)
 	}
 
-	// What fails changes nothing.
 	lock, err := os.Open(dir)
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX)
 	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
 	short, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
 	if err := edit(short, "z"); err == nil || !strings.Contains(err.Error(), "another process holds it") {
-		t.Errorf("locked by another: got %v", err)
+		t.Errorf("a lock that another process holds: got %v", err)
 	}
 	if err := recoverINI(link); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("recover, locked by another: got %v", err)
+		t.Errorf("recover, with a lock that another process holds: got %v", err)
 	}
 	lock.Close()
-	writeTree(t, dir, map[string]string{filepath.Base(nextFile(target)) + "/x": ""})
-	if err := edit(context.Background(), "z"); err == nil {
-		t.Error("no error where there is no room for a temporary file")
+	if err := plant(); err != nil || replaceFile(target, []byte("x")) == nil {
+		t.Errorf("%v, or no error where a link was planted meanwhile", err)
 	}
-	want := map[string]string{"target.cfg": c.text(), "victim": "untouched"}
-	os.RemoveAll(nextFile(target))
-	os.Remove(link)
+	if err := recoverINI(link); err != nil {
+		t.Error(err)
+	}
+	want := map[string]string{"target.cfg": c.text(), "victim": "untouched", "client.cfg": c.text()}
 	if got := readTree(t, dir); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q; want %q", got, want)
 	}
