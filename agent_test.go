@@ -7016,7 +7016,7 @@ func TestInit(t *testing.T) {
 	waits(1)
 	kill(t, named(t, root, "picket")[0], syscall.SIGHUP)
 	waits(2)
-	if !strings.Contains(console.String(), "picket: "+file[len(root):]+`:2: [monitor] url: "ftp://`) {
+	if !strings.Contains(console.String(), "picket: "+file[len(root):]+`:2: [monitor] url: this is neither `) {
 		t.Errorf("got %s", console.String())
 	}
 	writeTree(t, root, map[string]string{"var/picket/client.cfg": config})
