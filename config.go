@@ -8,8 +8,9 @@ package main
 //	root: /opt/picket
 //	[sensor]
 //	path = %(root)s/sensors   ; the value ends before the semicolon
-//	help =
-//	  options
+//	[agent]
+//	allow = 10.0.0.5,
+//	  192.168.1.0/24
 //
 // A key and its value are split at the first ':' or '='. Keys are lower-cased,
 // sections are not. An indented line continues the value above it. A comment
@@ -47,8 +48,8 @@ import (
 )
 
 const (
-	maxConfig    = 1 << 20          // bytes of client.cfg, or of a certificate: far more than one needs
-	maxExpanded  = 64 << 10         // bytes and references of one expanded value: ten levels could make it 10^10
+	maxConfig    = 1 << 20          // bytes of client.cfg or a certificate: far more than one needs
+	maxExpanded  = 64 << 10         // bytes and references of one value: ten levels could make it 10^10
 	maxReference = 10               // levels of %(name)s, as in Python
 	maxBadLines  = 20               // reported one by one: a file that is no INI at all has thousands
 	maxTimeout   = time.Hour        // of a sensor, which takes the place of others for that long
@@ -263,7 +264,8 @@ func (c *ini) expand(b *strings.Builder, left *int, section, option string, dept
 func (c *ini) set(section, option, value string) error {
 	key := iniKey{section, strings.ToLower(option)}
 	raw := strings.ReplaceAll(value, "%", "%%")
-	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool { return l.continues && l.key == key })
+	continuation := func(l iniLine) bool { return l.continues && l.key == key }
+	lines := slices.DeleteFunc(slices.Clone(c.lines), continuation)
 	defined, last := -1, -1 // the line of the option; the last line of the section
 	for i, line := range lines {
 		if line.key.section == section {
@@ -324,11 +326,11 @@ func (c *ini) replaceText(lines []iniLine, want map[iniKey]iniValue) error {
 func (c *ini) remove(section string, option ...string) error {
 	want := maps.Clone(c.values)
 	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool {
-		unwanted := l.key.section == section && (len(option) == 0 || l.key.option == strings.ToLower(option[0]))
-		if unwanted {
-			delete(want, l.key)
+		if l.key.section != section || len(option) > 0 && l.key.option != strings.ToLower(option[0]) {
+			return false
 		}
-		return unwanted
+		delete(want, l.key)
+		return true
 	})
 	if len(lines) == len(c.lines) {
 		return fmt.Errorf("%s: no such section or option", c.name)
@@ -500,10 +502,11 @@ func store[T any](to *T, check func(string) (T, error)) func(string) error {
 
 // value returns the value of an option, or its default.
 func (c *ini) value(section, name string) (string, error) {
-	_, found := c.raw(section, name)
-	i := slices.IndexFunc(known, func(o option) bool { return o.section == section && o.name == strings.ToLower(name) })
-	if !found && i >= 0 {
-		return known[i].value, nil
+	_, set := c.raw(section, name)
+	for _, o := range known {
+		if !set && o.section == section && o.name == strings.ToLower(name) {
+			return o.value, nil
+		}
 	}
 	return c.get(section, name)
 }
@@ -788,7 +791,8 @@ func otherUser(v string) (*sensorUser, error) {
 	case euid != 0:
 		return nil, errors.New("only root can run sensors as another user")
 	}
-	return &sensorUser{&syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, u.Username, u.HomeDir}, nil
+	credential := &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}
+	return &sensorUser{credential, u.Username, u.HomeDir}, nil
 }
 
 // readINI reads and parses a file of at most 1 MiB.
