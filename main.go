@@ -391,7 +391,7 @@ func runAgent(ctx context.Context, in invocation) error {
 	}
 	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog); limitMemory(s) }
 	a.settle(ctx)
-	defer time.AfterFunc(time.Second, func() { limitMemory(a.setup.Load().settings) }).Stop() // it stops the program for a moment
+	limitMemory(s)
 	return a.run(ctx)
 }
 
@@ -1021,7 +1021,7 @@ func (a *agent) accept(r request, name string, c command) (any, error) {
 		line += ", sensor " + logName(c.sensor)
 	}
 	a.events.printf("%s", line)
-	c.from = neighbours(r.peer)
+	c.from = limitKey(r.peer)
 	if err := a.queue.accept(r.ctx, c, r.received.Add(acceptTime)); err != nil {
 		return nil, err
 	}
@@ -1169,14 +1169,11 @@ func logName(name string) string {
 	return name
 }
 
-func (a *agent) listSensors(r request, params []any) (any, error) {
+func (a *agent) listSensors(_ request, params []any) (any, error) {
 	if len(params) != 0 {
 		return nil, faultf(faultParams, "cmd_list_sensors takes no parameters")
 	}
-	ctx, cancel := context.WithCancel(a.ctx)
-	defer cancel()
-	defer context.AfterFunc(r.ctx, cancel)()
-	texts, err := a.setup.Load().sensors.helpTexts(ctx)
+	texts, err := a.setup.Load().sensors.helpTexts(a.ctx) // also for a caller that has closed its sending side
 	if err != nil {
 		a.handler.refused.printf(warning+"%v", err) // without the directory there are no others
 	}
