@@ -44,19 +44,20 @@ import (
 // The limits of a message. In a box of 16 MiB each of 64 callers may hold one
 // message as it is read, as it is decoded or as it is answered.
 const (
-	maxMessage = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
-	maxAnswer  = 512 << 10 // bytes of an answer that the client reads, besides a package
-	maxTree    = 96 << 10  // bytes that the elements of a message take in memory, by element.size: some 1,500 values
-	maxDepth   = 32        // levels of arrays and structs
-	maxCalls   = 64        // calls in a system.multicall
-	maxHeader  = 8 << 10   // bytes of HTTP header
+	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
+	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
+	maxAnswer    = 512 << 10 // bytes of an answer that the client reads, besides a package
+	maxTree      = 96 << 10  // bytes that the elements of a message take in memory, by element.size: some 1,500 values
+	maxDepth     = 32        // levels of arrays and structs
+	maxCalls     = 64        // calls in a system.multicall
+	maxHeader    = 8 << 10   // bytes of HTTP header
 )
 
 // The limits of connections.
 const (
-	maxConns     = 64            // open at once, or a quarter of the files that the process may have open
-	fairShare    = maxConns / 16 // connections that every caller may hold while others hold more
-	socketBuffer = 16 << 10      // bytes that the kernel holds for a connection in each direction, without which it takes megabytes
+	maxConns   = 64            // open at once, or a quarter of the files that the process may have open
+	fairShare  = maxConns / 16 // connections that every caller may hold while others hold more
+	sendBuffer = 16 << 10      // bytes of unread answers that the kernel takes for a connection, which may be megabytes without it
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
@@ -650,7 +651,7 @@ func bearsName(c *x509.Certificate, name string) bool {
 type handler struct {
 	methods map[string]method
 	refused logLimit
-	coding  chan struct{} // holds one element while a message is decoded or encoded
+	turn    chan struct{} // holds one element while a message is decoded or answered that is not small
 	http    *http.Server
 	count   atomic.Int64 // calls and connections refused
 
@@ -692,7 +693,7 @@ func newHandler(methods []method) *handler {
 	h := &handler{
 		methods: make(map[string]method),
 		refused: logLimit{burst: 20, perSecond: 0.2},
-		coding:  make(chan struct{}, 1),
+		turn:    make(chan struct{}, 1),
 		access:  &access{},
 		conns:   make(map[*peerConn]bool),
 		most:    maxConns,
@@ -747,8 +748,7 @@ func (l peerListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	if t, ok := c.(*net.TCPConn); ok {
-		t.SetReadBuffer(socketBuffer) // the kernel's own sizes do, too
-		t.SetWriteBuffer(socketBuffer)
+		t.SetWriteBuffer(sendBuffer)
 	}
 	return l.h.admit(c), nil
 }
@@ -930,25 +930,28 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	peer := hostOf(r.RemoteAddr)
 	var name string
 	var params []any
-	h.alone(p, func() { name, params, err = decodeCall(message) })
+	h.inTurn(p, len(message), func() { name, params, err = decodeCall(message) })
 	if err != nil {
 		h.refuse("%s: %v", peer, err)
 		return http.StatusOK, encodeResponse(nil, err)
 	}
 	v, err := h.call(request{r.Context(), peer, time.Now()}, name, params)
-	h.alone(p, func() { answer = h.encode(peer, name, v, err) })
+	h.inTurn(p, len(message), func() { answer = h.encode(peer, name, v, err) })
 	return http.StatusOK, answer
 }
 
-// alone calls f while no other message is decoded or encoded: a message of 64 KiB
-// may take 4 MiB for a moment. A connection that is closed meanwhile does not wait.
-func (h *handler) alone(p *peerConn, f func()) {
-	select {
-	case h.coding <- struct{}{}:
-	case <-p.ctx.Done():
-		panic(http.ErrAbortHandler)
+// inTurn calls f, which decodes or answers a message of so many bytes. Of messages
+// over 1 KiB it does one at a time: 64 KiB of them may take 4 MiB for a moment. A
+// connection that is closed meanwhile does not wait.
+func (h *handler) inTurn(p *peerConn, size int, f func()) {
+	if size > smallMessage {
+		select {
+		case h.turn <- struct{}{}:
+		case <-p.ctx.Done():
+			panic(http.ErrAbortHandler)
+		}
+		defer func() { <-h.turn }()
 	}
-	defer func() { <-h.coding }()
 	f()
 }
 
