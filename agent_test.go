@@ -2414,18 +2414,25 @@ func TestClientAddresses(t *testing.T) {
 			t.Errorf("%s: got %v, %v; want an answer of %q", what, v, err, host)
 		}
 	}
-	other := listen("127.0.0.3")
+	second := listen("127.0.0.3")
 	want("the first is dead", "127.0.0.3")
 	endDead()
-	listen("127.0.0.2")
+	first := listen("127.0.0.2")
 	want("the second answered last", "127.0.0.3")
-	other.Close()
+	second.Close()
 	want("the second is gone", "127.0.0.2")
-	listen("127.0.0.3")
+	second = listen("127.0.0.3")
 	want("the first answered last", "127.0.0.2")
 	silent.Store(true)
 	want("the first is silent", "")
 	want("the first was silent", "127.0.0.3")
+	silent.Store(false)
+	first.Close()
+	second.Close()
+	want("both are gone", "")
+	listen("127.0.0.2")
+	listen("127.0.0.3")
+	want("the second answered last, before", "127.0.0.3")
 }
 
 // TestManyCallers: whatever 60 callers send or leave unread, an agent in 16 MiB
@@ -5445,7 +5452,8 @@ func TestTLS(t *testing.T) {
 }
 
 // TestTLSReplaced: who has a certificate of a CA that was replaced is served no
-// more, also over a connection or session that he has.
+// more, also over a connection or session that he has. Only a call that is being
+// answered is answered.
 func TestTLSReplaced(t *testing.T) {
 	hour := time.Hour
 	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
@@ -5453,26 +5461,54 @@ func TestTLSReplaced(t *testing.T) {
 		return ca.files(t, name, time.Now().Add(-hour), time.Now().Add(hour))
 	}
 	box := valid(ours, "box")
-	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+	began, end := make(chan bool), make(chan bool)
+	h := newHandler([]method{
+		{"healthcheck", "string", "OK.", healthcheck},
+		{"wait", "string", "", func(request, []any) (any, error) { began <- true; <-end; return "OK", nil }},
+	})
 	h.setAccess(&access{tls: serverTLS(box)})
 	u := serve(t, h)
 	u.Scheme = "https"
 	config := clientTLS(valid(ours, "monitor"))
 	config.ClientSessionCache = tls.NewLRUClientSessionCache(4)
-	c := newClient(u, patience, config)
-	defer c.close()
-	c.http.Transport.(*http.Transport).IdleConnTimeout = patience
-	mustCall(t, c, "healthcheck")
+	trusted := func() *client {
+		c := newClient(u, patience, config)
+		c.http.Transport.(*http.Transport).IdleConnTimeout = patience
+		t.Cleanup(c.close)
+		return c
+	}
+	idle, waiting := trusted(), trusted()
+	mustCall(t, idle, "healthcheck")
+	answered := make(chan error, 1)
+	go func() { _, err := waiting.call(context.Background(), "wait"); answered <- err }()
+	receive(t, "the call that waits", began)
+	sending, err := tls.Dial("tcp", u.Host, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sending.Close()
+	io.WriteString(sending, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n<")
+
 	box.pool = valid(theirs, "x").pool
 	h.setAccess(&access{tls: serverTLS(box)})
-	if v, err := c.call(context.Background(), "healthcheck"); err == nil {
-		t.Errorf("got %v", v)
+	close(end)
+	if err := receive(t, "an answer", answered); err != nil {
+		t.Errorf("a call that waited: %v", err)
+	}
+	for _, c := range []*client{idle, waiting} {
+		if v, err := c.call(context.Background(), "healthcheck"); err == nil {
+			t.Errorf("got %v", v)
+		}
+	}
+	sending.SetReadDeadline(time.Now().Add(patience))
+	if n, err := sending.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a call that came half: got %d bytes, %v", n, err)
 	}
 	other := valid(theirs, "monitor")
 	other.pool = valid(ours, "x").pool
-	c2 := newClient(u, patience, clientTLS(other))
-	defer c2.close()
-	mustCall(t, c2, "healthcheck")
+	c := newClient(u, patience, clientTLS(other))
+	defer c.close()
+	mustCall(t, c, "healthcheck")
 }
 
 // TestBuildTime: the linker's stamp is the time of the build.

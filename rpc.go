@@ -47,7 +47,7 @@ const (
 	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
 	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
 	maxAnswer    = 512 << 10 // bytes of an answer that the client reads, besides a package
-	maxTree      = 96 << 10  // bytes that the elements of a message take in memory, by element.size: some 1,500 values
+	maxTree      = 96 << 10  // bytes of memory for the elements of a message, by element.size: some 1,500 values
 	maxDepth     = 32        // levels of arrays and structs
 	maxCalls     = 64        // calls in a system.multicall
 	maxHeader    = 8 << 10   // bytes of HTTP header
@@ -57,7 +57,7 @@ const (
 const (
 	maxConns   = 64            // open at once, or a quarter of the files that the process may have open
 	fairShare  = maxConns / 16 // connections that every caller may hold while others hold more
-	sendBuffer = 16 << 10      // bytes of unread answers that the kernel takes for a connection, which may be megabytes without it
+	sendBuffer = 16 << 10      // bytes that the kernel takes of an unread answer; by itself it takes megabytes of several
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
@@ -75,7 +75,7 @@ func (f *fault) Error() string { return fmt.Sprintf("fault %d: %s", f.code, f.te
 
 const (
 	faultSyntax   = -32700 // not well-formed XML, or an encoding that is not known
-	faultRequest  = -32600 // well-formed, but not an XML-RPC methodCall; too deep; too large, the answer too
+	faultRequest  = -32600 // well-formed, but not an XML-RPC methodCall; too deep; too large, or its answer is
 	faultMethod   = -32601 // no such method
 	faultParams   = -32602 // wrong parameters
 	faultInternal = -32603 // a defect in the agent
@@ -180,16 +180,14 @@ func parseDecimal(s string) (float64, error) {
 	return strconv.ParseFloat(s, 64)
 }
 
-// A decoder reads one XML-RPC message. It goes on after an error, to no effect,
-// and keeps the first one: a *fault, but for an error of inBase64.
+// A decoder reads one XML-RPC message. It keeps the first error and goes on; what
+// it returns then means nothing.
 type decoder struct {
-	// Unless it is nil, it is called at the start of the first <base64> and may
-	// read the text from what is parsed, which was read no further.
-	inBase64 func() error
-	err      error
+	inBase64 func() error // unless nil, is called at the start of the first <base64>, and may read its text
+	err      error        // a *fault, or the error of inBase64
 }
 
-// An element is an element of a message with what is directly in it.
+// An element is an element of a message, with what is directly in it.
 type element struct {
 	name     string // without a prefix: Apache's types have "ex:"
 	text     []byte
@@ -215,8 +213,9 @@ func (d *decoder) fail(format string, args ...any) {
 	}
 }
 
-// parse reads a message and returns its root element. Comments, processing
-// instructions and a DOCTYPE are passed over, and entities are never expanded.
+// parse reads a message and returns its root element. It passes over comments,
+// processing instructions and a DOCTYPE, and never expands an entity. Of an
+// io.ByteReader it reads no byte before it needs it.
 func (d *decoder) parse(r io.Reader) *element {
 	input := xml.NewDecoder(r)
 	input.CharsetReader = charsetReader
@@ -383,8 +382,8 @@ func (d *decoder) value(e *element, depth int) any {
 	return v
 }
 
-// intBits are the sizes of the types that are an int. Those besides the
-// specification's are Apache's, here and in scalar.
+// intBits has the size of each type that is an int. The types besides the
+// specification's, here and in scalar, are Apache's.
 var intBits = map[string]int{"int": 32, "i4": 32, "i2": 16, "i1": 8}
 
 // scalar reads a text as a value of the type with that name.
@@ -597,10 +596,8 @@ func (a *access) allows(host string) bool {
 
 // hostOf returns the host of a peer's address.
 func hostOf(address string) string {
-	if host, _, err := net.SplitHostPort(address); err == nil {
-		return host
-	}
-	return address
+	host, _, _ := net.SplitHostPort(address) // which net made
+	return host
 }
 
 // limitKey returns what a host is limited by: its IPv4 address, or the /64
@@ -646,12 +643,12 @@ func bearsName(c *x509.Certificate, name string) bool {
 }
 
 // A handler answers XML-RPC calls over HTTP. Besides its methods it has those of
-// introspection. However many callers there are and whatever they send, or leave
-// unread, it stays within the memory of a box of 16 MiB.
+// introspection. Whatever its callers send or leave unread, an agent of 16 MiB has
+// memory for it.
 type handler struct {
 	methods map[string]method
 	refused logLimit
-	turn    chan struct{} // holds one element while a message is decoded or answered that is not small
+	turn    chan struct{} // is full while a message that is not small is decoded or answered
 	http    *http.Server
 	count   atomic.Int64 // calls and connections refused
 
@@ -668,7 +665,7 @@ type peerConn struct {
 	key  string      // limitKey of that
 	tls  *tls.Config // the rules for TLS that were in force when it came
 
-	ctx    context.Context // ends when the connection is closed, and holds it
+	ctx    context.Context // of its requests; it ends when the connection is closed
 	cancel context.CancelFunc
 
 	// The handler's lock guards what is below.
@@ -753,8 +750,8 @@ func (l peerListener) Accept() (net.Conn, error) {
 	return l.h.admit(c), nil
 }
 
-// admit returns a connection as the rules in force have it. Where there are too
-// many now, it closes one.
+// admit returns a connection under the rules that are in force. If that is one too
+// many, it closes another.
 func (h *handler) admit(c net.Conn) net.Conn {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -859,7 +856,7 @@ func (h *handler) setWorking(p *peerConn, working bool) bool {
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
-	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // of a 100 Continue
+	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // for a 100 Continue, before the body
 	status := h.checkRequest(w, r)
 	var answer []byte
 	if status == http.StatusOK {
@@ -876,8 +873,8 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer) // a peer that has gone does not want it
 }
 
-// checkRequest returns what the head of a request deserves: 200, or the status
-// that refuses it.
+// checkRequest checks the head of a request. It returns 200, or the status that
+// refuses it.
 func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
 	if !h.rules().allows(hostOf(r.RemoteAddr)) {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body either
@@ -914,7 +911,7 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	case err != nil:
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
 	}
-	http.NewResponseController(w).SetReadDeadline(time.Time{}) // it would end the call, too
+	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
 	p, ok := r.Context().Value(peerKey{}).(*peerConn)
 	if !ok { // another server's
 		p = &peerConn{tls: h.rules().tls, ctx: context.Background()}
@@ -940,9 +937,9 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	return http.StatusOK, answer
 }
 
-// inTurn calls f, which decodes or answers a message of so many bytes. Of messages
-// over 1 KiB it does one at a time: 64 KiB of them may take 4 MiB for a moment. A
-// connection that is closed meanwhile does not wait.
+// inTurn calls f, which decodes or answers a message of that size. It does so for
+// one message at a time, as one of 64 KiB may take 4 MiB for a moment; small ones do
+// not wait. If the connection is closed meanwhile, it ends the request.
 func (h *handler) inTurn(p *peerConn, size int, f func()) {
 	if size > smallMessage {
 		select {
@@ -955,8 +952,8 @@ func (h *handler) inTurn(p *peerConn, size int, f func()) {
 	f()
 }
 
-// encode returns the methodResponse for what a method returned. One that is too
-// long becomes a fault, but for a package, which only a monitor returns.
+// encode returns the methodResponse for what a method returned. If that is too
+// long, it is a fault; only a package, which a monitor returns, may be longer.
 func (h *handler) encode(peer, name string, v any, err error) []byte {
 	answer := encodeResponse(v, err)
 	if _, isPackage := v.([]byte); len(answer) > maxMessage && !isPackage {
@@ -1121,9 +1118,9 @@ type client struct {
 	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
 	mu        sync.Mutex // guards what is below
-	first     netip.Addr // is tried first, where the host has it
+	first     netip.Addr // is tried first, if the host has it
 	connected netip.Addr // of the latest connection
-	following netip.Addr // comes after that in the order of trying
+	next      netip.Addr // is tried first if that one does not answer
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
@@ -1178,8 +1175,8 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 
 var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 
-// post sends a call, and has read take the body of an answer whose HTTP status
-// is a success. Its error is the cause when ctx ended.
+// post sends a call and calls read with the body of the answer, if its HTTP status
+// is a success. When ctx has ended before the answer, the error is the cause.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	deadline := time.Now().Add(c.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -1193,9 +1190,7 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	}
 	r.Header.Set("Content-Type", "text/xml")
 	r.Header.Set("User-Agent", "picket")
-	// This is not sent: it has net/http send the call again where a connection
-	// that was kept is closed.
-	r.Header["Idempotency-Key"] = nil
+	r.Header["Idempotency-Key"] = nil // is not sent, but lets net/http try again when a kept connection was closed
 	answer, err := c.http.Do(r)
 	c.note(ctx, err == nil)
 	if err == nil {
@@ -1206,17 +1201,18 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 			err = fmt.Errorf("HTTP %s", cut(answer.Status))
 		}
 	}
-	if cause := context.Cause(ctx); cause != nil && err != nil {
+	cause, sent, wrapped := context.Cause(ctx), (*fault)(nil), (*url.Error)(nil)
+	switch {
+	case err != nil && cause != nil && !errors.As(err, &sent):
 		return cause
-	}
-	if e := (*url.Error)(nil); errors.As(err, &e) {
-		return e.Err // without the URL, which the caller knows
+	case errors.As(err, &wrapped):
+		return wrapped.Err // without the URL, which the caller knows
 	}
 	return err
 }
 
-// note remembers which address the next connection is made to, by whether the one
-// before answered. A call that was cancelled says nothing about that.
+// note remembers the address to try first: the one that answered, or the one after
+// an address that did not. A call that was cancelled says nothing about that.
 func (c *client) note(ctx context.Context, answered bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -1224,16 +1220,16 @@ func (c *client) note(ctx context.Context, answered bool) {
 	case answered:
 		c.first = c.connected
 	case !errors.Is(context.Cause(ctx), context.Canceled):
-		c.first = c.following
+		c.first = c.next
 	}
 }
 
-// dialKey is the key of the time until which a call may be connecting, in its
-// context: net/http keeps the deadline of a call from dial.
+// dialKey is the key of a call's deadline in its context: net/http hides the
+// deadline itself from dial.
 type dialKey struct{}
 
-// dial connects to an address of the host. Each of them gets an equal share of
-// the time that is left.
+// dial connects to the first address of the host that can be reached. Each gets an
+// equal share of the time that is left.
 func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, error) {
 	deadline, _ := ctx.Value(dialKey{}).(time.Time) // post has set it
 	ctx, cancel := context.WithDeadline(ctx, deadline)
@@ -1247,6 +1243,7 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 		return nil, err
 	}
 	c.mu.Lock()
+	c.next = c.first // where none can be reached
 	first := max(0, slices.Index(addresses, c.first))
 	c.mu.Unlock()
 	n := len(addresses)
@@ -1257,7 +1254,7 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(address.Unmap().String(), port))
 		if err == nil {
 			c.mu.Lock()
-			c.connected, c.following = address, addresses[(first+i+1)%n]
+			c.connected, c.next = address, addresses[(first+i+1)%n]
 			c.mu.Unlock()
 			return conn, nil
 		}
@@ -1265,10 +1262,10 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 	return nil, err
 }
 
-// fetch calls a method whose result is base64, and writes what that stands for
-// while it arrives: only a few KiB are in memory. It takes as long as it
-// takes, but ends where nothing has come for the client's timeout, after an
-// hour, and where there is more than a result of limit bytes needs.
+// fetch calls a method whose result is base64, and writes the decoded bytes while
+// they arrive: only a few KiB are in memory. It ends with an error when nothing has
+// come for the client's timeout, after an hour, and when more has come than a result
+// of limit bytes needs.
 func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name string, params ...any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, fetchTime, fmt.Errorf("not complete in %v", fetchTime))
 	defer cancel()
@@ -1286,7 +1283,8 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 	return buffered.Flush()
 }
 
-// A meteredReader says when something has come, and reads no more than its limit.
+// A meteredReader calls moved when something has come, and reads no more than its
+// limit.
 type meteredReader struct {
 	r     io.Reader
 	left  int64
@@ -1304,8 +1302,8 @@ func (m *meteredReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// readPackage reads a methodResponse whose value is base64, and decodes that to
-// a writer.
+// readPackage reads a methodResponse whose value is base64, and writes the decoded
+// bytes to a writer.
 func readPackage(r io.Reader, to io.Writer) error {
 	in := &answerReader{Reader: bufio.NewReader(r), left: maxAnswer}
 	if mark, _ := in.Peek(len(byteOrderMark)); bytes.Equal(mark, byteOrderMark) {
@@ -1330,13 +1328,13 @@ func readPackage(r io.Reader, to io.Writer) error {
 	return nil
 }
 
-// An answerReader reads an answer byte by byte, but for the white space after a
-// tag, of which there may be any amount. It notes the error that ended it.
+// An answerReader reads an answer byte by byte. It leaves out the white space after
+// a tag, of which there may be any amount.
 type answerReader struct {
 	*bufio.Reader
-	left int  // bytes that may still come
-	last byte // that was returned
-	err  error
+	left int   // bytes that may still come
+	last byte  // that was returned
+	err  error // that ended it, but for io.EOF
 }
 
 func (a *answerReader) ReadByte() (byte, error) {
