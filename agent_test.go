@@ -2426,7 +2426,7 @@ func TestManyCallers(t *testing.T) {
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			address := startLimited(t, dir, 16<<20)
+			address, lines := startLimited(t, dir, 16<<20)
 			var callers sync.WaitGroup
 			for i := 1; i <= 60; i++ {
 				from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i))}}
@@ -2466,14 +2466,17 @@ func TestManyCallers(t *testing.T) {
 				healthy()
 			}
 			callers.Wait()
+			if test.name == "calls that wait" {
+				await(t, "all wait", func() bool { return strings.Count(lines.String(), "command cmd_submit_reading") == 60 })
+			}
 			healthy()
 		})
 	}
 }
 
-// startLimited starts the program of a directory in a memory cgroup, as soon as
-// the test can reach it, or skips the test.
-func startLimited(t *testing.T, dir string, limit int64) (address string) {
+// startLimited starts the program of a directory in a memory cgroup, or skips the
+// test. It returns as soon as the program listens.
+func startLimited(t *testing.T, dir string, limit int64) (address string, log *lockedBuffer) {
 	t.Helper()
 	group, ok := memoryGroup(t, limit)
 	if !ok {
@@ -2506,9 +2509,10 @@ func startLimited(t *testing.T, dir string, limit int64) (address string) {
 	if err != nil || !ok {
 		t.Fatalf("got %q, %v", line, err)
 	}
-	go io.Copy(io.Discard, lines)
+	log = &lockedBuffer{}
+	go io.Copy(log, lines)
 	port, _, _ := strings.Cut(rest, ",")
-	return "127.0.0.1:" + port
+	return "127.0.0.1:" + port, log
 }
 
 // testDelivery delivers to a recorder with waits of milliseconds.
