@@ -1117,11 +1117,12 @@ func TestReadingCancelled(t *testing.T) {
 // sensor is not started again.
 func TestReadingStuck(t *testing.T) {
 	s := testSensors(t, "echo 1")
-	s.setChild(-1, "s")
+	left := s.begin("s")
+	left.stuck = true
 	if r := s.read(context.Background(), "s", nil, nil); r.code != codeNotStarted || !strings.Contains(r.reason, "cannot be killed") {
 		t.Errorf("got %+v", r)
 	}
-	delete(s.children, -1)
+	s.remove(left)
 	if r := s.read(context.Background(), "s", nil, nil); r.code != 0 {
 		t.Errorf("got %+v", r)
 	}
