@@ -1269,6 +1269,7 @@ func TestProcessLimit(t *testing.T) {
 		for _, pid := range marked(t, word) {
 			syscall.Kill(pid, syscall.SIGKILL) // which the agent would have done
 		}
+		await(t, "no process is left", func() bool { return len(marked(t, word)) == 0 })
 		if t.Failed() {
 			t.Log(logged)
 		}
@@ -1310,15 +1311,21 @@ func TestHelpTexts(t *testing.T) {
 	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
 	writeSensor(t, s.path, "mute", "echo why not >&2; exit 7")
 	writeSensor(t, s.path, ".hidden", "echo 1")
-	if err := os.Mkdir(filepath.Join(s.path, "empty"), 0o755); err != nil {
-		t.Fatal(err)
-	}
 	writeSensor(t, s.path, "silent", "true")
+	tooLong := strings.Repeat("x", maxName+1)
+	writeSensor(t, s.path, tooLong, "echo 1")
+	writeTree(t, s.path, map[string]string{"empty/": ""})
 	got, err := s.helpTexts(context.Background())
-	want := map[string]string{"silent": "no help: silent options: nothing said", "s": "x <vol>  one\ny      two", "mute": `no help: mute options: exit 7: "why not"`}
-
-	if err != nil || !reflect.DeepEqual(got, want) {
+	want := map[string]string{
+		"silent": "no help: silent options: nothing said",
+		"s":      "x <vol>  one\ny      two",
+		"mute":   `no help: mute options: exit 7: "why not"`,
+	}
+	if err != nil || !maps.Equal(got, want) {
 		t.Errorf("got %q, %v; want %q", got, err, want)
+	}
+	if names, unusable, err := s.names(); err != nil || len(names) != 3 || !slices.Equal(unusable, []string{tooLong}) {
+		t.Errorf("got %q, unusable %q, %v; want 3 and the one with the long name", names, unusable, err)
 	}
 	s.path += "/none"
 	if _, err := s.helpTexts(context.Background()); err == nil {
@@ -1449,6 +1456,7 @@ func busyboxPath(t *testing.T, busybox string) string {
 
 // A testQueue's commands wait for the test to end them.
 type testQueue struct {
+	*testing.T
 	*queue
 	started   chan command
 	end       chan reading
@@ -1458,7 +1466,7 @@ type testQueue struct {
 
 func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
 	q := &testQueue{
-		started: make(chan command, 100), end: make(chan reading),
+		T: t, started: make(chan command, 100), end: make(chan reading),
 		delivered: make(chan string, 100), discarded: make(chan any, 100),
 	}
 	q.queue = newQueue(concurrency, size, func(ctx context.Context, c command) reading {
@@ -1477,56 +1485,86 @@ func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
 	return q
 }
 
-func (q *testQueue) submit(t *testing.T, ticket any, sensor string, args ...string) {
-	t.Helper()
-	if err := q.accept(context.Background(), command{ticket: ticket, sensor: sensor, args: args}, time.Now().Add(patience)); err != nil {
-		t.Errorf("%v %s: %v", ticket, sensor, err)
+func (q *testQueue) submit(c command) {
+	q.Helper()
+	if err := q.accept(context.Background(), c, time.Now().Add(patience)); err != nil {
+		q.Errorf("%+v: %v", c, err)
+	}
+}
+
+// submitLater submits a command for which there is no room.
+func (q *testQueue) submitLater(c command) <-chan error {
+	q.Helper()
+	before, accepted := q.counted().outside, make(chan error, 1)
+	go func() { accepted <- q.accept(context.Background(), c, time.Now().Add(patience)) }()
+	await(q, "it waits for room", func() bool { return q.counted().outside > before })
+	return accepted
+}
+
+// counted tells how many commands wait in the queue, and how many for room in it.
+func (q *testQueue) counted() (n struct{ waiting, outside int }) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n.waiting, n.outside = q.readings.waiting, len(q.outside)
+	return n
+}
+
+// starts checks which sensors are read next, and ends each run if it is told to.
+func (q *testQueue) starts(end bool, sensors ...string) {
+	q.Helper()
+	for _, want := range sensors {
+		if c := receive(q, "start", q.started); c.change+c.sensor != want {
+			q.Errorf("%s%s begins; want %s", c.change, c.sensor, want)
+		}
+		if end {
+			q.end <- reading{}
+		}
+	}
+}
+
+// delivers checks what is delivered next.
+func (q *testQueue) delivers(readings ...string) {
+	q.Helper()
+	for _, want := range readings {
+		if got := receive(q, "delivery", q.delivered); got != want {
+			q.Errorf("delivers %q; want %q", got, want)
+		}
 	}
 }
 
 func TestQueue(t *testing.T) {
 	q := newTestQueue(t, 1, 3)
-	q.submit(t, 1, "a", "x")
-	receive(t, "start", q.started)
-	q.submit(t, 1, "a", "x")    // runs already
-	q.submit(t, 2, "b")         //
-	q.submit(t, 2, "b")         // waits already
-	q.submit(t, "2", "string")  // another ticket
-	q.submit(t, int64(2), "i8") // and another: now the queue is full
-	q.submit(t, 2, "c")         // takes the place of the one that waits
+	q.submit(command{ticket: 1, sensor: "a", args: []string{"x"}})
+	q.starts(false, "a")
+	q.submit(command{ticket: 1, sensor: "a", args: []string{"x"}}) // runs already
+	q.submit(command{ticket: 2, sensor: "b"})
+	q.submit(command{ticket: 2, sensor: "b"})         // waits already
+	q.submit(command{ticket: "2", sensor: "string"})  // another ticket
+	q.submit(command{ticket: int64(2), sensor: "i8"}) // and another: now the queue is full
+	q.submit(command{ticket: 2, sensor: "c"})         // takes the place of the one that waits
 	err := q.accept(context.Background(), command{ticket: 9, sensor: "z"}, time.Now())
 	if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultBusy {
 		t.Errorf("full: got %v; want a fault %d", err, faultBusy)
 	}
-	for i, want := range []string{"1 0 a", "2 0 c", `"2" 0 string`, "2 0 i8"} {
-		if i > 0 {
-			receive(t, "start", q.started)
-		}
-		q.end <- reading{}
-		if got := receive(t, "delivery", q.delivered); got != want {
-			t.Errorf("got %q; want %q", got, want)
-		}
-	}
+	q.end <- reading{}
+	q.starts(true, "c", "string", "i8")
+	q.delivers("1 0 a", "2 0 c", `"2" 0 string`, "2 0 i8")
 }
 
 // TestQueueGivenAway: a running command whose ticket comes again with other
 // arguments is not delivered.
 func TestQueueGivenAway(t *testing.T) {
 	q := newTestQueue(t, 2, 3)
-	q.submit(t, 1, "old")
-	receive(t, "start", q.started)
-	q.submit(t, 1, "new")
-	receive(t, "start", q.started)
+	q.submit(command{ticket: 1, sensor: "old"})
+	q.starts(false, "old")
+	q.submit(command{ticket: 1, sensor: "new"})
+	q.starts(false, "new")
 	q.end <- reading{}
 	q.end <- reading{}
-	if got := receive(t, "delivery", q.delivered); got != "1 0 new" {
-		t.Errorf("got %q", got)
-	}
-	q.submit(t, 1, "new") // delivered before: it runs again
+	q.delivers("1 0 new")
+	q.submit(command{ticket: 1, sensor: "new"}) // delivered before: it runs again
 	q.end <- reading{}
-	if got := receive(t, "delivery", q.delivered); got != "1 0 new" {
-		t.Errorf("got %q", got)
-	}
+	q.delivers("1 0 new")
 	if len(q.delivered) != 0 || len(q.discarded) != 3 {
 		t.Errorf("%d more delivered, %d discarded; want 0, 3", len(q.delivered), len(q.discarded))
 	}
@@ -1539,34 +1577,26 @@ func TestQueueJoin(t *testing.T) {
 	q := newTestQueue(t, 1, 10)
 	change := func(ticket any, change, sensor string) {
 		t.Helper()
-		c := command{ticket: ticket, change: change, sensor: sensor}
-		if err := q.accept(context.Background(), c, time.Now().Add(patience)); err != nil {
-			t.Errorf("%v: %v", ticket, err)
-		}
+		q.submit(command{ticket: ticket, change: change, sensor: sensor})
 	}
-	change(1, "update", "a")
-	receive(t, "start", q.started)
-	change(1, "update", "a") // is the one that runs
-	change(2, "update", "a") // once more
-	change(3, "update", "a") // joins 2
-	change(3, "update", "a") // is the same
-	change(nil, "update", "a")
-	change(4, "update", "b")
-	change(5, "rollback", "a")
-	change(6, "update", "a") // not before 5
-	change(nil, "update", "a")
-	change(nil, "update", "c")
-	change(nil, "update", "c")
-	q.submit(t, "r", "a") // a reading waits for none of them
-	receive(t, "start", q.started)
+	change(1, "update ", "a")
+	q.starts(false, "update a")
+	change(1, "update ", "a") // is the one that runs
+	change(2, "update ", "a") // once more
+	change(3, "update ", "a") // joins 2
+	change(3, "update ", "a") // is the same
+	change(nil, "update ", "a")
+	change(4, "update ", "b")
+	change(5, "rollback ", "a")
+	change(6, "update ", "a") // not before 5
+	change(nil, "update ", "a")
+	change(nil, "move", "")
+	change(nil, "move", "")
+	q.submit(command{ticket: "r", sensor: "a"}) // a reading waits for none of them
+	q.starts(false, "a")
 	q.end <- reading{}
 	q.end <- reading{}
-	for _, want := range []string{"update a", "update b", "rollback a", "update a", "update c"} {
-		if c := receive(t, "start", q.started); c.change+" "+c.sensor != want {
-			t.Errorf("ran %s %s; want %s", c.change, c.sensor, want)
-		}
-		q.end <- reading{}
-	}
+	q.starts(true, "update a", "update b", "rollback a", "update a", "move")
 	within(patience, q.close)
 	delivered := make(map[string]int)
 	for len(q.delivered) > 0 {
@@ -1578,31 +1608,24 @@ func TestQueueJoin(t *testing.T) {
 	}
 }
 
+// TestQueueClose: every command that was accepted is delivered at the end, and no
+// other one is accepted.
 func TestQueueClose(t *testing.T) {
 	q := newTestQueue(t, 2, 10)
-	for i := 1; i <= 4; i++ {
-		q.submit(t, i, fmt.Sprint("s", i))
+	for i := 1; i <= 12; i++ {
+		q.submit(command{ticket: i, sensor: fmt.Sprint("s", i)})
 	}
 	receive(t, "start", q.started)
 	receive(t, "start", q.started)
-	full := make(chan error, 1)
-	go func() {
-		for i := 5; ; i++ {
-			if err := q.accept(context.Background(), command{ticket: i}, time.Now().Add(patience)); err != nil {
-				full <- err
-				return
-			}
-		}
-	}()
-	await(t, "the queue is full", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return q.readings.waiting == 10 })
+	refused := q.submitLater(command{ticket: 13, sensor: "s13"})
 	within(0, q.close)
-	if err := receive(t, "a fault", full); err == nil || !strings.Contains(err.Error(), "shutting down") {
+	if err := receive(t, "a fault", refused); err == nil || !strings.Contains(err.Error(), "shutting down") {
 		t.Errorf("got %v", err)
 	}
 	if n := len(q.delivered); n != 12 {
 		t.Errorf("%d delivered; want every one of 12", n)
 	}
-	for i := 0; i < 12; i++ {
+	for len(q.delivered) > 0 {
 		if got := <-q.delivered; !strings.Contains(got, " -15 ") {
 			t.Errorf("got %q", got)
 		}
@@ -1613,61 +1636,95 @@ func TestQueueClose(t *testing.T) {
 // room although it is full and whose commands are run in turn.
 func TestQueueTurns(t *testing.T) {
 	q := newTestQueue(t, 1, 8)
-	submit := func(ticket int, from string) {
-		if err := q.accept(context.Background(), command{ticket: ticket, sensor: from, from: from}, time.Now().Add(patience)); err != nil {
-			t.Errorf("%d: %v", ticket, err)
+	flood := command{sensor: "flood", from: "flood"}
+	var flooded []<-chan error
+	for i := 0; i < 19; i++ { // one runs, eight wait
+		flood.ticket = i
+		if i < 9 {
+			q.submit(flood)
+		} else {
+			flooded = append(flooded, q.submitLater(flood))
 		}
 	}
-	for i := 0; i < 9; i++ { // one runs, eight wait
-		submit(i, "flood")
+	q.submit(command{ticket: 20, sensor: "monitor", from: "monitor"}) // at once
+	q.submit(command{ticket: 21, sensor: "monitor", from: "monitor"})
+	q.starts(true, "flood", "flood", "monitor", "flood", "monitor")
+	for i := 0; i < 16; i++ {
+		q.starts(true, "flood")
 	}
-	var flooded sync.WaitGroup
-	for i := 10; i < 20; i++ {
-		flooded.Add(1)
-		go func(i int) { defer flooded.Done(); submit(i, "flood") }(i)
+	for i, accepted := range flooded {
+		if err := receive(t, "room", accepted); err != nil {
+			t.Errorf("%d: %v", i, err)
+		}
 	}
-	await(t, "those outside", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.outside) == 10 })
-	for i := 20; i < 22; i++ {
-		submit(i, "monitor") // at once
+}
+
+// TestQueueOrder: who waits for room gets it in the order of coming.
+func TestQueueOrder(t *testing.T) {
+	q := newTestQueue(t, 1, 1)
+	q.submit(command{ticket: 0, sensor: "a"})
+	q.submit(command{ticket: 1, sensor: "b"})
+	var accepted []<-chan error
+	for i, sensor := range []string{"c", "d", "e", "f"} {
+		accepted = append(accepted, q.submitLater(command{ticket: 2 + i, sensor: sensor}))
 	}
-	var order []string
-	for i := 0; i < 21; i++ {
-		order = append(order, receive(t, "start", q.started).sensor)
+	q.starts(true, "a", "b", "c", "d", "e", "f")
+	for _, accepted := range accepted {
+		if err := receive(t, "room", accepted); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestQueueCap: one sensor leaves a slot to the others, if there are several.
+func TestQueueCap(t *testing.T) {
+	q := newTestQueue(t, 3, 5)
+	for i := 0; i < 5; i++ {
+		q.submit(command{ticket: i, sensor: "hangs"})
+	}
+	q.starts(false, "hangs", "hangs")
+	for i := 5; i < 8; i++ {
+		q.submit(command{ticket: i, sensor: fmt.Sprint("s", i)})
+	}
+	q.starts(false, "s5")
+	q.end <- reading{} // whichever of the three it is
+	receive(t, "another", q.started)
+	if n := q.counted().waiting; n != 4 || len(q.started) > 0 {
+		t.Errorf("%d wait, %d more started; want 4, 0", n, len(q.started))
+	}
+	q.resize(1, 5) // where there is one slot only, every sensor may have it
+	for i := 0; i < 7; i++ {
 		q.end <- reading{}
 	}
-	flooded.Wait()
-	if got := fmt.Sprint(order[:6]); got != "[flood flood monitor flood monitor flood]" {
-		t.Errorf("got %v", got)
+	within(patience, q.close)
+	if len(q.delivered) != 8 {
+		t.Errorf("%d delivered; want 8", len(q.delivered))
 	}
 }
 
 // TestQueueResize: another concurrency and size are in force at once.
 func TestQueueResize(t *testing.T) {
 	q := newTestQueue(t, 1, 1)
-	q.submit(t, 1, "a")
-	q.submit(t, 2, "b")
-	receive(t, "start", q.started)
-	waited := make(chan error, 1)
-	go func() {
-		waited <- q.accept(context.Background(), command{ticket: 3, sensor: "c"}, time.Now().Add(patience))
-	}()
-	await(t, "the third", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.outside) == 1 })
+	q.submit(command{ticket: 1, sensor: "a"})
+	q.submit(command{ticket: 2, sensor: "b"})
+	q.starts(false, "a")
+	waited := q.submitLater(command{ticket: 3, sensor: "c"})
 	q.resize(3, 1)
 	if err := receive(t, "room", waited); err != nil {
 		t.Error(err)
 	}
-	receive(t, "start", q.started)
-	receive(t, "start", q.started)
+	for i := 0; i < 2; i++ {
+		receive(t, "start", q.started)
+	}
 	q.resize(1, 1)
-	q.submit(t, 4, "d")
+	q.submit(command{ticket: 4, sensor: "d"})
 	for i := 0; i < 3; i++ {
 		if len(q.started) > 0 {
 			t.Error("more than one runs")
 		}
 		q.end <- reading{}
 	}
-	receive(t, "start", q.started)
-	q.end <- reading{}
+	q.starts(true, "d")
 }
 
 // TestQueueConcurrency: never more run at once than may.
@@ -1683,7 +1740,7 @@ func TestQueueConcurrency(t *testing.T) {
 		return reading{}
 	}, func(ticket any, _ reading) { delivered <- ticket }, func(any) {})
 	for i := 0; i < 100; i++ {
-		if err := q.accept(context.Background(), command{ticket: i}, time.Now().Add(patience)); err != nil {
+		if err := q.accept(context.Background(), command{ticket: i, sensor: fmt.Sprint(i)}, time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
 		}
 	}
