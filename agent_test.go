@@ -1003,13 +1003,17 @@ func TestReadingMeanwhile(t *testing.T) {
 	}
 }
 
-// TestReadingOneVersion: a script is read from the directory that it was started
-// in, although another has its name by then.
+// TestReadingOneVersion: an interpreter reads the script that it was started for,
+// although another directory has the sensor's name by then.
 func TestReadingOneVersion(t *testing.T) {
-	s := testSensors(t, ". ./lib; echo $n; exit 1\n"+strings.Repeat("#\n", 8<<10)) // of more than one page
-	writeTree(t, s.path, map[string]string{"s/lib": "mv ../s ../moved; mkdir ../s; echo n=2 >../s/lib; . ./number", "s/number": "n=1"})
+	s := testSensors(t, "")
+	interpreter := filepath.Join(t.TempDir(), "interpreter")
+	if err := writeScript(interpreter, `mv ../s ../moved; mkdir ../s; echo 'echo 2' >../s/check; exec sh "$1"`); err != nil {
+		t.Fatal(err)
+	}
+	writeTree(t, s.path, map[string]string{"s/check": "#!" + interpreter + "\necho 1\n"})
 	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
-		t.Errorf("got %+v", r)
+		t.Errorf("got %+v; want the first version's 1", r)
 	}
 }
 
@@ -1116,7 +1120,7 @@ func TestReadingInterrupted(t *testing.T) {
 // sensor is not started again.
 func TestReadingStuck(t *testing.T) {
 	s := testSensors(t, "echo 1")
-	p := s.begin("s")
+	p := s.add("s")
 	p.stuck = true
 	if r := s.read(context.Background(), "s", nil, nil); r.code != codeNotStarted || !strings.Contains(r.reason, "cannot be killed") {
 		t.Errorf("got %+v", r)

@@ -60,7 +60,7 @@ const (
 
 const (
 	noHelp      = "no help: "   // begins the text of a sensor that did not give one
-	interrupted = "interrupted" // why a run ended that went on when the agent had to end
+	interrupted = "interrupted" // why a run has ended that was under way when picket had to end
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -467,7 +467,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if ctx.Err() != nil {
 		return outcome{code: -int(syscall.SIGTERM), why: interrupted}
 	}
-	p := s.begin(name)
+	p := s.add(name)
 	if p == nil {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
@@ -501,8 +501,8 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	return o
 }
 
-// begin notes that a sensor runs, or returns nil where a process of it is stuck.
-func (r *runState) begin(name string) *process {
+// add notes that a sensor runs, or returns nil where a process of it is stuck.
+func (r *runState) add(name string) *process {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for p := range r.processes {
@@ -588,14 +588,16 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 
 // notStarted returns the outcome of a run whose executable could not be started.
 func notStarted(file string, err error) outcome {
+	var cause *os.PathError
+	if !errors.As(err, &cause) || cause.Op != "fork/exec" { // such as no pipe, or no /dev/null
+		return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
+	}
+	err = cause.Err // without the name of the file, which is relative
 	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
 		if !exists(file) {
 			return outcome{code: codeNotFound, why: "no such sensor"}
 		}
 		err = errors.New("interpreter not found: does the file have Windows line ends?")
-	}
-	if cause := (*os.PathError)(nil); errors.As(err, &cause) {
-		err = cause.Err // without the file's relative name
 	}
 	return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
 }
@@ -750,13 +752,14 @@ func reserveThreads(n int) {
 type capture struct {
 	limit int
 	tail  bool
-	copy  io.Writer // gets all of it; nil: nobody does
+	copy  io.Writer // gets all that is written; may be nil
 	kept  []byte
-	total int
+	total int64
 }
 
-// ReadFrom is what os/exec calls. It begins with a small buffer, as most sensors
-// write a number. One that writes for ever must not cost the processor.
+// ReadFrom reads to the end of r. It is what os/exec calls. The buffer is small
+// at first, as most sensors write one number. A sensor that writes for ever must
+// not cost the processor, so from 64 KiB on it is slowed down.
 func (c *capture) ReadFrom(r io.Reader) (int64, error) {
 	buf := make([]byte, 512)
 	for {
@@ -764,18 +767,19 @@ func (c *capture) ReadFrom(r io.Reader) (int64, error) {
 		c.Write(buf[:n])
 		switch {
 		case errors.Is(err, io.EOF):
-			return int64(c.total), nil
+			return c.total, nil
 		case err != nil:
-			return int64(c.total), err
+			return c.total, err
+		case c.total > freeOutput && len(buf) < slowRead:
+			buf = make([]byte, slowRead)
 		case c.total > freeOutput:
-			buf = slices.Grow(buf, slowRead)[:slowRead]
 			time.Sleep(time.Millisecond)
 		}
 	}
 }
 
 func (c *capture) Write(p []byte) (int, error) {
-	c.total += len(p)
+	c.total += int64(len(p))
 	c.kept = append(c.kept, p...)
 	if over := len(c.kept) - c.limit; over > 0 && c.tail {
 		c.kept = c.kept[over:]
@@ -783,7 +787,7 @@ func (c *capture) Write(p []byte) (int, error) {
 		c.kept = c.kept[:c.limit]
 	}
 	if c.copy != nil {
-		c.copy.Write(p) // who does not want it does not end the run
+		c.copy.Write(p) // an error there must not end the sensor
 	}
 	return len(p), nil
 }
