@@ -70,7 +70,7 @@ const (
 	deliverTime  = 5 * time.Second  // that undelivered readings get then
 	maxTicket    = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxPackage   = 4 << 20          // bytes of a package that the stand-in monitor serves
-	spareThreads = 8                // beside those that run Go code: for files, names, signals
+	spareThreads = 6                // beside those that run Go code: for files, names, signals
 	initTime     = 30 * time.Second // that an agent which init started waits before it ends with an error
 )
 

@@ -84,13 +84,13 @@ type sensors struct {
 type runState struct {
 	listing  chan struct{}        // holds an element while somebody uses helps
 	helps    map[string]helpEntry // by sensor
-	watch    sync.Once            // has signals sent
-	signals  chan os.Signal       // SIGCHLD
-	starting sync.RWMutex         // held for reading while a process starts and its number is not known yet
+	watch    sync.Once            // registers signals
+	signals  chan os.Signal       // SIGCHLD, from the first run on
+	starting sync.RWMutex         // is read-locked while a process starts, until its pid is noted
 
 	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
-	signalled chan struct{}     // closed, and made anew, at a SIGCHLD
+	signalled chan struct{}     // closed and replaced at each SIGCHLD
 	inUse     map[string]*usage // sensors that run or change
 }
 
@@ -126,9 +126,9 @@ func newSensors(path, executable, help string, timeout time.Duration, user *acco
 	return s
 }
 
-// sensorEnv returns the environment of a sensor: the agent's own, with a
-// decimal point that is a point, and with the home of the user it runs as. Of
-// two values of a variable the last one counts.
+// sensorEnv returns the environment of sensors: the agent's own, but with the
+// decimal point of the C locale and, where they run as another user, with the
+// home and the name of that user. os/exec uses the last value of a variable.
 func sensorEnv(user *account) []string {
 	env := os.Environ()
 	if all := os.Getenv("LC_ALL"); all != "" { // it would override LC_NUMERIC
@@ -528,7 +528,7 @@ func (r *runState) running() int {
 	return len(r.processes)
 }
 
-// retire returns a channel that is closed when all runs of a sensor are over
+// retire returns a channel that is closed when those runs of a sensor have ended
 // that are under way now. Runs that begin later are not waited for.
 func (r *runState) retire(name string) <-chan struct{} {
 	r.mu.Lock()
@@ -539,14 +539,14 @@ func (r *runState) retire(name string) <-chan struct{} {
 			runs = append(runs, p.ended)
 		}
 	}
-	over := make(chan struct{})
+	retired := make(chan struct{})
 	go func() {
-		defer close(over)
+		defer close(retired)
 		for _, ended := range runs {
 			<-ended
 		}
 	}()
-	return over
+	return retired
 }
 
 // start starts the executable in dir. It is named relative to dir, so that it
@@ -691,13 +691,13 @@ const (
 	pPid = 1
 )
 
-// reapOrphans reaps the processes that end up as children of process 1, until
-// ctx ends. The processes of runs are left to their runs.
+// reapOrphans reaps the processes that other processes leave to process 1, until
+// ctx ends. It never takes the process of a run, whose exit code the run needs.
 func (r *runState) reapOrphans(ctx context.Context) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGCHLD)
 	defer signal.Stop(signals)
-	again := time.NewTicker(orphanTime) // the process of a run may have come first
+	again := time.NewTicker(orphanTime) // the process of a run may have been in the way
 	defer again.Stop()
 	for ctx.Err() == nil {
 		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
@@ -711,8 +711,8 @@ func (r *runState) reapOrphans(ctx context.Context) {
 	}
 }
 
-// endedOrphan returns the number of a child that has ended and is to be reaped,
-// as no run does that; 0 if there is none or if that is not known.
+// endedOrphan returns the number of a child that has ended and belongs to no run.
+// It returns 0 if there is none, or while a process starts that a run will own.
 func (r *runState) endedOrphan() int {
 	if !r.starting.TryLock() {
 		return 0
@@ -729,9 +729,9 @@ func (r *runState) endedOrphan() int {
 	return pid
 }
 
-// reserveThreads makes the runtime have threads for n goroutines that block at
-// the same time. They stay. Where a sensor has used up the limit of processes the
-// agent would otherwise end when it needs one more.
+// reserveThreads makes threads for n goroutines that block at the same time. The
+// runtime keeps them. Without a reserve it would end the agent when it needs one
+// more thread while a sensor has used up the limit of processes.
 func reserveThreads(n int) {
 	var all sync.WaitGroup
 	release := make(chan struct{})
@@ -814,14 +814,14 @@ type job struct {
 	accepted chan error // of one that waits for a place
 }
 
-// A lane is a part of the queue. Callers take turns, and the commands of each
-// are in the order they came.
+// A lane is one of the two parts of the queue. Callers take turns. The commands of
+// one caller run in the order they came, but for those of a sensor at its limit.
 type lane struct {
 	limit   int // of running
 	running int
 	runs    map[string]int // of running, those of a sensor
 	waiting int
-	callers []string          // who has commands that wait, the next one first
+	callers []string          // those with commands that wait, the next one first
 	lines   map[string][]*job // by caller
 }
 
@@ -835,6 +835,7 @@ func (l *lane) mayRun(sensor string) bool {
 	return l.running < l.limit && (l.limit == 1 || l.runs[sensor] < l.limit-1)
 }
 
+// push adds a command that waits.
 func (l *lane) push(j *job) {
 	if len(l.lines[j.from]) == 0 {
 		l.callers = append(l.callers, j.from)
@@ -844,8 +845,8 @@ func (l *lane) push(j *job) {
 	j.waits = true
 }
 
-// next takes the command that is to run next, the oldest that may of the caller
-// whose turn it is; nil if there is none.
+// next takes the command that is to run next out of the lane: the oldest one that
+// may run, of the first caller who has one. It returns nil if there is none.
 func (l *lane) next() *job {
 	for i, caller := range l.callers {
 		line := l.lines[caller]
@@ -900,7 +901,8 @@ type queue struct {
 	closed   bool
 }
 
-// newQueue returns a queue in which so many readings run at once, and one change.
+// newQueue returns a queue that runs concurrency readings at once, and one change.
+// In each of the two lanes size commands may wait.
 func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	deliver func(any, reading), discard func(any)) *queue {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -911,7 +913,7 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	}
 }
 
-// resize changes how many readings run at once and how many commands wait.
+// resize changes how many readings run at once and how many commands may wait.
 func (q *queue) resize(concurrency, size int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
