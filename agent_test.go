@@ -1192,7 +1192,8 @@ func TestOrphans(t *testing.T) {
 	}
 	dir := t.TempDir()
 	m := newRecorder(t)
-	writeSensor(t, filepath.Join(dir, "sensors"), "s", "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done; echo $1; exit $2")
+	const orphans = "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done"
+	writeSensor(t, filepath.Join(dir, "sensors"), "s", orphans+"; echo $1; exit $2")
 	writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf("[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", m.url)})
 	cmd := exec.Command(unshare, "--pid", "--fork", "--kill-child", self)
 	c, _ := awaitServing(t, startChild(t, dir, cmd))
@@ -1244,7 +1245,8 @@ func TestProcessLimit(t *testing.T) {
 	sensors := filepath.Join(dir, "sensors")
 	writeSensor(t, sensors, "s", "echo 1")
 	writeSensor(t, sensors, "greedy", "(while sleep 300 & do :; done); : >full; exec sleep 300")
-	writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf("[sensor]\nconcurrency = 8\ntimeout = 3s\n[monitor]\nurl = %s\nspool = spool\n[agent]\nlisten = 127.0.0.1:0\n", m.url)})
+	config := "[sensor]\nconcurrency = 8\ntimeout = 3s\n[agent]\nlisten = 127.0.0.1:0\n[monitor]\nspool = spool\n"
+	writeTree(t, dir, map[string]string{"client.cfg": config + "url = " + m.url.String() + "\n"})
 	for _, d := range []string{dir, filepath.Join(sensors, "greedy")} {
 		if err := os.Chown(d, uid, uid); err != nil {
 			t.Fatal(err)
