@@ -557,6 +557,7 @@ func (r *runState) retire(name string) <-chan struct{} {
 // moment, in a process that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
 	file := filepath.Join(dir, s.executable)
+	back := 0 // times that the executable was absent and is there again
 	for try := 0; ; try++ {
 		cmd := &exec.Cmd{
 			Path:        "./" + s.executable,
@@ -577,9 +578,14 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 			s.mu.Unlock()
 		}
 		s.starting.RUnlock()
-		again := errors.Is(err, syscall.ETXTBSY) || errors.Is(err, syscall.ENOENT) &&
-			(exists(filepath.Join(s.path, newPrefix+p.sensor)) || try < 3 && exists(file)) // it was away just now
-		if !again || try == startTries {
+		absent := errors.Is(err, syscall.ENOENT)
+		switch {
+		case try == startTries:
+			return cmd, err
+		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
+		case absent && back < 3 && exists(file):
+			back++ // it was away a moment ago, or else its interpreter is
+		default:
 			return cmd, err
 		}
 		time.Sleep(startPause)
