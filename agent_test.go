@@ -2714,10 +2714,61 @@ func TestClientHead(t *testing.T) {
 }
 
 // testDelivery delivers to a recorder with waits of milliseconds.
-func testDelivery(t *testing.T, m *recorder) *delivery {
-	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, nil)
+func testDelivery(t *testing.T, m *recorder) *delivery { return spoolDelivery(t, m, nil) }
+
+// spoolDelivery is a testDelivery with a spool.
+func spoolDelivery(t *testing.T, m *recorder, s *spool) *delivery {
+	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, s)
 	t.Cleanup(func() { within(patience, d.close) })
 	return d
+}
+
+// locked calls f while the delivery is locked, and returns what it returns.
+func locked[T any](d *delivery, f func() T) T {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return f()
+}
+
+func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
+
+// puts puts readings with the tickets from first to last.
+func puts(d *delivery, first, last int) {
+	for i := first; i <= last; i++ {
+		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
+	}
+}
+
+// gets receives as many readings and returns their tickets.
+func gets(t *testing.T, m *recorder, n int) (tickets []int) {
+	t.Helper()
+	for i := 0; i < n; i++ {
+		tickets = append(tickets, receive(t, "reading", m.readings).ticket.(int))
+	}
+	return tickets
+}
+
+// numbers returns the numbers from first to last.
+func numbers(first, last int) (list []int) {
+	for i := first; i <= last; i++ {
+		list = append(list, i)
+	}
+	return list
+}
+
+// hold makes each attempt wait until it is told how to answer: with an HTTP
+// status, or with 0 as a monitor does. Attempts come on the first channel.
+func hold(m *recorder) (attempts chan int, answer chan int) {
+	attempts, answer = make(chan int, 10000), make(chan int)
+	m.set(func(w http.ResponseWriter, try int) bool {
+		attempts <- try
+		status := <-answer
+		if status != 0 {
+			w.WriteHeader(status)
+		}
+		return status != 0
+	})
+	return attempts, answer
 }
 
 func TestDelivery(t *testing.T) {
@@ -2733,32 +2784,67 @@ func TestDelivery(t *testing.T) {
 	if want := (stored{"", "127.0.0.1", 7, 0, "0.420"}); got != want {
 		t.Errorf("got %+v; want %+v", got, want)
 	}
-	d.noValue = "0"
-	d.put("t", reading{code: 3, taken: time.Now()})
-	if got := receive(t, "reading", m.readings); got.ticket != any("t") || got.code != 3 || got.value != "0" {
-		t.Errorf("got %+v", got)
-	}
-	d.put(int64(8), reading{taken: time.Now()})
-	if got := receive(t, "reading", m.readings); got.ticket != any(int64(8)) {
-		t.Errorf("got %+v", got)
+	d.configure(newClient(m.url, patience, nil), time.UTC, "0")
+	for _, ticket := range []any{"t", int64(8)} {
+		d.put(ticket, reading{code: 3, taken: time.Now()})
+		if got := receive(t, "reading", m.readings); got.ticket != ticket || got.code != 3 || got.value != "0" {
+			t.Errorf("got %+v; want ticket %v, code 3, value 0", got, ticket)
+		}
 	}
 }
 
-// TestDeliveryClock: where the clock was set after the reading was taken, the
-// time that is sent is the corrected one.
+// TestDeliveryClock: the time that is sent is when the reading was taken, also
+// where the clock was set since. A suspend does not set it.
 func TestDeliveryClock(t *testing.T) {
-	m := newRecorder(t)
-	d := testDelivery(t, m)
-	d.clock = func(now time.Time) time.Time { return now.AddDate(56, 0, 0) } // for the box it was 1970 before
-	d.put(7, reading{taken: time.Now().Add(-time.Hour)})
-	at, err := time.Parse(dateTimeLayout, string(receive(t, "reading", m.readings).time))
-	if off := at.Sub(time.Now().UTC().AddDate(56, 0, 0).Add(-time.Hour)); err != nil || off < -time.Minute || off > time.Minute {
-		t.Errorf("got %v, %v off; want an hour before the new time", at, off)
+	wall := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+	taken := clocks{wall, time.Hour, "boot"}
+	for _, test := range []struct {
+		name      string
+		now       clocks
+		corrected time.Duration
+	}{
+		{"an hour passed", clocks{wall.Add(time.Hour), 2 * time.Hour, "boot"}, 0},
+		{"suspended for an hour, of which the monotonic clock knows nothing", clocks{wall.Add(time.Hour + 1), 2*time.Hour + 1, "boot"}, 0},
+		{"the clock was set", clocks{wall.Add(25 * time.Hour), 2 * time.Hour, "boot"}, 24 * time.Hour},
+		{"and set back", clocks{wall.Add(-23 * time.Hour), 2 * time.Hour, "boot"}, -24 * time.Hour},
+		{"a clock that runs slow was corrected", clocks{wall.Add(time.Hour + time.Second), 2 * time.Hour, "boot"}, 0},
+	} {
+		m := newRecorder(t)
+		d := testDelivery(t, m)
+		var now atomic.Pointer[clocks]
+		now.Store(&taken)
+		locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
+		attempts, answer := hold(m)
+		d.put(1, reading{taken: time.Now()})
+		receive(t, "an attempt", attempts)
+		now.Store(&test.now)
+		answer <- 503
+		receive(t, "another", attempts)
+		answer <- 0
+		got := receive(t, "reading", m.readings)
+		at, err := time.Parse(dateTimeLayout, string(got.time))
+		if off := at.Sub(wall.Add(test.corrected)).Abs(); err != nil || off > 2*time.Second {
+			t.Errorf("%s: got %s, %v; want %s", test.name, got.time, err, wall.Add(test.corrected))
+		}
+	}
+}
+
+// TestClocks compares with what the kernel says in /proc.
+func TestClocks(t *testing.T) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	text, err2 := os.ReadFile("/proc/uptime")
+	if err != nil || err2 != nil {
+		t.Skip(err, err2)
+	}
+	now := systemClocks()()
+	up, err := strconv.ParseFloat(strings.Fields(string(text))[0], 64)
+	if off := now.age.Seconds() - up; err != nil || off < -1 || off > patience.Seconds() || !strings.HasPrefix(string(id), now.boot) || len(now.boot) != 8 {
+		t.Errorf("got %+v; want boot %s and an age of %fs", now, id, up)
 	}
 }
 
 // TestDeliveryAway: whatever a monitor does that is no answer, a reading is
-// kept and tried again; the others come after it, oldest first.
+// kept and tried again. The log says when the monitor goes and when it is back.
 func TestDeliveryAway(t *testing.T) {
 	lines := logged(t)
 	m := newRecorder(t)
@@ -2778,83 +2864,116 @@ func TestDeliveryAway(t *testing.T) {
 		return try <= 4
 	})
 	d := testDelivery(t, m)
-	for i := 1; i <= 10; i++ {
-		d.put(i, reading{taken: time.Now()})
-	}
+	puts(d, 1, 10)
 	close(kept)
-	var got []int
-	for range [10]int{} {
-		got = append(got, receive(t, "reading", m.readings).ticket.(int))
-	}
-	if got[0] == 10 { // an attempt with the newest found the monitor back
-		got = append(got[1:], 10)
-	}
-	if want := []int{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}; !slices.Equal(got, want) {
+	got := gets(t, m, 10)
+	slices.Sort(got)
+	if want := numbers(1, 10); !slices.Equal(got, want) {
 		t.Errorf("got %v; want %v", got, want)
 	}
-	await(t, "two lines", func() bool { return strings.Count(lines.String(), "\n") == 2 })
-	if !regexp.MustCompile(`^monitor http://127.0.0.1:[0-9]+/xmlrpc/: away: HTTP "503 Service Unavailable"\nmonitor .*: back after [0-9]+s, 10 readings delivered\n$`).MatchString(lines.String()) {
-		t.Errorf("got %s", lines)
+	want := `^monitor http://127.0.0.1:[0-9]+/xmlrpc/: away: HTTP "503 Service Unavailable"\nmonitor .*: back after [0-9]+s, 9 to deliver\n$`
+	if !regexp.MustCompile(want).MatchString(lines.String()) {
+		t.Errorf("got %s; want %s", lines, want)
 	}
 }
 
-// TestDeliveryChokes: a reading on which the monitor always fails does not
-// hold up the others.
-func TestDeliveryChokes(t *testing.T) {
-	inner := newRecorder(t)
-	handler := newHandler((&monitor{stored: func(s stored) error { inner.readings <- s; return nil }}).methods())
-	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
-		if bytes.Contains(body, []byte("poison")) {
-			w.WriteHeader(500)
-			return
+// TestDeliveryTurns: readings come from the oldest and the newest end in turn,
+// so that behind an outage fresh ones do not wait for the end of the backlog.
+func TestDeliveryTurns(t *testing.T) {
+	m := newRecorder(t)
+	attempts, answer := hold(m)
+	d := testDelivery(t, m)
+	puts(d, 1, 1)
+	receive(t, "an attempt", attempts)
+	puts(d, 2, 7)
+	answer <- 503
+	for range [3]int{} { // the monitor is back
+		receive(t, "another", attempts)
+		answer <- 0
+	}
+	receive(t, "another", attempts)
+	puts(d, 1001, 1002)
+	m.set(nil)
+	answer <- 0
+	if got, want := gets(t, m, 9), []int{7, 2, 6, 3, 1002, 4, 1001, 5, 1}; !slices.Equal(got, want) {
+		t.Errorf("got %v; want %v: the one that was tried comes last", got, want)
+	}
+}
+
+// TestDeliveryPoison: a reading on which the monitor always fails or hangs does
+// not hold up the others.
+func TestDeliveryPoison(t *testing.T) {
+	for name, fail := range map[string]func(http.ResponseWriter, *http.Request){
+		"fails": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
+		"hangs": func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+	} {
+		logged(t)
+		m := newRecorder(t)
+		inner := newHandler((&monitor{stored: func(s stored) error { m.readings <- s; return nil }}).methods())
+		u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body, _ := io.ReadAll(r.Body)
+			if bytes.Contains(body, []byte("poison")) {
+				m.tries.Add(1)
+				fail(w, r)
+				return
+			}
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			inner.ServeHTTP(w, r)
+		}))
+		d := newDelivery(newClient(u, time.Second/2, nil), time.UTC, "nan", time.Millisecond, nil)
+		d.put("poison", reading{taken: time.Now()})
+		await(t, "it was tried", func() bool { return m.tries.Load() > 0 })
+		puts(d, 1, 20)
+		got := gets(t, m, 20)
+		if slices.Sort(got); !slices.Equal(got, numbers(1, 20)) {
+			t.Errorf("%s: got %v", name, got)
 		}
-		r.Body = io.NopCloser(bytes.NewReader(body))
-		handler.ServeHTTP(w, r)
-	}))
-	d := testDelivery(t, &recorder{url: u})
-	d.put("poison", reading{taken: time.Now()})
-	for i := 1; i <= 20; i++ {
-		d.put(i, reading{taken: time.Now()})
+		d.discard("poison")
+		within(patience, d.close)
 	}
-	for range [20]int{} {
-		receive(t, "reading", inner.readings)
-	}
-	d.discard("poison")
 }
 
-// TestDeliveryFault: three faults drop a reading; fewer do not.
+// TestDeliveryFault: three faults drop a reading, fewer do not. They are spread
+// out.
 func TestDeliveryFault(t *testing.T) {
 	lines := logged(t)
 	m := newRecorder(t)
-	refuse := func(w http.ResponseWriter) { w.Write(encodeResponse(nil, faultf(1, "unknown ticket"))) }
 	m.set(func(w http.ResponseWriter, try int) bool {
 		if try <= 5 {
-			refuse(w)
+			w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
 		}
 		return try <= 5
 	})
 	d := testDelivery(t, m)
-	d.put(1, reading{taken: time.Now()})
-	await(t, "dropped", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.kept) == 0 })
-	d.put(2, reading{taken: time.Now()})
-	if got := receive(t, "reading", m.readings); got.ticket != any(2) || m.tries.Load() != 6 {
-		t.Errorf("got %+v after %d tries; want ticket 2 after 6", got, m.tries.Load())
+	puts(d, 1, 1)
+	await(t, "dropped", func() bool { n, _ := d.count(); return n == 0 })
+	puts(d, 2, 2)
+	if got := gets(t, m, 1); got[0] != 2 || m.tries.Load() != 6 {
+		t.Errorf("got %v after %d tries; want ticket 2 after 6", got, m.tries.Load())
 	}
 	if want := `^ticket 1: reading dropped: monitor .*: fault 1: unknown ticket\n$`; !regexp.MustCompile(want).MatchString(lines.String()) {
-		t.Errorf("got %s", lines)
+		t.Errorf("got %s; want %s", lines, want)
+	}
+	d.retry = time.Second
+	p := &pendingReading{}
+	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
+		d.record(context.Background(), p, d.monitor(), faultf(1, "locked"))
+		if wait := time.Until(p.notBefore); wait < want/2-time.Second || wait > want*3/2 {
+			t.Errorf("got %v; want %v ±50 %%", wait, want)
+		}
 	}
 }
 
-// TestDeliveryFaultSpread: the three tries are spread out.
-func TestDeliveryFaultSpread(t *testing.T) {
-	d := newDelivery(newClient(newRecorder(t).url, patience, nil), time.UTC, "nan", time.Second, nil)
-	within(patience, d.close)
-	u := &undelivered{}
-	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
-		d.settle(u, d.client, faultf(1, "locked"))
-		if wait := time.Until(u.notBefore); wait < want/2-time.Second || wait > want*3/2 {
-			t.Errorf("got %v; want %v ±50 %%", wait, want)
+func TestBackoff(t *testing.T) {
+	for n := 1; n < 100; n++ {
+		want := maxBackoff
+		if n < 10 {
+			want = time.Second << (n - 1)
+		}
+		for i := 0; i < 100; i++ {
+			if got := backoff(time.Second, n); got < want/2 || got > want*3/2+1 {
+				t.Fatalf("%d: got %v; want %v ±50 %%", n, got, want)
+			}
 		}
 	}
 }
@@ -2863,23 +2982,138 @@ func TestDeliveryFaultSpread(t *testing.T) {
 // nothing is dropped.
 func TestDeliverySlow(t *testing.T) {
 	m := newRecorder(t)
-	hold := make(chan struct{})
-	m.set(func(http.ResponseWriter, int) bool { <-hold; return false })
+	attempts, answer := hold(m)
 	d := testDelivery(t, m)
-	put := make(chan int, 2*maxKept)
+	const n = 2 * maxPending
+	put, before := make(chan int, n), time.Now()
 	go func() {
-		for i := 0; i < 2*maxKept; i++ {
+		for i := 1; i <= n; i++ {
 			d.waitRoom(context.Background())
-			d.put(i, reading{taken: time.Now()})
+			puts(d, i, i)
 			put <- i
 		}
 	}()
-	await(t, "there is no more room", func() bool { return len(put) == maxKept-roomForRuns })
-	close(hold)
-	for i := 0; i < 2*maxKept; i++ {
-		if got := receive(t, "reading", m.readings); got.ticket != any(i) {
-			t.Fatalf("got %+v; want ticket %d", got, i)
+	await(t, "a run waits", func() bool { return !d.stalledSince().IsZero() })
+	if since := d.stalledSince(); len(put) != maxPending-roomForRuns || since.Before(before) {
+		t.Errorf("got %d, stalled since %v; want %d, since later than %v", len(put), since, maxPending-roomForRuns, before)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	d.waitRoom(ctx) // which returns
+	taken := time.Now()
+	receive(t, "an attempt", attempts)
+	answer <- 0
+	await(t, "the next run waits", func() bool { return d.stalledSince().After(taken) })
+	m.set(nil)
+	receive(t, "an attempt", attempts)
+	answer <- 0
+	got := gets(t, m, n)
+	if slices.Sort(got); !slices.Equal(got, numbers(1, n)) || !d.stalledSince().IsZero() {
+		t.Errorf("got %v, stalled since %v", got, d.stalledSince())
+	}
+}
+
+// TestDeliveryFull: more than 1,024 readings in memory push out the oldest, but
+// not the one that is being sent.
+func TestDeliveryFull(t *testing.T) {
+	m := newRecorder(t)
+	attempts, answer := hold(m)
+	d := testDelivery(t, m)
+	puts(d, 1, 1)
+	receive(t, "an attempt", attempts)
+	puts(d, 2, maxPending+10)
+	m.set(nil)
+	answer <- 0
+	got := gets(t, m, maxPending)
+	slices.Sort(got)
+	if want := append([]int{1}, numbers(12, maxPending+10)...); !slices.Equal(got, want) {
+		t.Errorf("got %v; want %v", got, want)
+	}
+	if _, totals := d.count(); totals.dropped != 10 {
+		t.Errorf("got %d dropped; want 10", totals.dropped)
+	}
+}
+
+// TestDeliveryDiscard: a ticket that was given away again takes the pending
+// reading with it, also the one that is just being sent.
+func TestDeliveryDiscard(t *testing.T) {
+	m := newRecorder(t)
+	attempts, answer := hold(m)
+	d := testDelivery(t, m)
+	puts(d, 1, 1)
+	receive(t, "an attempt", attempts)
+	puts(d, 2, 2)
+	d.discard(1)
+	d.discard(2)
+	d.put(1, reading{value: "3", taken: time.Now()})
+	d.put(2, reading{value: "4", taken: time.Now()})
+	answer <- 500
+	got := make(map[any]string)
+	for range [2]int{} {
+		receive(t, "an attempt", attempts)
+		answer <- 0
+		s := receive(t, "reading", m.readings)
+		got[s.ticket] = s.value
+	}
+	if want := (map[any]string{1: "3", 2: "4"}); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v; want %v", got, want)
+	}
+}
+
+// TestDeliveryClose: at the end each reading is tried once more, although the
+// monitor fails or hangs at some; what is under way then says nothing of the
+// monitor; and one that is away does not hold up the end.
+func TestDeliveryClose(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		bad         func(try int) bool
+		hangs       bool
+		least, most int // delivered of 10
+		log         string
+	}{
+		{"fails", func(try int) bool { return try == 1 || try == 3 }, false, 9, 9, "1 reading not delivered"},
+		{"hangs", func(try int) bool { return try == 1 || try == 3 }, true, 9, 9, "1 reading not delivered"},
+		{"is slow", func(try int) bool { return try == 1 }, true, 10, 10, ""},
+		{"is away", func(int) bool { return true }, false, 0, 0, "10 readings not delivered"},
+	} {
+		lines, m, end := logged(t), newRecorder(t), make(chan struct{})
+		m.set(func(w http.ResponseWriter, try int) bool {
+			if test.bad(try) && test.hangs {
+				<-end
+			} else if test.bad(try) {
+				w.WriteHeader(500)
+			}
+			return test.bad(try)
+		})
+		d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
+		puts(d, 1, 10)
+		await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
+		if !test.hangs {
+			await(t, "it failed", func() bool { return isAway(d) })
 		}
+		within(patience, d.close)
+		close(end)
+		if n := len(m.readings); n < test.least || n > test.most || m.tries.Load() > 11 {
+			t.Errorf("%s: got %d readings in %d tries; want %d to %d of 10", test.name, n, m.tries.Load(), test.least, test.most)
+		}
+		if got := lines.String(); !strings.Contains(got, test.log) || test.log == "" && got != "" {
+			t.Errorf("%s: got %q; want %q", test.name, got, test.log)
+		}
+		if test.name == "is away" && m.tries.Load() != 1+lastMisses {
+			t.Errorf("got %d tries; want %d", m.tries.Load(), 1+lastMisses)
+		}
+	}
+
+	m := newRecorder(t)
+	_, answer := hold(m)
+	defer close(answer)
+	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
+	puts(d, 1, 1)
+	await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
+	lines := logged(t)
+	within(0, d.close)
+	if got := lines.String(); !strings.Contains(got, "1 reading not delivered") || strings.Contains(got, "away") {
+		t.Errorf("got %s; want a word on one reading alone", got)
 	}
 }
 
@@ -2887,58 +3121,61 @@ func TestDeliverySlow(t *testing.T) {
 // connections carry so many bytes in all, requests and answers together, and
 // then end in one way or another.
 type faultyProxy struct {
-	to     string
-	relays sync.WaitGroup
+	net.Listener
+	to    string
+	links sync.WaitGroup
 
-	mu       sync.Mutex // guards what is below
-	listener net.Listener
-	tries    int    // connections that came
-	faulty   int    // of those to come, so many fail
-	carry    int    // bytes of one that fails
-	then     string // reset, finish, or hold: nothing is passed on any more
-	latest   *faultyLink
-	closed   bool
-	open     map[net.Conn]bool
+	mu      sync.Mutex // guards what is below
+	tries   int        // connections that came
+	faulty  int        // of those to come, so many fail
+	carry   int        // bytes of one that fails
+	then    string     // reset, finish, or hold: nothing is passed on any more
+	request int        // bytes that went to the monitor on the latest connection
+	all     int        // bytes that went either way
+	open    []net.Conn
 }
 
 // newFaultyProxy returns a proxy that is there until the test ends.
 func newFaultyProxy(t *testing.T, to string) *faultyProxy {
-	p := &faultyProxy{to: to, open: make(map[net.Conn]bool)}
+	p := &faultyProxy{to: to}
 	p.listen(t, "127.0.0.1:0")
 	t.Cleanup(func() {
-		p.listener.Close()
+		p.Close()
 		p.mu.Lock()
-		p.closed = true
-		for c := range p.open {
+		for _, c := range p.open {
 			c.Close()
 		}
+		p.open = nil
 		p.mu.Unlock()
-		p.relays.Wait()
+		p.links.Wait()
 	})
 	return p
 }
 
 func (p *faultyProxy) listen(t *testing.T, address string) {
 	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
+	var err error
+	if p.Listener, err = net.Listen("tcp", address); err != nil {
 		t.Fatal(err)
 	}
-	p.listener = listener
-	p.relays.Add(1)
-	go func() {
-		defer p.relays.Done()
+	p.links.Add(1)
+	go func(l net.Listener) {
+		defer p.links.Done()
 		for {
-			near, err := listener.Accept()
+			near, err := l.Accept()
 			if err != nil {
 				return
 			}
-			p.relay(near)
+			if far, err := net.Dial("tcp", p.to); err == nil {
+				p.link(near.(*net.TCPConn), far.(*net.TCPConn))
+			} else {
+				near.Close()
+			}
 		}
-	}()
+	}(p.Listener)
 }
 
-// fail has the next connections fail, and counts from here on.
+// fail makes the next connections fail, and counts from here on.
 func (p *faultyProxy) fail(connections, carry int, then string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -2951,90 +3188,56 @@ func (p *faultyProxy) count() int {
 	return p.tries
 }
 
-// latestBytes counts what the latest connection carried.
-func (p *faultyProxy) latestBytes() (request, all int) {
+// carried returns how many bytes the latest connection carried.
+func (p *faultyProxy) carried() (request, all int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.latest.mu.Lock()
-	defer p.latest.mu.Unlock()
-	return p.latest.request, p.latest.all
+	return p.request, p.all
 }
 
-// relay passes on what comes on a connection, and what is answered.
-func (p *faultyProxy) relay(near net.Conn) {
-	far, err := net.Dial("tcp", p.to)
-	if err != nil {
-		near.Close()
-		return
-	}
+// link passes on what comes from either side, as much as it may.
+func (p *faultyProxy) link(near, far *net.TCPConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.tries++
-	l := &faultyLink{near: near.(*net.TCPConn), far: far.(*net.TCPConn), left: 1 << 30}
+	left, then := 1<<30, ""
 	if p.tries <= p.faulty {
-		l.left, l.then = p.carry, p.then
+		left, then = p.carry, p.then
 	}
-	p.open[near], p.open[far] = true, true
-	p.latest = l
-	if p.closed || l.carry(far, nil) {
-		l.end()
-	}
-	p.relays.Add(2)
-	pass := func(to, from net.Conn) {
-		defer p.relays.Done()
-		l.pass(to, from)
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		delete(p.open, from)
-	}
-	go pass(far, near)
-	go pass(near, far)
-}
-
-// A faultyLink is one connection through a faultyProxy.
-type faultyLink struct {
-	near, far *net.TCPConn
-	then      string
-
-	mu           sync.Mutex // guards what is below
-	left         int        // bytes that are still passed on
-	request, all int        // bytes that were
-}
-
-// pass passes on as much as it may.
-func (l *faultyLink) pass(to, from net.Conn) {
-	defer l.end()
-	buffer := make([]byte, 32<<10)
-	for {
-		n, err := from.Read(buffer)
-		if l.carry(to, buffer[:n]) || err != nil {
-			return
+	p.request, p.all = 0, 0
+	p.open = append(p.open, near, far)
+	end := func() {
+		for _, c := range []*net.TCPConn{near, far} {
+			if then == "reset" {
+				c.SetLinger(0)
+			}
+			c.Close()
 		}
 	}
-}
-
-// carry passes bytes on and reports whether it was the end.
-func (l *faultyLink) carry(to net.Conn, data []byte) (over bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	data = data[:min(len(data), l.left)]
-	to.Write(data) // a side that has gone is noticed where it is read
-	l.left -= len(data)
-	l.all += len(data)
-	if to == net.Conn(l.far) {
-		l.request += len(data)
+	if left == 0 && then != "hold" {
+		end()
 	}
-	return l.left == 0 && l.then != "hold"
-}
-
-// end closes both sides.
-func (l *faultyLink) end() {
-	if l.then == "reset" {
-		l.near.SetLinger(0)
-		l.far.SetLinger(0)
+	pass := func(to, from *net.TCPConn) {
+		defer p.links.Done()
+		defer end()
+		buffer := make([]byte, 32<<10)
+		for over := false; !over; {
+			n, err := from.Read(buffer)
+			p.mu.Lock()
+			n = min(n, left)
+			left -= n
+			to.Write(buffer[:n]) // a side that has gone is noticed where it is read
+			p.all += n
+			if to == far {
+				p.request += n
+			}
+			over = err != nil || left == 0 && then != "hold"
+			p.mu.Unlock()
+		}
 	}
-	l.near.Close()
-	l.far.Close()
+	p.links.Add(2)
+	go pass(far, near)
+	go pass(near, far)
 }
 
 // emptied waits until a delivery has nothing left, and leaves no connection.
@@ -3049,107 +3252,10 @@ func proxiedDelivery(t *testing.T, timeout time.Duration) (*recorder, *faultyPro
 	m := newRecorder(t)
 	p := newFaultyProxy(t, m.url.Host)
 	u := *m.url
-	u.Host = p.listener.Addr().String()
+	u.Host = p.Addr().String()
 	d := newDelivery(newClient(&u, timeout, nil), time.UTC, "nan", time.Millisecond, nil)
 	t.Cleanup(func() { within(patience, d.close) })
 	return m, p, d
-}
-
-// TestNetworkFaults: whatever happens on the way to the monitor, or in it, a
-// reading that it has not answered is tried again until it is stored: once, or
-// twice where the answer was lost; three faults are an answer.
-func TestNetworkFaults(t *testing.T) {
-	logged(t)
-	m, p, d := proxiedDelivery(t, patience)
-	sample := reading{value: "0.42", taken: time.Now()}
-	d.put("00000", sample)
-	emptied(t, "an exchange", d)
-	request, all := p.latestBytes()
-	t.Run("refused", func(t *testing.T) { testRefused(t, sample) })
-	t.Run("reset", func(t *testing.T) { testResets(t, m, p, d, sample, request, all) })
-	t.Run("update and move", testResetChanges)
-
-	status := func(code int) func(w http.ResponseWriter) {
-		return func(w http.ResponseWriter) {
-			w.Header().Set("Location", "/xmlrpc/")
-			w.WriteHeader(code)
-		}
-	}
-	text := func(text string) func(w http.ResponseWriter) {
-		return func(w http.ResponseWriter) { io.WriteString(w, text) }
-	}
-	unknown := text(string(encodeResponse(nil, faultf(1, "unknown ticket"))))
-	tests := []struct {
-		name         string
-		times        int // so many tries meet it
-		answer       func(w http.ResponseWriter)
-		carry        int // without an answer: bytes that get through
-		then         string
-		tries, least int
-		most         int // stored
-	}{
-		{name: "stalled at once", times: 1, then: "hold", tries: 2, least: 1, most: 1},
-		{name: "stalled in the request", times: 1, carry: request / 2, then: "hold", tries: 2, least: 1, most: 1},
-		{name: "answer after the time-out", times: 1, carry: request, then: "hold", tries: 2, least: 1, most: 2},
-		{name: "stalled in the answer", times: 1, carry: all - 1, then: "hold", tries: 2, least: 1, most: 2},
-		{name: "closed at once", times: 5, then: "finish", tries: 6, least: 1, most: 1},
-		{name: "closed before the answer", times: 2, carry: request, then: "finish", tries: 3, least: 1, most: 3},
-		{name: "truncated answer", times: 1, carry: all - 10, then: "finish", tries: 2, least: 1, most: 2},
-		{name: "truncated header", times: 1, carry: request + 20, then: "finish", tries: 2, least: 1, most: 2},
-		{name: "HTTP 500", times: 3, answer: status(500), tries: 4, least: 1, most: 1},
-		{name: "HTTP 503", times: 3, answer: status(503), tries: 4, least: 1, most: 1},
-		{name: "HTTP 302", times: 3, answer: status(302), tries: 4, least: 1, most: 1},
-		{name: "HTTP 307", times: 3, answer: status(307), tries: 4, least: 1, most: 1},
-		{name: "HTTP 404", times: 3, answer: status(404), tries: 4, least: 1, most: 1},
-		{name: "HTTP 401", times: 3, answer: status(401), tries: 4, least: 1, most: 1},
-		{name: "HTML", times: 3, answer: text("<html><body>Please log in</body></html>"), tries: 4, least: 1, most: 1},
-		{name: "nothing", times: 3, answer: text(""), tries: 4, least: 1, most: 1},
-		{name: "a call", times: 3, answer: text(string(encodeCall("healthcheck"))), tries: 4, least: 1, most: 1},
-		{name: "endless answer", times: 2, answer: func(w http.ResponseWriter) {
-			for err := error(nil); err == nil; {
-				_, err = io.WriteString(w, strings.Repeat(" ", 32<<10))
-			}
-		}, tries: 3, least: 1, most: 1},
-		{name: "a fault", times: 1, answer: unknown, tries: 2, least: 1, most: 1},
-		{name: "two faults", times: 2, answer: unknown, tries: 3, least: 1, most: 1},
-		{name: "three faults", times: 3, answer: unknown, tries: 3},
-	}
-	for _, test := range tests {
-		test := test
-		t.Run(test.name, func(t *testing.T) {
-			timeout := patience
-			if test.then == "hold" {
-				t.Parallel()
-				timeout = 3 * time.Second // what is good takes far less
-			}
-			m, p, d := proxiedDelivery(t, timeout)
-			tries := func() int { return int(m.tries.Load()) }
-			if test.answer == nil {
-				p.fail(test.times, test.carry, test.then)
-				tries = p.count
-			} else {
-				m.set(func(w http.ResponseWriter, try int) bool {
-					if try <= test.times {
-						test.answer(w)
-					}
-					return try <= test.times
-				})
-			}
-			d.put("00001", sample)
-			emptied(t, "tried", d)
-			if got := tries(); got != test.tries {
-				t.Errorf("got %d tries; want %d", got, test.tries)
-			}
-			d.put("00002", sample)
-			emptied(t, "the next reading", d)
-			stored := storedTickets(m)
-			if n := stored["00001"]; n < test.least || n > test.most || stored["00002"] != 1 {
-				t.Errorf("got %v; want the first %d to %d times, the second once", stored, test.least, test.most)
-			}
-			t.Logf("%s, %s: %s, stored %s", test.name, plural(test.times, "time"), plural(test.tries, "attempt"), plural(stored["00001"], "time"))
-			total("network faults survived", test.times)
-		})
-	}
 }
 
 // storedTickets counts how often a recorder got each ticket.
@@ -3161,14 +3267,95 @@ func storedTickets(m *recorder) map[any]int {
 	return stored
 }
 
-// testRefused: nobody listens for three attempts.
-func testRefused(t *testing.T, sample reading) {
+// TestNetworkFaults: whatever happens on the way to the monitor, or in it, a
+// reading that it has not answered is tried again until it is stored: once, or
+// twice where the answer was lost; three faults are an answer.
+func TestNetworkFaults(t *testing.T) {
+	logged(t)
 	m, p, d := proxiedDelivery(t, patience)
-	address := p.listener.Addr().String()
-	p.listener.Close()
+	d.put("00000", reading{value: "0.42", taken: time.Now()})
+	emptied(t, "an exchange", d)
+	request, all := p.carried()
+	t.Run("refused", testRefused)
+	t.Run("reset", func(t *testing.T) { testResets(t, m, p, d, request, all) })
+	t.Run("update and move", testResetChanges)
+	for _, test := range cases(t, "testdata/netfaults.txt") {
+		test := test
+		t.Run(test.name, func(t *testing.T) {
+			if strings.Contains(test.text, "\nhold") {
+				t.Parallel()
+			}
+			testNetworkFault(t, test.text, map[string]int{"none": 0, "request": request, "all": all})
+		})
+	}
+}
+
+// testNetworkFault makes what the text of a case says happen to one reading, and
+// nothing to the next.
+func testNetworkFault(t *testing.T, text string, lengths map[string]int) {
+	var times, tries, least, most, more int
+	var kind, where string
+	figures, what, _ := strings.Cut(strings.TrimSpace(text), "\n")
+	if n, err := fmt.Sscan(figures, &times, &tries, &least, &most); n != 4 {
+		t.Fatal(err)
+	}
+	kind, argument, _ := strings.Cut(what, " ")
+	fmt.Sscan(argument, &where, &more)
+	timeout := patience
+	if kind == "hold" {
+		timeout = 3 * time.Second // what is good takes far less
+	}
+	m, p, d := proxiedDelivery(t, timeout)
+	count := func() int { return int(m.tries.Load()) }
+	if kind == "hold" || kind == "finish" {
+		p.fail(times, lengths[where]+more, kind)
+		count = p.count
+	} else {
+		m.set(func(w http.ResponseWriter, try int) bool {
+			if try <= times {
+				misanswer(w, kind, argument)
+			}
+			return try <= times
+		})
+	}
+	sample := reading{value: "0.42", taken: time.Now()}
 	d.put("00001", sample)
-	await(t, "three attempts", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.missed >= 3 })
-	p.listen(t, address)
+	emptied(t, "tried", d)
+	if got := count(); got != tries {
+		t.Errorf("got %d tries; want %d", got, tries)
+	}
+	d.put("00002", sample)
+	emptied(t, "the next reading", d)
+	stored := storedTickets(m)
+	if n := stored["00001"]; n < least || n > most || stored["00002"] != 1 {
+		t.Errorf("got %v; want the first %d to %d times, the second once", stored, least, most)
+	}
+	total("network faults survived", times)
+}
+
+// misanswer answers what no monitor should.
+func misanswer(w http.ResponseWriter, kind, argument string) {
+	switch kind {
+	case "status":
+		code, _ := strconv.Atoi(argument)
+		w.Header().Set("Location", "/xmlrpc/")
+		w.WriteHeader(code)
+	case "answer":
+		io.WriteString(w, argument)
+	case "endless":
+		for err := error(nil); err == nil; {
+			_, err = io.WriteString(w, strings.Repeat(" ", 32<<10))
+		}
+	}
+}
+
+// testRefused: nobody listens for three attempts.
+func testRefused(t *testing.T) {
+	m, p, d := proxiedDelivery(t, patience)
+	p.Close()
+	d.put("00001", reading{value: "0.42", taken: time.Now()})
+	await(t, "three attempts", func() bool { return locked(d, func() bool { return d.misses >= 3 }) })
+	p.listen(t, p.Addr().String())
 	emptied(t, "delivered", d)
 	if stored := storedTickets(m); stored["00001"] != 1 || p.count() != 1 {
 		t.Errorf("got %v in %d tries; want it stored once, at the first that came through", stored, p.count())
@@ -3185,7 +3372,7 @@ func testResetChanges(t *testing.T) {
 	writeTree(t, dir, map[string]string{"packages/demo.tar.bz2": string(archive), "sensors/demo/check": printing(1)})
 	next := serve(t, newHandler(m.methods()))
 	p := newFaultyProxy(t, next.Host)
-	u := &url.URL{Scheme: "http", Host: p.listener.Addr().String(), Path: "/xmlrpc/"}
+	u := &url.URL{Scheme: "http", Host: p.Addr().String(), Path: "/xmlrpc/"}
 	m.next = next.String()
 	config := "[monitor]\nurl = " + u.String() + "\n"
 	writeTree(t, dir, map[string]string{"client.cfg": config})
@@ -3243,11 +3430,11 @@ func testResetChanges(t *testing.T) {
 
 // testResets: the connection is reset after each number of bytes that an
 // exchange can have.
-func testResets(t *testing.T, m *recorder, p *faultyProxy, d *delivery, sample reading, request, all int) {
+func testResets(t *testing.T, m *recorder, p *faultyProxy, d *delivery, request, all int) {
 	ticket := func(n int) string { return fmt.Sprintf("%05d", n+1) }
 	for n := 0; n <= all; n++ {
 		p.fail(1, n, "reset")
-		d.put(ticket(n), sample)
+		d.put(ticket(n), reading{value: "0.42", taken: time.Now()})
 		emptied(t, ticket(n), d)
 		if got := p.count(); got != 2 && (n < all || got != 1) { // the last byte may come before the reset
 			t.Errorf("reset after %d bytes of %d + %d: got %d tries; want 2", n, request, all-request, got)
@@ -3263,104 +3450,6 @@ func testResets(t *testing.T, m *recorder, p *faultyProxy, d *delivery, sample r
 	}
 	total("network faults survived", all+1)
 	t.Logf("%d exchanges of %d + %d bytes; %d readings were stored twice", all+1, request, all-request, twice)
-}
-
-// TestDeliveryDiscard: a ticket that was given away again takes the
-// undelivered reading with it, also the one that is just being sent.
-func TestDeliveryDiscard(t *testing.T) {
-	m := newRecorder(t)
-	sending, answer := make(chan int, 10), make(chan bool)
-	m.set(func(w http.ResponseWriter, try int) bool {
-		sending <- try
-		if fail := <-answer; fail {
-			w.WriteHeader(500)
-			return true
-		}
-		return false
-	})
-	d := testDelivery(t, m)
-	d.put(1, reading{value: "1", taken: time.Now()})
-	receive(t, "sending", sending)
-	d.put(2, reading{value: "2", taken: time.Now()})
-	d.discard(1)
-	d.discard(2)
-	d.put(1, reading{value: "3", taken: time.Now()})
-	d.put(2, reading{value: "4", taken: time.Now()})
-	answer <- true
-	for range [2]int{} {
-		receive(t, "sending", sending)
-		answer <- false
-	}
-	if a, b := receive(t, "reading", m.readings), receive(t, "reading", m.readings); a.value != "3" || b.value != "4" {
-		t.Errorf("got %+v, %+v", a, b)
-	}
-}
-
-func TestDeliveryFull(t *testing.T) {
-	m := newRecorder(t)
-	sending, hold := make(chan struct{}, 1), make(chan struct{})
-	m.set(func(w http.ResponseWriter, try int) bool {
-		if try == 1 {
-			sending <- struct{}{}
-			<-hold
-		}
-		return false
-	})
-	d := testDelivery(t, m)
-	d.put(1, reading{taken: time.Now()})
-	receive(t, "sending", sending)
-	for i := 2; i <= 2*maxKept+10; i++ {
-		d.put(i, reading{taken: time.Now()})
-	}
-	close(hold)
-	if got := receive(t, "reading", m.readings); got.ticket != any(1) {
-		t.Errorf("got %+v; want the one that was being sent", got)
-	}
-	for i := 12; i <= 2*maxKept+10; i++ {
-		if got := receive(t, "reading", m.readings); got.ticket != any(i) {
-			t.Fatalf("got %+v; want ticket %d", got, i)
-		}
-	}
-}
-
-// TestDeliveryClose: what can be delivered is, although the monitor fails or
-// hangs at some readings, and a dead monitor does not hold up the end.
-func TestDeliveryClose(t *testing.T) {
-	for name, misbehave := range map[string]func(w http.ResponseWriter, hold chan struct{}){
-		"fails": func(w http.ResponseWriter, _ chan struct{}) { w.WriteHeader(500) },
-		"hangs": func(_ http.ResponseWriter, hold chan struct{}) { <-hold },
-	} {
-		m, hold, misbehave := newRecorder(t), make(chan struct{}), misbehave
-		m.set(func(w http.ResponseWriter, try int) bool {
-			if bad := try == 1 || try == 3; bad {
-				misbehave(w, hold)
-				return true
-			}
-			return false
-		})
-		d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
-		for i := 0; i < 10; i++ {
-			d.put(i, reading{taken: time.Now()})
-		}
-		await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
-		within(patience, d.close)
-		close(hold)
-		if n := len(m.readings); n < 9 { // the one that failed after close began is not tried again
-			t.Errorf("%s: %d readings delivered of 10", name, n)
-		}
-	}
-
-	silent, hold := newRecorder(t), make(chan struct{})
-	defer close(hold)
-	silent.set(func(http.ResponseWriter, int) bool { <-hold; return true })
-	d := newDelivery(newClient(silent.url, patience, nil), time.UTC, "nan", time.Hour, nil)
-	d.put(1, reading{taken: time.Now()})
-	await(t, "an attempt", func() bool { return silent.tries.Load() == 1 })
-	lines := logged(t)
-	within(0, d.close)
-	if !strings.Contains(lines.String(), "1 reading not delivered") {
-		t.Errorf("got %s", lines)
-	}
 }
 
 // TestAccess: who may call, by address.
@@ -3474,87 +3563,71 @@ func TestHog(t *testing.T) {
 	}
 }
 
-// TestDeliveryTurns: behind an outage fresh readings do not wait for the end of
-// the backlog.
-func TestDeliveryTurns(t *testing.T) {
-	m := newRecorder(t)
-	held, hold := make(chan struct{}, 1000), make(chan bool)
-	m.set(func(w http.ResponseWriter, try int) bool {
-		held <- struct{}{}
-		if away := <-hold; away {
-			w.WriteHeader(503)
-			return true
-		}
-		return false
-	})
-	d := testDelivery(t, m)
-	for i := 1; i <= 100; i++ {
-		d.put(i, reading{taken: time.Now()})
-	}
-	receive(t, "an attempt", held)
-	hold <- true
-	receive(t, "another", held)
-	hold <- false // the monitor is back
-	receive(t, "a third", held)
-	for i := 1001; i <= 1010; i++ {
-		d.put(i, reading{taken: time.Now()})
-	}
-	m.set(nil)
-	hold <- false
-	fresh := 0
-	for i := 0; i < 30; i++ {
-		if receive(t, "reading", m.readings).ticket.(int) > 1000 {
-			fresh++
-		}
-	}
-	if fresh != 10 {
-		t.Errorf("%d fresh ones among the first 30; want 10", fresh)
-	}
-}
-
-// spoolDelivery delivers to a recorder with waits of milliseconds and a spool.
-func spoolDelivery(t *testing.T, m *recorder, dir string, limit int64) *delivery {
-	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, newSpool(dir, limit))
-	t.Cleanup(func() { within(patience, d.close) })
-	return d
-}
-
-// spooled reads what a spool holds undelivered, as ticket=value.
+// spooled reads what a spool holds undelivered, as ticket=value; nothing where
+// there is none.
 func spooled(t *testing.T, dir string) (list []string) {
 	t.Helper()
 	f, err := os.Open(filepath.Join(dir, "readings"))
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return nil
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
+	c, err := readSpool(f, systemClocks()())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, u := range c.readings {
-		list = append(list, fmt.Sprintf("%v=%s", u.ticket, u.value))
+	for _, p := range c.readings {
+		list = append(list, fmt.Sprintf("%v=%s", p.ticket, p.value))
 	}
 	return list
 }
 
+// awaitSpooled waits until a spool holds so many readings.
+func awaitSpooled(t *testing.T, dir string, n int) {
+	t.Helper()
+	await(t, plural(n, "reading")+" on the disk", func() bool { return len(spooled(t, dir)) == n })
+}
+
+// awaitEmpty waits until the file of a spool is there and empty.
+func awaitEmpty(t *testing.T, dir string) {
+	t.Helper()
+	await(t, "the file is empty", func() bool {
+		info, err := os.Stat(filepath.Join(dir, "readings"))
+		return err == nil && info.Size() == 0
+	})
+}
+
+// afterAMinute makes a spool that could not be written be tried again.
+func afterAMinute(d *delivery) {
+	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil })
+}
+
 func away(w http.ResponseWriter, _ int) bool { w.WriteHeader(503); return true }
+
+// pendingOf is a reading that was taken at some moment.
+func pendingOf(ticket any, r reading, at clocks) *pendingReading {
+	return &pendingReading{reading: r, ticket: ticket, takenAt: at}
+}
 
 // TestSpool: what could not be delivered is on the disk, and is delivered by
 // the next agent with its ticket, value and time; then the file is empty. A
-// monitor that is up costs no write.
+// monitor that is there costs no write.
 func TestSpool(t *testing.T) {
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
-	d := spoolDelivery(t, m, dir, 1<<20)
-	file := filepath.Join(dir, "readings")
-	before, err := os.Stat(file)
-	if err != nil || before.Size() != 0 || before.Mode() != 0o600 {
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
+	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
+	awaitEmpty(t, dir)
+	before, err := os.Stat(filepath.Join(dir, "readings"))
+	if err != nil || before.Mode() != 0o600 {
 		t.Fatalf("got %v, %v", before, err)
 	}
-	for i := 0; i < 50; i++ {
-		d.put(i, reading{value: "1", taken: time.Now()})
-		receive(t, "reading", m.readings)
+	for i := 1; i <= 50; i++ {
+		puts(d, i, i)
+		gets(t, m, 1)
 	}
-	if now, err := os.Stat(file); err != nil || now.Size() != 0 || !now.ModTime().Equal(before.ModTime()) {
+	if now, err := os.Stat(filepath.Join(dir, "readings")); err != nil || now.Size() != 0 || !now.ModTime().Equal(before.ModTime()) {
 		t.Errorf("written to: %v, %v", now, err)
 	}
 	m.set(away)
@@ -3563,44 +3636,71 @@ func TestSpool(t *testing.T) {
 	for i, ticket := range tickets {
 		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50"), taken: taken})
 	}
-	await(t, "all are on the disk", func() bool { return len(spooled(t, dir)) == len(tickets) })
+	awaitSpooled(t, dir, len(tickets))
 	d.discard(1)
 	d.put(1, reading{code: -15, taken: taken})
-	await(t, "the newer one is", func() bool { got := spooled(t, dir); return len(got) == len(tickets) && got[3] == "1=" })
+	await(t, "the newer one is", func() bool { return slices.Contains(spooled(t, dir), "1=") && len(spooled(t, dir)) == 4 })
 	within(patience, d.close)
 
 	m.set(nil)
-	d = spoolDelivery(t, m, dir, 1<<20)
+	d = spoolDelivery(t, m, newSpool(dir, 1<<20))
 	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
 	for range tickets {
 		got := receive(t, "reading", m.readings)
-		if text := fmt.Sprint(got.code, " ", got.value); want[got.ticket] != text || string(got.time) != taken.UTC().Format(dateTimeLayout) {
-			t.Errorf("got %+v; want %q at %s", got, want[got.ticket], taken.UTC().Format(dateTimeLayout))
+		at, err := time.Parse(dateTimeLayout, string(got.time))
+		if off := at.Sub(taken).Abs(); want[got.ticket] != fmt.Sprint(got.code, " ", got.value) || err != nil || off > 2*time.Second {
+			t.Errorf("got %+v; want %q at %s", got, want[got.ticket], taken.UTC())
 		}
 		delete(want, got.ticket)
 	}
-	await(t, "the file is empty", func() bool { info, err := os.Stat(file); return err == nil && info.Size() == 0 })
+	awaitEmpty(t, dir)
 	if n, _ := d.count(); n != 0 || len(m.readings) != 0 {
 		t.Errorf("%d left, %d too many", n, len(m.readings))
 	}
 }
 
+// TestSpoolOld: what version 1 left behind is delivered, and then the file is
+// empty. It has readings of all types, marks, records of the clock and a last line
+// that was cut off by a power cut.
+func TestSpoolOld(t *testing.T) {
+	text, err := os.ReadFile("testdata/spool/old")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := readSpool(bytes.NewReader(text), clocks{boot: "another"})
+	if err != nil || len(c.readings) != 5 || c.damaged != 1 || c.last != 7 || c.readings[0].takenAt.wall.UnixMilli() != 1795654616904 {
+		t.Errorf("got %+v, %v; want 5 readings, 1 damaged", c, err)
+	}
+	m, dir := newRecorder(t), t.TempDir()
+	writeTree(t, dir, map[string]string{"readings": string(text)})
+	spoolDelivery(t, m, newSpool(dir, 1<<20))
+	got := make(map[any]string)
+	for range [5]int{} {
+		s := receive(t, "reading", m.readings)
+		got[s.ticket] = fmt.Sprint(s.code, " ", s.value)
+	}
+	want := map[any]string{1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v; want %v", got, want)
+	}
+	awaitEmpty(t, dir)
+}
+
 // TestSpoolDamage: any byte of a spool that is flipped, and any end that is
 // missing, costs one reading.
 func TestSpoolDamage(t *testing.T) {
-	at := instantOf(func(now time.Time) time.Time { return now })
-	text := ""
+	now, text := systemClocks()(), ""
 	for i := uint64(1); i <= 4; i++ {
-		text += readingRecord(i, &undelivered{ticket: fmt.Sprint("t", i), reading: reading{value: "1", taken: at.now}}, at)
+		text += readingRecord(i, pendingOf(fmt.Sprint("t", i), reading{value: "1"}, now), now)
 	}
 	read := func(text string) spoolContent {
-		c, err := readSpool(strings.NewReader(text), at)
+		c, err := readSpool(strings.NewReader(text), now)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return c
 	}
-	if c := read(text); len(c.readings) != 4 || c.damaged != 0 || c.last != 4 || !c.readings[0].taken.Equal(at.now.Truncate(time.Millisecond)) && time.Since(c.readings[0].taken) > patience {
+	if c := read(text); len(c.readings) != 4 || c.damaged != 0 || c.last != 4 || c.needsRewrite || !c.readings[0].takenAt.wall.Equal(now.wall.Truncate(time.Millisecond)) {
 		t.Errorf("got %+v", c)
 	}
 	if c := read(text + markRecord(2) + markRecord(9)); len(c.readings) != 3 || c.last != 9 {
@@ -3622,8 +3722,8 @@ func TestSpoolDamage(t *testing.T) {
 		if text[i] == '\n' { // which alone is missing
 			whole++
 		}
-		if c := read(text[:i]); len(c.readings) != whole {
-			t.Fatalf("cut at %d: %d left", i, len(c.readings))
+		if c := read(text[:i]); len(c.readings) != whole || i > 0 && text[i-1] != '\n' && !c.needsRewrite {
+			t.Fatalf("cut at %d: %d left, needs a rewrite: %v", i, len(c.readings), c.needsRewrite)
 		}
 		if c := read(text[:i] + "\n" + text); len(c.readings) != 4 { // written on after a torn record
 			t.Fatalf("torn at %d: %d left", i, len(c.readings))
@@ -3637,38 +3737,45 @@ func TestSpoolDamage(t *testing.T) {
 // TestSpoolClock: a reading keeps the time it was taken at also where the clock
 // was set later, in the same boot or before the power went.
 func TestSpoolClock(t *testing.T) {
-	now := time.Now()
-	birth := instant{now: now, wall: time.Unix(300, 0), boot: "aaaaaaaa", up: 300_000}
-	set := instant{now: now.Add(time.Hour), wall: time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), boot: "aaaaaaaa", up: 3900_000}
-	text := readingRecord(1, &undelivered{ticket: 1, reading: reading{value: "1", taken: now.Add(-time.Minute)}}, birth)
+	birth := clocks{time.Unix(300, 0), 5 * time.Minute, "aaaaaaaa"}
+	set := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), 65 * time.Minute, "aaaaaaaa"}
+	text := readingRecord(1, pendingOf(1, reading{value: "1"}, clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}), birth)
 	for _, test := range []struct {
-		text string
-		at   instant
+		at   clocks
 		want time.Time
 	}{
-		{text, birth, time.Unix(240, 0)},
-		{text, set, set.wall.Add(-61 * time.Minute)},
-		{text + clockRecord(set), instant{now: now, wall: set.wall.AddDate(0, 0, 1), boot: "bbbbbbbb", up: 1000}, set.wall.Add(-61 * time.Minute)},
-		{text, instant{now: now, wall: set.wall, boot: "bbbbbbbb", up: 1000}, time.Unix(240, 0)},
-		{text, instant{now: now, wall: set.wall, boot: "-"}, time.Unix(240, 0)},
-		{text, instant{now: now, wall: set.wall, boot: "aaaaaaaa", up: 1000}, time.Unix(240, 0)}, // a container begun anew
+		{birth, time.Unix(240, 0)},
+		{set, set.wall.Add(-61 * time.Minute)},
+		{clocks{set.wall, time.Second, "bbbbbbbb"}, time.Unix(240, 0)},
+		{clocks{set.wall, time.Second, "aaaaaaaa"}, time.Unix(240, 0)}, // a container begun anew
 	} {
-		c, err := readSpool(strings.NewReader(test.text), test.at)
-		if err != nil || len(c.readings) != 1 {
-			t.Fatalf("got %+v, %v", c, err)
+		c, err := readSpool(strings.NewReader(text), test.at)
+		if err != nil || len(c.readings) != 1 || c.needsRewrite != (test.at == set) {
+			t.Fatalf("at %v: got %+v, %v", test.at, c, err)
 		}
-		if c.moved != (test.at == set) {
-			t.Errorf("at %v: moved is %v", test.at.wall, c.moved)
-		}
-		u := c.readings[0]
-		sent := test.at.wall.Add(-test.at.now.Sub(u.taken)) // as attempt has it
-		if u.earlier {
-			sent = u.taken
-		}
-		if off := sent.Sub(test.want).Abs(); off > time.Second/100 {
-			t.Errorf("at %v: got %v; want %v", test.at.wall, sent, test.want)
+		if got := c.readings[0].takenAt.corrected(test.at); !got.Equal(test.want) {
+			t.Errorf("at %v: got %v; want %v", test.at, got, test.want)
 		}
 	}
+	// When the clock is set, the file is written anew with the right times.
+	m, dir := newRecorder(t), t.TempDir()
+	m.set(away)
+	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
+	var now atomic.Pointer[clocks]
+	now.Store(&birth)
+	locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
+	puts(d, 1, 1)
+	awaitSpooled(t, dir, 1)
+	now.Store(&set)
+	await(t, "the time is right", func() bool {
+		f, err := os.Open(filepath.Join(dir, "readings"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		c, err := readSpool(f, clocks{boot: "bbbbbbbb"})
+		return err == nil && len(c.readings) == 1 && c.readings[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
+	})
 }
 
 // TestSpoolFull: the file stays within its limit, whatever comes; the oldest
@@ -3678,16 +3785,14 @@ func TestSpoolFull(t *testing.T) {
 	m, dir := newRecorder(t), t.TempDir()
 	const limit, n = 64 << 10, 3000
 	m.set(away)
-	d := spoolDelivery(t, m, dir, limit)
-	d.put(0, reading{value: "0", taken: time.Now()})
-	await(t, "away", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return !d.away.IsZero() })
-	for i := 1; i < n; i++ {
-		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
-		if i%100 == 0 {
-			await(t, "it is written", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 0 && d.inSpool == len(d.kept) })
-			if info, err := os.Stat(filepath.Join(dir, "readings")); err != nil || info.Size() > limit {
-				t.Fatalf("got %v, %v", info.Size(), err)
-			}
+	d := spoolDelivery(t, m, newSpool(dir, limit))
+	puts(d, 0, 0)
+	await(t, "away", func() bool { return isAway(d) })
+	for i := 1; i < n; i += 100 {
+		puts(d, i, min(i+99, n-1))
+		await(t, "it is written", func() bool { return locked(d, func() bool { return !d.unwritten && d.inMemory == 0 }) })
+		if info, err := os.Stat(filepath.Join(dir, "readings")); err != nil || info.Size() > limit {
+			t.Fatalf("got %v, %v", info.Size(), err)
 		}
 	}
 	within(0, d.close)
@@ -3700,89 +3805,130 @@ func TestSpoolFull(t *testing.T) {
 		t.Errorf("got %s", lines)
 	}
 	m = newRecorder(t)
-	spoolDelivery(t, m, dir, limit)
-	for _, want := range left {
-		if got := receive(t, "reading", m.readings); fmt.Sprintf("%v=%s", got.ticket, got.value) != want {
-			t.Fatalf("got %+v; want %s", got, want)
-		}
+	spoolDelivery(t, m, newSpool(dir, limit))
+	got := gets(t, m, len(left))
+	if slices.Sort(got); !slices.Equal(got, numbers(n-len(left), n-1)) {
+		t.Errorf("got %v; want %v", got, left)
 	}
+	// A smaller limit counts at the next start.
+	m.set(away)
+	awaitEmpty(t, dir)
 }
 
 // TestSpoolBroken: where it cannot be written, that is logged once, readings
 // are kept in memory, and written when it works again.
-// TestSpoolLate: a spool whose disk comes late is read then, though the monitor
-// takes all.
-func TestSpoolLate(t *testing.T) {
-	logged(t)
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
-	at := instantOf(func(now time.Time) time.Time { return now })
-	record := readingRecord(1, &undelivered{ticket: "early", reading: reading{value: "1", taken: at.now}}, at)
-	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // in its way
-	d := spoolDelivery(t, m, dir, 1<<20)
-	await(t, "it cannot be used", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.spool.err != nil })
-	os.Remove(dir)
-	writeTree(t, dir, map[string]string{"readings": record})
-	d.mu.Lock()
-	d.spool.retryAt = time.Now().Add(time.Millisecond)
-	d.toWrite.Signal()
-	d.mu.Unlock()
-	if got := receive(t, "what was in it", m.readings); got.ticket != "early" {
-		t.Errorf("got %+v", got)
-	}
-	await(t, "it is empty", func() bool { return len(spooled(t, dir)) == 0 })
-}
-
 func TestSpoolBroken(t *testing.T) {
 	lines := logged(t)
-	m, dir := newRecorder(t), t.TempDir()
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
 	m.set(away)
-	blocked := filepath.Join(dir, "spool")
-	if err := os.WriteFile(blocked, nil, 0o600); err != nil { // a file where the directory belongs
+	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // a file where the directory belongs
+	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
+	puts(d, 1, 5)
+	failed := func() bool { return strings.Contains(lines.String(), "undelivered readings are in memory alone") }
+	await(t, "it is logged", failed)
+	if err := os.Remove(dir); err != nil {
 		t.Fatal(err)
 	}
-	d := spoolDelivery(t, m, blocked, 1<<20)
-	for i := 0; i < 5; i++ {
-		d.put(i, reading{value: "1", taken: time.Now()})
+	afterAMinute(d)
+	awaitSpooled(t, dir, 5)
+	// The file is taken away, and what was in it written again.
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
 	}
-	await(t, "they are kept", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 5 })
-	if got := lines.String(); strings.Count(got, "spool ") != 1 || !strings.Contains(got, "undelivered readings are in memory alone") {
+	puts(d, 6, 6)
+	awaitSpooled(t, dir, 6)
+	if got := lines.String(); strings.Count(got, "in memory alone") != 1 || strings.Count(got, "works again") != 1 {
 		t.Errorf("got %s", got)
 	}
-	if err := os.Remove(blocked); err != nil {
-		t.Fatal(err)
-	}
-	d.mu.Lock()
-	d.spool.retryAt = time.Time{} // as after a minute
-	d.toWrite.Signal()
-	d.mu.Unlock()
-	await(t, "it works again", func() bool {
-		_, err := os.Stat(blocked + "/readings")
-		return err == nil && len(spooled(t, blocked)) == 5
-	})
-	// The file is taken away, and what was in it written again.
-	if err := os.RemoveAll(blocked); err != nil {
-		t.Fatal(err)
-	}
-	d.put(5, reading{value: "1", taken: time.Now()})
-	await(t, "it is there again", func() bool {
-		_, err := os.Stat(blocked + "/readings")
-		return err == nil && len(spooled(t, blocked)) == 6
-	})
-	// Another agent does not get at it, nor at what this one writes.
-	next := filepath.Join(blocked, "readings.next")
-	if err := os.WriteFile(next, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	other := newSpool(blocked, 1<<20)
-	if _, _, err := other.open(); err == nil || err.Error() != "another process uses it" {
+	// Another agent does not get at it.
+	other := newSpool(dir, 1<<20)
+	if _, err := other.open(systemClocks()()); err == nil || err.Error() != "another process uses it" {
 		t.Errorf("got %v", err)
 	}
-	if err := os.Remove(next); err != nil {
-		t.Error(err)
-	}
 	m.set(nil)
-	for i := 0; i < 6; i++ {
-		receive(t, "reading", m.readings)
+	gets(t, m, 6)
+	awaitEmpty(t, dir)
+}
+
+// TestSpoolLate: a spool whose disk comes late is read then, though the monitor
+// takes all; but for what has had its ticket given away again meanwhile.
+func TestSpoolLate(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	now, text := systemClocks()(), ""
+	for i := 1; i <= 3; i++ {
+		text += readingRecord(uint64(i), pendingOf(i, reading{value: "-1"}, now), now)
+	}
+	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // in its way
+	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
+	await(t, "it cannot be used", func() bool { return strings.Contains(lines.String(), "in memory alone") })
+	d.discard(2)
+	puts(d, 2, 2)
+	if got := receive(t, "reading", m.readings); got.ticket != any(2) || got.value != "2" {
+		t.Errorf("got %+v", got)
+	}
+	os.Remove(dir)
+	writeTree(t, dir, map[string]string{"readings": text})
+	afterAMinute(d)
+	got := gets(t, m, 2)
+	if slices.Sort(got); !slices.Equal(got, []int{1, 3}) {
+		t.Errorf("got %v; want 1 and 3", got)
+	}
+	awaitEmpty(t, dir)
+	if len(m.readings) > 0 {
+		t.Errorf("got %v, too", <-m.readings)
+	}
+}
+
+// TestSpoolPlanted: what another user puts under the names of a spool, or on
+// the path to it, makes root touch nothing elsewhere.
+func TestSpoolPlanted(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root has what others want")
+	}
+	now := systemClocks()()
+	for _, test := range []struct {
+		name  string
+		plant func(dir, victim string) error
+		want  string // the error; "" where the spool works
+	}{
+		{"a link to a file", func(dir, victim string) error { return os.Symlink(victim+"/file", dir+"/readings") }, "/readings: a link, "},
+		{"a link to nothing", func(dir, victim string) error { return os.Symlink(victim+"/new", dir+"/readings") }, "/readings: a link, "},
+		{"another name of a file", func(dir, victim string) error { return os.Link(victim+"/file", dir+"/readings") }, "not a plain file"},
+		{"a FIFO", func(dir, _ string) error { return syscall.Mkfifo(dir+"/readings", 0o666) }, "not a plain file"},
+		{"a directory", func(dir, _ string) error { return os.Mkdir(dir+"/readings", 0o777) }, "is a directory"},
+		{"next: a link", func(dir, victim string) error { return os.Symlink(victim+"/file", dir+"/readings.next") }, ""},
+		{"next: a FIFO", func(dir, _ string) error { return syscall.Mkfifo(dir+"/readings.next", 0o666) }, ""},
+		{"next: a directory", func(dir, _ string) error { return os.Mkdir(dir+"/readings.next", 0o777) }, "file exists"},
+		{"a link to a directory", func(dir, victim string) error { os.Remove(dir); return os.Symlink(victim, dir) }, "/spool: a link, "},
+		{"a FIFO as directory", func(dir, _ string) error { os.Remove(dir); return syscall.Mkfifo(dir, 0o666) }, "not a directory"},
+	} {
+		home, victim := t.TempDir(), t.TempDir()
+		dir := filepath.Join(home, "spool")
+		writeTree(t, victim, map[string]string{"file": "precious\n"})
+		err := os.Mkdir(dir, 0o777)
+		if err == nil {
+			err = test.plant(dir, victim)
+		}
+		if err == nil {
+			err = os.Chown(home, 65534, 65534)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := newSpool(dir, 1<<20)
+		_, err = s.open(now)
+		if err == nil {
+			err = s.rewrite([]*pendingReading{pendingOf(1, reading{value: "1"}, now)}, now)
+		}
+		s.close()
+		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: got %v; want %q", test.name, err, test.want)
+		}
+		info, err := os.Stat(victim + "/file")
+		if got := readTree(t, victim); err != nil || info.Mode() != 0o755 || len(got) != 1 || got["file"] != "precious\n" {
+			t.Errorf("%s: got %v, %v, %q", test.name, info.Mode(), err, got)
+		}
 	}
 }
 
@@ -3800,53 +3946,44 @@ func TestSpoolFullDisk(t *testing.T) {
 	lines := logged(t)
 	m := newRecorder(t)
 	m.set(away)
-	d := spoolDelivery(t, m, dir, 1<<20)
-	const n = 3000 // twice what fits
+	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
 	full := func() bool { return strings.Contains(lines.String(), "no space left on device") }
-	d.put(0, reading{value: "1", taken: time.Now()})
-	await(t, "away", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return !d.away.IsZero() })
-	i := 1
-	for ; i < n && !full(); i++ {
-		d.put(i, reading{value: "1", taken: time.Now()})
-		if i%50 == 0 {
-			await(t, "it is written", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.unsaved) == 0 || full() })
-		}
+	n := 0
+	for ; n < 3000 && !full(); n += 50 { // of which half fit
+		puts(d, n, n+49)
+		await(t, "it is written", func() bool { return full() || isAway(d) && locked(d, func() bool { return !d.unwritten }) })
 	}
-	await(t, "the disk is full", full)
-	for end := i + 100; i < end; i++ { // it goes on in memory
-		d.put(i, reading{value: "1", taken: time.Now()})
-	}
-	if got := spooled(t, dir); len(got) < 500 || got[0] != "0=1" {
+	puts(d, n, n+99) // it goes on in memory
+	n += 100
+	if got := spooled(t, dir); len(got) < 500 || got[0] != "0=0" {
 		t.Errorf("%d on the disk, the first %s", len(got), got[0])
 	}
 	m.set(nil)
-	seen := make(map[any]bool)
-	for len(seen) < i {
-		seen[receive(t, "reading", m.readings).ticket] = true
+	got := gets(t, m, n)
+	if slices.Sort(got); !slices.Equal(got, numbers(0, n-1)) {
+		t.Errorf("got %v", got)
 	}
 	if got := strings.Count(lines.String(), "no space left"); got != 1 {
 		t.Errorf("logged %d times", got)
 	}
-	await(t, "the file is emptied, which takes no space", func() bool {
-		info, err := os.Stat(filepath.Join(dir, "readings"))
-		return err == nil && info.Size() == 0
-	})
+	await(t, "all are delivered", func() bool { n, _ := d.count(); return n == 0 })
+	afterAMinute(d)
+	awaitEmpty(t, dir) // which takes no space
 }
 
 // FuzzSpool: whatever is in a spool's file, with the right checksums or not,
 // it is read, and a reading in it is the same when it is written and read again.
 func FuzzSpool(f *testing.F) {
-	at := instant{now: time.Now(), wall: time.UnixMilli(1795633466690), boot: "4b825dc6", up: 81299000}
-	taken := func(ticket any, r reading) *undelivered {
-		r.taken = at.now.Add(-time.Minute)
-		return &undelivered{reading: r, ticket: ticket}
+	at := clocks{time.UnixMilli(1795633466690), 81299 * time.Second, "4b825dc6"}
+	taken := func(ticket any, r reading) *pendingReading {
+		return pendingOf(ticket, r, clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot})
 	}
 	records := []string{
 		readingRecord(1, taken(7, reading{value: "0.42"}), at),
 		readingRecord(2, taken(int64(1)<<40, reading{code: -15}), at),
-		readingRecord(3, taken("a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}), instant{now: at.now, wall: at.wall, boot: "-"}),
+		readingRecord(3, pendingOf("a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
 		markRecord(2),
-		clockRecord(at),
+		withChecksum("c 0 4b825dc6 81299000 1795633466690"),
 	}
 	unsummed := ""
 	for _, record := range records {
@@ -3861,7 +3998,7 @@ func FuzzSpool(f *testing.F) {
 			lines := strings.Split(string(data), "\n")
 			data = nil
 			for _, line := range lines {
-				data = append(data, summed(line)...)
+				data = append(data, withChecksum(line)...)
 			}
 		}
 		c, err := readSpool(bytes.NewReader(data), at)
@@ -3872,81 +4009,19 @@ func FuzzSpool(f *testing.F) {
 		if err != nil || len(c.readings)+c.damaged > lines {
 			t.Fatalf("got %d readings, %d damaged of %d lines, %v", len(c.readings), c.damaged, lines, err)
 		}
-		for _, u := range c.readings {
-			if wire := wireTicket(u.ticket); len(wire) > 8*maxTicket {
+		for _, p := range c.readings {
+			if wire := wireTicket(p.ticket); len(wire) > 8*maxTicket {
 				continue // no command has one
 			}
-			again, err := readSpool(strings.NewReader(readingRecord(u.record, u, at)), at)
+			again, err := readSpool(strings.NewReader(readingRecord(p.record, p, at)), at)
 			if err != nil || len(again.readings) != 1 {
-				t.Fatalf("%+v reads back as %+v, %v", u, again, err)
+				t.Fatalf("%+v reads back as %+v, %v", p, again, err)
 			}
-			if a := again.readings[0]; a.ticket != u.ticket || a.code != u.code || a.value != u.value || a.record != u.record {
-				t.Fatalf("%+v reads back as %+v", u, a)
+			if a := again.readings[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
+				t.Fatalf("%+v reads back as %+v", p, a)
 			}
 		}
 	})
-}
-
-// TestSpoolChanged: another directory takes over what the one before holds.
-func TestSpoolChanged(t *testing.T) {
-	m, dir := newRecorder(t), t.TempDir()
-	one, two := filepath.Join(dir, "one"), filepath.Join(dir, "two")
-	m.set(away)
-	d := spoolDelivery(t, m, one, 1<<20)
-	d.put(1, reading{value: "1", taken: time.Now()})
-	await(t, "it is in the first", func() bool { return len(spooled(t, one)) == 1 })
-	d.useSpool(newSpool(two, 1<<20))
-	await(t, "it is in the second", func() bool {
-		_, err := os.Stat(two + "/readings")
-		return err == nil && len(spooled(t, two)) == 1 && len(spooled(t, one)) == 0
-	})
-	d.useSpool(nil)
-	await(t, "it is in none", func() bool { return len(spooled(t, two)) == 0 })
-	// What is undelivered when there is a spool again belongs in it.
-	d.useSpool(newSpool(one, 1<<20))
-	await(t, "it is in the first again", func() bool { return len(spooled(t, one)) == 1 })
-	// So does what came while there was one that could not be used.
-	blocked := filepath.Join(dir, "blocked")
-	if err := os.WriteFile(blocked, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d.useSpool(newSpool(blocked, 1<<20))
-	d.put(2, reading{value: "2", taken: time.Now()})
-	await(t, "it cannot be used", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.spool.dir == blocked && d.spool.err != nil })
-	if got := spooled(t, one); len(got) != 1 {
-		t.Errorf("left in the first: %q", got)
-	}
-	d.useSpool(newSpool(one, 1<<20))
-	await(t, "both are in the first", func() bool { return fmt.Sprint(spooled(t, one)) == "[1=1 2=2]" })
-	d.useSpool(newSpool(two, 1<<20))
-	await(t, "both are in the second alone", func() bool {
-		return fmt.Sprint(spooled(t, two)) == "[1=1 2=2]" && len(spooled(t, one)) == 0
-	})
-	// One that could not be used when the agent ends leaves the one before as it was.
-	d.useSpool(newSpool(blocked, 1<<20))
-	within(patience, d.close)
-	select {
-	case <-d.saved:
-	default:
-		t.Error("it goes on trying")
-	}
-	if got := fmt.Sprint(spooled(t, two)); got != "[1=1 2=2]" {
-		t.Errorf("left in the second: %s", got)
-	}
-}
-
-func TestBackoff(t *testing.T) {
-	for n := 1; n < 100; n++ {
-		want := maxBackoff
-		if n < 10 {
-			want = time.Second << (n - 1)
-		}
-		for i := 0; i < 100; i++ {
-			if got := backoff(time.Second, n); got < want/2 || got > want*3/2+1 {
-				t.Fatalf("%d: got %v; want %v ±50 %%", n, got, want)
-			}
-		}
-	}
 }
 
 // TestLocalZone compares with what date shows.
@@ -6043,7 +6118,7 @@ func TestStory(t *testing.T) {
 		a.delivery.mu.Lock()
 		defer a.queue.mu.Unlock()
 		defer a.delivery.mu.Unlock()
-		return len(a.queue.readings.running) == 0 && len(a.queue.active) == 0 && len(a.delivery.kept) == 0
+		return len(a.queue.readings.running) == 0 && len(a.queue.active) == 0 && len(a.delivery.pending) == 0
 	})
 }
 
@@ -6362,7 +6437,7 @@ func TestStoryMove(t *testing.T) {
 	await(t, "a try at the old one", func() bool {
 		a.delivery.mu.Lock()
 		defer a.delivery.mu.Unlock()
-		return len(a.delivery.kept) == 1 && a.delivery.kept[0].faults == 1
+		return len(a.delivery.pending) == 1 && a.delivery.pending[0].faults == 1
 	})
 	mustCall(t, c, "cmd_register_new_server", 12)
 	for _, want := range []string{"ticket 11: exit 0, value 1", "ticket 12: exit 0, value 1"} {

@@ -823,7 +823,7 @@ func (a *agent) reload() {
 	a.handler.setAccess(access)
 	a.delivery.configure(monitorOf(s), zoneFor(s), s.noValue)
 	if s.spool != before.settings.spool || s.spoolSize != before.settings.spoolSize {
-		a.delivery.useSpool(spoolOf(s))
+		log.Printf(notice + "reload: [monitor] spool and spool_size are in force at the next start")
 	}
 	a.applied(s)
 	log.Printf(notice+"reload: %s is in force; on %s, monitor %s", s.file, a.listener.Addr(), s.monitor.Redacted())
@@ -1137,7 +1137,7 @@ func (a *agent) move(ctx context.Context) error {
 	}
 	now.settings.monitor = u
 	a.setup.Store(&now)
-	a.delivery.moveTo(present, newClient(u, now.settings.monitorTimeout, present.tls))
+	a.delivery.configure(newClient(u, now.settings.monitorTimeout, present.tls), zoneFor(now.settings), now.settings.noValue)
 	log.Printf(notice+"move: from now on the monitor is %s", u.Redacted())
 	return nil
 }

@@ -34,6 +34,7 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"unsafe"
 )
 
 const (
@@ -1085,520 +1086,391 @@ func (c *cond) broadcast() {
 }
 
 const (
-	maxKept     = 1024            // readings kept in memory alone for a monitor that is away
-	maxBackoff  = 5 * time.Minute // between two attempts to reach it
-	maxTries    = 3               // of a reading that the monitor answers with a fault
-	faultFactor = 10              // a fault waits so much longer than a monitor that is away: a locked database takes its time
-	lastTime    = time.Second     // for an attempt when the agent ends
-	lastMisses  = 4               // after so many then, one after the other, the monitor counts as away
-	roomForRuns = 64              // readings of those that run when no more may begin
-	spoolRetry  = time.Minute     // before a spool that cannot be written is tried again
-	marksAtOnce = 64              // delivered readings that are marked in the spool in one go
-	markTime    = time.Second / 10
-	spoolTime   = 5 * time.Second // for the last of it when the agent ends
+	maxPending  = 1024            // readings that wait for the monitor in memory alone
+	roomForRuns = 64              // of them, kept free for the runs that go on when no more may begin
+	maxBackoff  = 5 * time.Minute // between two attempts to reach a monitor that is away
+	maxTries    = 3               // faults after which a reading is dropped
+	faultFactor = 10              // times the backoff of a monitor that is away: a locked database takes its time
+	lastTime    = time.Second     // for each attempt when the agent ends
+	lastMisses  = 4               // attempts in a row that may fail then
+	spoolRetry  = time.Minute     // before a spool that could not be written is tried again
+	spoolTime   = 5 * time.Second // for the last write to the spool when the agent ends
 )
 
-// A reading is what one run of a sensor came to.
+// A reading is the outcome of one run of a sensor.
 type reading struct {
 	code   int       // 0, or why there is no number
 	value  string    // the sensor's own digits; "" where there is no number
-	taken  time.Time // with the monotonic clock's reading, unless it is of an earlier boot
+	taken  time.Time // when the run ended
 	reason string    // for the log, where the code is not 0; never sent
 }
 
-// An undelivered is a reading that the monitor does not have yet.
-type undelivered struct {
+// A pendingReading is a reading that the monitor does not have yet.
+type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
-	missed    int       // attempts that found the monitor away
-	faults    int       // attempts that the monitor answered with a fault
-	notBefore time.Time // the next attempt
-	sending   bool
-	last      bool   // its attempt when the agent ends has begun
-	discarded bool   // not to be kept if this attempt fails
-	earlier   bool   // taken in an earlier boot: the time has no monotonic clock
-	toSave    bool   // on its way to the spool, or there
-	record    uint64 // its number in the spool; 0 where it is not there
-	gone      bool   // it is undelivered no more
+	takenAt   clocks    // when the run ended, as other processes understand it, too
+	misses    int       // attempts that the monitor did not answer
+	faults    int       // attempts that it answered with a fault
+	notBefore time.Time // of the next attempt
+	sending   bool      // an attempt is under way
+	discarded bool      // its ticket was given away again
+	spooled   bool      // it belongs in the spool
+	record    uint64    // its number in the file of the spool; 0 while it is not there
+	done      bool      // it is pending no more
 }
 
-// A delivery hands readings in at the monitor with cmd_store_probe_data, the
-// oldest first and one at a time: old monitors serve one connection, and the
-// next one only when that is closed. Once the monitor is back, those that had to
-// wait take turns with fresh ones. A reading leaves the delivery when the
-// monitor has taken it, has answered three times with a fault or has given
-// its ticket away again, and when there is no more room: for 1,024 in memory,
-// and for what the spool holds.
+// A delivery hands readings in at the monitor with cmd_store_probe_data, one at
+// a time: old monitors serve one connection after the other. One rule chooses
+// the next reading: the one tried least often, in turn from the oldest and from
+// the newest end. So neither a backlog nor a reading on which the monitor always
+// fails holds up the others.
 //
-// With a spool, a reading that the monitor did not take at the first attempt,
-// and each one while it is away or the agent ends, is on the disk as soon as
-// that allows.
+// A reading leaves the delivery when the monitor has taken it, has answered it
+// with three faults or has given its ticket away again. The oldest is dropped
+// when there is no more room: for 1,024 readings in memory, and for what the spool
+// may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
+// seconds, at most 5 minutes, ±50 %, however many readings wait.
+//
+// With a spool, a reading that the monitor did not take at the first attempt is
+// on the disk as soon as the disk allows, and so is every other one while the
+// monitor is away or the agent ends. A goroutine of its own writes the spool: a
+// disk that hangs holds up neither sensors nor the delivery.
 type delivery struct {
-	clock   func(now time.Time) time.Time // what the box's clock shows: now itself, but for tests
-	retry   time.Duration                 // before the second attempt; doubled from then on, up to 5 minutes
-	cancel  context.CancelFunc
-	done    chan struct{} // closed when nothing is sent any more
-	saved   chan struct{} // closed when nothing is written to the spool any more
+	retry   time.Duration // the first backoff
+	clocks  func() clocks
+	cancel  context.CancelFunc // ends the attempt that is under way
+	sent    chan struct{}      // closed when the sender has ended
+	saved   chan struct{}      // closed when the spool is written no more
 	dropped logLimit
+	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
-	mu       sync.Mutex // guards what is below
-	zone     *time.Location
-	noValue  string // sent where there is no number
-	client   *client
-	changed  *sync.Cond     // what may be sent, or how much room there is
-	kept     []*undelivered // oldest first
-	old      int            // of them, those that had to wait while the monitor was away
-	turn     bool           // the next attempt is with a fresh one, if there is any
-	away     time.Time      // since when the monitor has been away; zero when it is not
-	missed   int            // attempts since then
-	probeAt  time.Time      // the next one
-	outage   time.Duration  // how long the monitor had been away; zero once the old ones are through
-	caughtUp int            // delivered since then
-	last     bool           // what comes now is the last: not limited, and to be saved at once
-	closing  bool
-	abort    context.CancelFunc // of the attempt under way
-	totals   deliveryTotals
+	mu           cond // guards what is below, and is broadcast at each change
+	client       *client
+	zone         *time.Location
+	noValue      string            // sent where there is no number
+	pending      []*pendingReading // oldest first
+	inMemory     int               // of pending, those that are not in the file of the spool
+	fromNewest   bool              // the next reading is looked for from the newest end
+	awaySince    time.Time         // zero while the monitor is there
+	misses       int               // attempts without an answer since the latest answer
+	retryAt      time.Time         // no attempt before that
+	waitingSince time.Time         // runs have waited, and the monitor has taken nothing
+	ending       bool              // there is no limit any more, and everything is saved
+	closing      bool              // the sender is to end
+	sealed       bool              // what is to be written to the spool now is the last
+	totals       deliveryTotals
 
-	spool    *spool         // nil: readings are in memory alone
-	inSpool  int            // of kept, those that are in the spool
-	held     int64          // bytes of those that are or will be in the spool
-	unsaved  []*undelivered // to be written to the spool
-	marks    []uint64       // records to be marked as delivered
-	marksBy  time.Time      // when the first of them is due
-	syncMark bool           // one of them must not come back after a power cut
-	sealed   bool           // nothing more will come
-	respool  func()         // changes the spool; for the goroutine that writes it
-	retired  []*spool       // hold what the new one does not have yet
-	toWrite  *sync.Cond     // any of these
+	held      int64        // bytes of the readings that belong in the spool
+	unwritten bool         // some of them are not in its file
+	marks     []uint64     // records of readings that are done
+	syncMarks bool         // one of them must not come back after a power cut
+	reused    map[any]bool // tickets given away again before the spool was read; then nil
 }
 
 // DeliveryTotals count since the start of the agent.
 type deliveryTotals struct {
 	delivered, dropped int
-	latest             time.Time // the latest delivery
+	latest             time.Time // the latest delivery; zero before the first
 	spoolBytes         int64     // at present
 }
 
-// newDelivery returns a delivery that is at work until close. What the spool
-// holds (nil: there is none) is the oldest to deliver.
+// newDelivery returns a delivery that works until close. What the spool holds
+// (nil: there is none) joins its readings as soon as it is read. The second
+// attempt to reach a monitor comes about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	ctx, cancel := context.WithCancel(context.Background())
 	d := &delivery{
-		client: c, zone: zone, noValue: noValue, clock: func(now time.Time) time.Time { return now }, retry: retry, cancel: cancel,
-		done: make(chan struct{}), saved: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
-	}
-	d.changed, d.toWrite = sync.NewCond(&d.mu), sync.NewCond(&d.mu)
-	if s != nil {
-		d.load()
+		retry: retry, clocks: systemClocks(), cancel: cancel, sent: make(chan struct{}), saved: make(chan struct{}),
+		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
+		client: c, zone: zone, noValue: noValue, unwritten: true, reused: make(map[any]bool),
 	}
 	go func() {
-		defer close(d.done)
-		for u, c := d.next(); u != nil; u, c = d.next() {
-			d.settle(u, c, d.attempt(ctx, u, c))
+		defer close(d.sent)
+		for p, c := d.next(ctx); p != nil; p, c = d.next(ctx) {
+			d.record(ctx, p, c, d.send(ctx, p, c))
 		}
 	}()
 	go func() {
 		defer close(d.saved)
-		for w, more := d.awaitSpoolWork(); more; w, more = d.awaitSpoolWork() {
-			d.writeSpool(w)
-		}
-		for _, r := range d.retired {
-			log.Printf(severe+"spool %s: left as it was: the one that takes its place could not be written", r.file())
-			r.close()
-		}
-		if d.spool != nil {
-			d.spool.close()
+		if s != nil {
+			d.writeSpool()
 		}
 	}()
 	return d
 }
 
-// configure has readings sent as these settings have it from now on, at once
-// where they could not be before.
+// configure applies new settings to all further attempts, and retries at once.
+// What another monitor did with a reading does not count.
 func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.zone, d.noValue = zone, noValue
-	d.callFrom(c)
-}
-
-func (d *delivery) callFrom(c *client) {
 	moved := d.client.url.String() != c.url.String()
-	d.missed, d.probeAt = 0, time.Time{}
 	if moved {
-		if !d.away.IsZero() {
-			log.Printf(notice+"monitor %s: no longer the monitor, after %s away", d.client.url.Redacted(), age(time.Since(d.away)))
-		}
-		d.reportBack()
-		d.away, d.outage = time.Time{}, 0
-		for _, u := range d.kept {
-			u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
+		d.awaySince = time.Time{}
+	}
+	d.misses, d.retryAt = 0, time.Time{}
+	for _, p := range d.pending {
+		p.notBefore = time.Time{}
+		if moved {
+			p.misses, p.faults = 0, 0
 		}
 	}
 	d.client.close()
-	d.client = c
-	d.changed.Broadcast()
+	d.client, d.zone, d.noValue = c, zone, noValue
+	d.mu.broadcast()
 }
 
-// put takes a reading to deliver. It never blocks.
-func (d *delivery) put(ticket any, r reading) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	limit := maxKept
-	if d.away.IsZero() { // waitRoom limits those behind the ones that had to wait
-		limit = 2 * maxKept
-	}
-	if len(d.kept)-d.inSpool >= limit && !d.last {
-		d.dropOldest(func(u *undelivered) bool { return u.record == 0 }, fmt.Sprintf("more than %d undelivered", limit))
-	}
-	u := &undelivered{reading: r, ticket: ticket}
-	d.kept = append(d.kept, u)
-	if d.last || !d.away.IsZero() {
-		d.save(u)
-	}
-	d.changed.Broadcast()
-}
-
-// dropOldest gives up the oldest reading that may be, if there is one.
-func (d *delivery) dropOldest(may func(*undelivered) bool, why string) *undelivered {
-	i := slices.IndexFunc(d.kept, func(u *undelivered) bool { return !u.sending && may(u) })
-	if i < 0 {
-		return nil
-	}
-	u := d.kept[i]
-	d.remove(u)
-	d.totals.dropped++
-	d.dropped.printf(warning+"%s: reading dropped: the oldest of %s", ticketText(u.ticket), why)
-	return u
-}
-
-// save has a reading written to the spool.
-func (d *delivery) save(u *undelivered) {
-	if d.spool != nil && !u.toSave && !u.gone {
-		u.toSave = true
-		d.held += u.length()
-		if len(d.unsaved) > 2*maxKept { // a disk that hangs
-			d.unsaved = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
-		}
-		d.unsaved = append(d.unsaved, u)
-		d.toWrite.Signal()
-	}
-}
-
-func (d *delivery) saveAll() {
-	for _, u := range d.kept {
-		d.save(u)
-	}
-}
-
-// putLast lets more than 1,024 readings in from now on: when the agent ends,
-// those of the commands that waited must not push out what was measured. All
-// go to the spool at once: an init may not wait for long.
-func (d *delivery) putLast() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.last = true
-	d.saveAll()
-	d.changed.Broadcast()
-}
-
-// waitRoom waits while the monitor is there, but slower than the sensors: then
-// it is the dispatcher that has to wait, and nothing is dropped.
-func (d *delivery) waitRoom(ctx context.Context) {
-	stop := context.AfterFunc(ctx, d.wake)
-	defer stop()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for len(d.kept)-d.old >= maxKept-roomForRuns && d.away.IsZero() && !d.last && !d.closing && ctx.Err() == nil {
-		d.changed.Wait()
-	}
-}
-
-// wake has everybody who waits look again.
-func (d *delivery) wake() {
-	d.mu.Lock() // not before Wait waits
-	defer d.mu.Unlock()
-	d.changed.Broadcast()
-	d.toWrite.Signal()
-}
-
-// discard forgets an undelivered reading: the monitor has given its ticket
-// away again.
-func (d *delivery) discard(ticket any) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for i := 0; i < len(d.kept); i++ {
-		u := d.kept[i]
-		if u.ticket != ticket || u.discarded {
-			continue
-		}
-		if u.discarded = true; !u.sending {
-			d.remove(u)
-			i--
-		}
-		d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
-	}
-}
-
-// count is how many readings are undelivered, and what has become of the others.
-func (d *delivery) count() (undelivered int, t deliveryTotals) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return len(d.kept), d.totals
-}
-
-// remove forgets a reading, and has its record marked.
-func (d *delivery) remove(u *undelivered) {
-	i := slices.Index(d.kept, u)
-	if i < 0 {
-		return
-	}
-	if i == 0 {
-		d.kept[0] = nil
-		d.kept = d.kept[1:] // a backlog of thousands leaves from here
-	} else {
-		d.kept = slices.Delete(d.kept, i, i+1)
-	}
-	if i < d.old {
-		d.old--
-	}
-	u.gone = true
-	if u.toSave {
-		d.held -= u.length()
-		if d.held == 0 && d.spool != nil {
-			d.spool.retryAt = time.Time{} // to empty a file takes no room
-			d.toWrite.Signal()
-		}
-	}
-	if u.record != 0 {
-		d.inSpool--
-		d.mark(u)
-	}
-	d.changed.Broadcast()
-}
-
-// mark has the record of a reading that is gone marked in the spool.
-func (d *delivery) mark(u *undelivered) {
-	d.marks = append(d.marks, u.record)
-	d.syncMark = d.syncMark || u.discarded
-	if len(d.marks) == 1 {
-		d.marksBy = time.Now().Add(markTime)
-	}
-	if len(d.marks) == 1 || d.marksDue() {
-		d.toWrite.Signal()
-	}
-}
-
-// marksDue reports whether marks are to be written now: a backlog's are written
-// in batches.
-func (d *delivery) marksDue() bool {
-	return len(d.marks) >= marksAtOnce || len(d.marks) > 0 && (d.inSpool == 0 || d.syncMark || d.sealed || !time.Now().Before(d.marksBy))
-}
-
-// monitor is the client of the monitor that readings go to.
+// monitor returns the client of the monitor that readings go to.
 func (d *delivery) monitor() *client {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.client
 }
 
-// moveTo has readings go to another monitor from now on, those that are kept
-// too, and at once; unless they go to somebody else than before by now, which it
-// reports.
-func (d *delivery) moveTo(before, c *client) bool {
+// count returns how many readings are pending, and what became of the others.
+func (d *delivery) count() (undelivered int, t deliveryTotals) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.client != before {
-		return false
-	}
-	d.callFrom(c)
-	return true
+	return len(d.pending), d.totals
 }
 
-// next waits for a reading that may be sent now, and says to whom. It returns
-// nil when the delivery closes and there is none.
-func (d *delivery) next() (*undelivered, *client) {
+// put takes a reading to deliver. It never blocks.
+func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for {
-		u, at := d.pick(time.Now())
-		switch {
-		case u != nil:
-			u.sending = true
-			return u, d.client
-		case d.closing:
-			return nil, nil
+	if d.inMemory >= maxPending && !d.ending {
+		d.dropOldest(func(p *pendingReading) bool { return p.record == 0 }, fmt.Sprintf("more than %d undelivered", maxPending))
+	}
+	now, since := d.clocks(), time.Since(r.taken)
+	p := &pendingReading{reading: r, ticket: ticket, takenAt: clocks{now.wall.Add(-since), now.age - since, now.boot}}
+	d.pending = append(d.pending, p)
+	d.inMemory++
+	if d.ending || !d.awaySince.IsZero() {
+		d.save(p)
+	}
+	d.mu.broadcast()
+}
+
+// dropOldest drops the oldest reading for which may returns true. It reports
+// whether there was one that is not being sent.
+func (d *delivery) dropOldest(may func(*pendingReading) bool, of string) bool {
+	i := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return !p.sending && may(p) })
+	if i >= 0 {
+		d.drop(d.pending[i], "the oldest of "+of)
+	}
+	return i >= 0
+}
+
+// drop gives a reading up and logs why.
+func (d *delivery) drop(p *pendingReading, why string) {
+	d.remove(p)
+	d.totals.dropped++
+	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
+}
+
+// remove makes a reading pending no more, in the spool as well.
+func (d *delivery) remove(p *pendingReading) {
+	if p.done {
+		return
+	}
+	p.done = true
+	if d.pending[0] == p { // as a backlog of thousands leaves
+		d.pending[0] = nil
+		d.pending = d.pending[1:]
+	} else {
+		i := slices.Index(d.pending, p)
+		d.pending = slices.Delete(d.pending, i, i+1)
+	}
+	if p.spooled {
+		d.held -= p.length()
+	}
+	if p.record == 0 {
+		d.inMemory--
+	} else {
+		d.mark(p)
+	}
+}
+
+// discard forgets the pending readings of a ticket that the monitor has given
+// away again.
+func (d *delivery) discard(ticket any) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.reused != nil && len(d.reused) < maxPending {
+		d.reused[ticket] = true
+	}
+	for i := len(d.pending) - 1; i >= 0; i-- {
+		p := d.pending[i]
+		if p.ticket != ticket || p.discarded {
+			continue
 		}
-		d.waitUntil(d.changed, at)
+		p.discarded = true
+		if !p.sending { // else it goes when the attempt is over
+			d.remove(p)
+		}
+		d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
+	}
+	d.mu.broadcast()
+}
+
+// full reports whether runs have to wait: the monitor is there, but slower than
+// the sensors. While it is away nobody waits for it.
+func (d *delivery) full() bool {
+	return d.inMemory >= maxPending-roomForRuns && d.awaySince.IsZero() && !d.ending
+}
+
+// waitRoom waits until a run may begin or ctx ends. So a monitor that is slower
+// than the sensors makes its dispatcher wait, and nothing is dropped.
+func (d *delivery) waitRoom(ctx context.Context) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for d.full() && ctx.Err() == nil {
+		if d.waitingSince.IsZero() {
+			d.waitingSince = time.Now()
+		}
+		d.mu.wait(ctx)
 	}
 }
 
-// waitUntil waits for a signal or a moment (zero: none). The mutex is held.
-func (d *delivery) waitUntil(signal *sync.Cond, at time.Time) {
-	if !at.IsZero() {
-		defer time.AfterFunc(time.Until(at), d.wake).Stop()
+// stalledSince returns since when runs have waited for room and the monitor has
+// taken no reading. It returns zero where no run has to wait.
+func (d *delivery) stalledSince() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.full() {
+		return time.Time{}
 	}
-	signal.Wait()
+	return d.waitingSince
 }
 
-// pick chooses the reading to send now, or says when there may be one (zero:
-// nobody knows). It is the oldest, or in turn with those that had to wait the
-// oldest fresh one. While the monitor is away, or the agent ends, every second
-// attempt is made with the newest, and no reading is tried much more often than
-// others: one that the monitor always chokes on must not hold up the rest.
-func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
-	away := !d.away.IsZero()
-	if away && now.Before(d.probeAt) {
-		return nil, d.probeAt
+// next waits for a reading that may be tried, and returns it with the client to
+// send it with. It returns nil when the delivery closes.
+func (d *delivery) next(ctx context.Context) (*pendingReading, *client) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for !d.closing {
+		p, at := d.choose(time.Now())
+		if p != nil {
+			p.sending = true
+			d.fromNewest = !d.fromNewest
+			return p, d.client
+		}
+		d.waitUntil(ctx, at)
 	}
-	from := 0
-	if d.turn && !away && !d.closing && len(d.kept) > d.old {
-		from = d.old
+	return nil, nil
+}
+
+// choose returns the reading to try now, or when there may be one (zero: after
+// the next change).
+func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
+	if now.Before(d.retryAt) {
+		return nil, d.retryAt
 	}
-	for i := range d.kept {
-		u := d.kept[(i+from)%len(d.kept)]
+	for i := range d.pending {
+		p := d.pending[i]
+		if d.fromNewest {
+			p = d.pending[len(d.pending)-1-i]
+		}
 		switch {
-		case now.Before(u.notBefore):
-			if at.IsZero() || u.notBefore.Before(at) {
-				at = u.notBefore
+		case now.Before(p.notBefore):
+			if at.IsZero() || p.notBefore.Before(at) {
+				at = p.notBefore
 			}
-		case !away && !d.closing:
-			d.turn = !d.turn
-			return u, at
-		case best == nil, d.closing && u.missed < best.missed, away && u.missed/8 < best.missed/8, away && !d.closing && d.missed%2 == 0:
-			best = u
+		case p.misses == 0: // as a rule the first
+			return p, at
+		case best == nil || p.misses < best.misses:
+			best = p
 		}
 	}
 	return best, at
 }
 
-// attempt tries to deliver one reading; when the agent ends, not for long.
-func (d *delivery) attempt(ctx context.Context, u *undelivered, c *client) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// waitUntil waits for a change, or until at where that is not zero.
+func (d *delivery) waitUntil(ctx context.Context, at time.Time) {
+	if !at.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, at)
+		defer cancel()
+	}
+	d.mu.wait(ctx)
+}
+
+// send makes one attempt to deliver a reading.
+func (d *delivery) send(ctx context.Context, p *pendingReading, c *client) error {
 	d.mu.Lock()
-	d.abort = cancel
-	u.last = d.closing
-	zone, value := d.zone, u.value
+	zone, value := d.zone, p.value
 	if value == "" {
 		value = d.noValue
 	}
 	d.mu.Unlock()
-	if u.last {
-		defer time.AfterFunc(lastTime, cancel).Stop()
-	}
-	now := time.Now()
-	taken := takenAt(u.taken, now, d.clock(now)).In(zone)
-	_, err := c.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
+	taken := p.takenAt.corrected(d.clocks()).In(zone)
+	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
 }
 
-// clockStep is how much the clock must be off before it counts as set: less may
-// be the correction of a clock that runs slow.
-const clockStep = 2 * time.Second
-
-// takenAt is when a reading was taken by a clock that shows wall now: what the
-// clock showed then or, where it was set since, as on a box that boots in 1970,
-// now less the reading's age by the monotonic clock.
-func takenAt(taken, now, wall time.Time) time.Time {
-	t, shown := wall.Add(-now.Sub(taken)), taken.Round(0)
-	if t.Sub(shown).Abs() < clockStep {
-		return shown
-	}
-	return t
-}
-
-// settle notes how an attempt ended.
-func (d *delivery) settle(u *undelivered, c *client, err error) {
+// record notes how an attempt ended. When ctx has ended, an error is the
+// agent's doing and says nothing of the monitor.
+func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	defer d.changed.Broadcast()
-	u.sending = false
-	now := time.Now()
+	if err != nil {
+		d.save(p)
+	}
+	p.sending = false
 	var f *fault
-	switch {
+	switch now := time.Now(); {
 	case err == nil:
-		d.reached(now)
+		d.remove(p)
 		d.totals.delivered++
-		d.totals.latest = now
-		if d.outage > 0 {
-			d.caughtUp++
-		}
-		d.remove(u)
-	case c != d.client: // which is no longer the monitor
-		d.save(u)
+		d.totals.latest, d.waitingSince = now, time.Time{}
+		d.answered(now)
+	case c != d.client: // it was not the monitor any more
+	case ctx.Err() != nil:
+		p.misses++ // so that others are tried before it
 	case errors.As(err, &f):
-		d.reached(now)
-		u.faults++
-		u.notBefore = now.Add(backoff(d.retry*faultFactor, u.faults))
-		d.save(u)
-		if u.faults == maxTries {
-			d.remove(u)
-			d.totals.dropped++
-			d.dropped.printf(warning+"%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
+		p.faults++
+		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
+		if p.faults == maxTries {
+			d.drop(p, fmt.Sprintf("monitor %s: %v", c.url.Redacted(), err))
 		}
+		d.answered(now)
 	default:
-		d.toWrite.Signal() // the clock may have been set
-		if d.away.IsZero() {
-			d.reportBack()
-			d.away = now
-			log.Printf(warning+"monitor %s: away: %v", d.client.url.Redacted(), oneLine(err.Error()))
-			d.saveAll()
-		}
-		d.missed++
-		u.missed++
-		d.probeAt = now.Add(backoff(d.retry, d.missed))
-		if u.notBefore = d.probeAt; u.missed > d.missed { // it choked on this one before
-			u.notBefore = now.Add(backoff(d.retry, u.missed))
-		}
-		if d.closing && d.missed < lastMisses { // the others still have their chance
-			d.probeAt = time.Time{}
-		}
-		if d.closing && !u.last {
-			u.notBefore = time.Time{}
-		}
+		d.missed(p, now, err)
 	}
-	if u.discarded {
-		d.remove(u)
+	if p.discarded {
+		d.remove(p)
 	}
-	if d.outage > 0 && d.old == 0 {
-		d.reportBack()
+	d.mu.broadcast()
+}
+
+// answered notes that the monitor is there.
+func (d *delivery) answered(now time.Time) {
+	if !d.awaySince.IsZero() {
+		away := now.Sub(d.awaySince).Round(time.Second)
+		log.Printf(notice+"monitor %s: back after %s, %d to deliver", d.client.url.Redacted(), away, len(d.pending))
+	}
+	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
+}
+
+// missed notes an attempt that got no answer.
+func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
+	if d.awaySince.IsZero() {
+		d.awaySince = now
+		log.Printf(warning+"monitor %s: away: %s", d.client.url.Redacted(), oneLine(err.Error()))
+		d.saveAll()
+	}
+	d.misses++
+	p.misses++
+	d.retryAt = now.Add(backoff(d.retry, d.misses))
+	if p.misses > d.misses { // the monitor took others in between: it fails on this one
+		p.notBefore = now.Add(backoff(d.retry, p.misses))
 	}
 }
 
-// reached notes that the monitor has answered.
-func (d *delivery) reached(now time.Time) {
-	if !d.away.IsZero() {
-		d.outage, d.caughtUp, d.old = now.Sub(d.away), 0, len(d.kept)
-	}
-	d.away, d.missed = time.Time{}, 0
-}
-
-// reportBack logs the end of an outage, when those that had to wait are
-// through, or never will be.
-func (d *delivery) reportBack() {
-	if d.outage == 0 {
-		return
-	}
-	line := fmt.Sprintf("monitor %s: back after %s, %s delivered", d.client.url.Redacted(), age(d.outage), plural(d.caughtUp, "reading"))
-	if d.old > 0 {
-		line += fmt.Sprintf(", %d more to deliver", d.old)
-	}
-	log.Print(notice + line)
-	d.outage = 0
-}
-
-// age is a duration for people: 12s, 5m7s, 3h12m.
-func age(d time.Duration) string {
-	if d < time.Hour {
-		return d.Round(time.Second).String()
-	}
-	return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
-}
-
-// backoff is how long to wait after n failures: doubled each time, at most 5
-// minutes, and then anything from half of that to one and a half, so that a
-// thousand boxes do not all call when their monitor is back.
+// backoff returns how long to wait after n failures in a row: first, doubled
+// with each of them up to 5 minutes. Of that it is 50 to 150 %, by chance, so
+// that a thousand boxes do not all call when their monitor is back.
 func backoff(first time.Duration, n int) time.Duration {
 	d := maxBackoff
 	if n <= 20 {
@@ -1607,231 +1479,233 @@ func backoff(first time.Duration, n int) time.Duration {
 	return d/2 + time.Duration(rand.Int63n(int64(d)+1))
 }
 
-// close makes one more attempt for every reading, as long as ctx and the
-// monitor allow, and then sends nothing any more. What is left is in the spool,
-// if there is one.
+// putLast prepares the end of the agent: put drops nothing any more, as the
+// readings of commands that waited must not push out what was measured. All go to
+// the spool at once, as an init may not wait for long.
+func (d *delivery) putLast() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ending = true
+	d.saveAll()
+	d.mu.broadcast()
+}
+
+// close tries each pending reading once more, as long as ctx and the monitor
+// allow, and ends the delivery. What is left is logged, and in the spool if there
+// is one. A disk that hangs holds up the end by five seconds at most.
 func (d *delivery) close(ctx context.Context) {
+	d.putLast()
 	d.mu.Lock()
-	d.closing, d.last = true, true
-	d.probeAt, d.missed = time.Time{}, 0
-	for _, u := range d.kept {
-		u.notBefore = time.Time{}
-		d.save(u)
-	}
-	if d.abort != nil { // an attempt may have been under way for long
-		defer time.AfterFunc(lastTime, d.abort).Stop()
-	}
-	d.changed.Broadcast()
+	d.closing = true
+	d.mu.broadcast()
 	d.mu.Unlock()
-	stop := context.AfterFunc(ctx, d.cancel)
-	defer stop()
-	<-d.done
-	d.cancel()
-	d.client.close()
+	attempt, cancel := context.WithTimeout(ctx, lastTime) // the one under way may have been so for long
+	context.AfterFunc(attempt, d.cancel)
+	<-d.sent
+	cancel()
+	d.sendLast(ctx)
 	d.mu.Lock()
-	d.reportBack()
 	d.sealed = true
-	d.toWrite.Signal()
+	d.mu.broadcast()
 	d.mu.Unlock()
 	select {
 	case <-d.saved:
-	case <-time.After(spoolTime): // a disk that hangs must not keep the process
+	case <-time.After(spoolTime):
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if n := len(d.kept); n > 0 {
-		fate := ""
-		if d.spool != nil {
-			fate = fmt.Sprintf(", %d of them in the spool", d.inSpool)
-		}
-		log.Printf(warning+"monitor %s: %s not delivered%s", d.client.url.Redacted(), plural(n, "reading"), fate)
+	d.client.close()
+	if n := len(d.pending); n > 0 {
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(), plural(n, "reading"), n-d.inMemory)
 	}
 }
 
-// A spoolWork is what is to be written to the spool in one go.
-type spoolWork struct {
-	add   []*undelivered
-	marks []uint64
-	sync  bool
-	empty bool                  // nothing in the file is undelivered any more
-	all   func() []*undelivered // what is in the file and undelivered, oldest first
-}
-
-// useSpool has readings kept in another spool from now on (nil: in none), or
-// in the same one with another limit. The one before is emptied as soon as the
-// new one has what was in it.
-func (d *delivery) useSpool(s *spool) {
+// sendLast tries what is pending, the readings tried least often first. Each
+// attempt has a second; after four in a row without an answer it gives up.
+func (d *delivery) sendLast(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.respool = func() { d.changeSpool(s) }
-	d.toWrite.Signal()
-}
-
-func (d *delivery) changeSpool(s *spool) {
-	if s != nil && d.spool != nil && s.dir == d.spool.dir {
-		d.spool.limit = s.limit
-		d.spool.stale = d.spool.stale || d.spool.size > s.limit
-		return
-	}
-	if d.spool != nil && d.spool.f != nil {
-		d.retired = append(d.retired, d.spool)
-	}
-	d.spool, d.totals.spoolBytes = s, 0
-	if s != nil {
-		i := slices.IndexFunc(d.retired, func(r *spool) bool { return r.dir == s.dir })
-		if i >= 0 { // the file is still open, and its lock is held
-			d.spool = d.retired[i]
-			d.spool.limit, d.spool.err, d.spool.stale = s.limit, nil, true
-			d.retired = slices.Delete(d.retired, i, i+1)
-		}
-	}
-	d.forgetRecords()
-}
-
-// forgetRecords has all that was in the spool, or should be in one, written
-// again, as the file is another.
-func (d *delivery) forgetRecords() {
-	d.unsaved, d.marks, d.inSpool, d.held = nil, nil, 0, 0
-	for _, u := range d.kept {
-		again := u.toSave || u.missed > 0 || u.faults > 0 || d.last || !d.away.IsZero()
-		u.record, u.toSave = 0, false
-		if again {
-			d.save(u)
-		}
-	}
-}
-
-// awaitSpoolWork waits for something to write, and takes it. It reports false
-// when the delivery is closed and there is nothing. From here on the spool is
-// only used by the goroutine that calls this.
-func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for {
-		if d.respool != nil {
-			d.respool()
-			d.respool = nil
-		}
-		var at time.Time
-		waits := len(d.unsaved) > 0 || d.marksDue()
-		s := d.spool
-		if s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0 {
-			for _, r := range d.retired {
-				r.retire()
-			}
-			d.retired = nil
-		}
-		switch {
-		case s == nil:
-		case waits || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
-			if s.err == nil || d.sealed && waits || !time.Now().Before(s.retryAt) {
-				return d.takeSpoolWork(), true
-			}
-			at = s.retryAt
-		case len(d.marks) > 0:
-			at = d.marksBy
-		}
-		if d.sealed {
-			return w, false
-		}
-		d.waitUntil(d.toWrite, at)
-	}
-}
-
-// takeSpoolWork takes what is to be written. Where that is more than the spool
-// may hold, the oldest go.
-func (d *delivery) takeSpoolWork() spoolWork {
-	for d.held > d.spool.room() {
-		if d.dropOldest(func(u *undelivered) bool { return u.toSave }, "what the spool holds") == nil {
-			break
-		}
-	}
-	w := spoolWork{marks: d.marks, sync: d.syncMark}
-	w.add = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
-	w.empty = d.inSpool == 0 && len(w.add) == 0
-	w.all = func() []*undelivered {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		return slices.DeleteFunc(slices.Clone(d.kept), func(u *undelivered) bool { return u.record == 0 })
-	}
-	d.unsaved, d.marks, d.syncMark = nil, nil, false
-	return w
-}
-
-// writeSpool writes to the spool, and notes what has come of it.
-func (d *delivery) writeSpool(w spoolWork) {
-	found, fresh, err := d.spool.open()
-	if err == nil && !fresh {
-		err = d.spool.write(w, d.clock)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	defer d.changed.Broadcast()
-	s := d.spool
-	d.totals.spoolBytes = s.size
-	if err != nil {
-		s.stop(err)
-		d.unsaved = append(slices.DeleteFunc(w.add, func(u *undelivered) bool { return u.gone }), d.unsaved...)
-		d.marks = append(w.marks, d.marks...)
-		d.syncMark = d.syncMark || w.sync
-		if d.sealed {
-			d.unsaved, d.marks = nil, nil // the process is about to end
-		}
-		return
-	}
-	s.resume()
-	if fresh { // what was in another one is to be written again
-		d.forgetRecords()
-		d.adopt(found)
-		return
-	}
-	for i, u := range w.add {
-		u.record = s.last - uint64(len(w.add)-1-i)
-		if u.gone { // meanwhile
-			d.mark(u)
-		} else {
-			d.inSpool++
-		}
-	}
-}
-
-// load takes what the spool holds from the time before.
-func (d *delivery) load() {
-	found, _, err := d.spool.open()
-	if err != nil {
-		d.spool.stop(err)
-		return
-	}
-	d.adopt(found)
-	d.totals.spoolBytes = d.spool.size
-}
-
-// adopt puts readings of the time before in front of the others, but for those
-// whose ticket was given away again since.
-func (d *delivery) adopt(found []*undelivered) {
-	taken := make(map[any]bool)
-	for _, u := range d.kept {
-		taken[u.ticket] = true
-	}
-	var kept []*undelivered
-	for i := len(found) - 1; i >= 0; i-- { // the newest of a ticket is the one that counts
-		u := found[i]
-		if taken[u.ticket] {
-			u.discarded = true
-			d.mark(u)
+	left := slices.Clone(d.pending)
+	slices.SortStableFunc(left, func(a, b *pendingReading) int { return a.misses - b.misses })
+	d.misses = 0
+	for _, p := range left {
+		if p.done {
 			continue
 		}
-		taken[u.ticket] = true
-		kept = append(kept, u)
-		d.held += u.length()
+		if d.misses == lastMisses || ctx.Err() != nil {
+			return
+		}
+		c := d.client
+		p.sending = true
+		d.mu.Unlock()
+		attempt, cancel := context.WithTimeout(ctx, lastTime)
+		err := d.send(attempt, p, c)
+		cancel()
+		d.record(ctx, p, c, err)
+		d.mu.Lock()
 	}
-	slices.Reverse(kept)
-	d.inSpool += len(kept)
-	d.old += len(kept)
-	d.kept = append(kept, d.kept...)
-	if len(kept) > 0 {
-		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(kept), "reading"))
+}
+
+// save makes a reading one of those that belong in the spool.
+func (d *delivery) save(p *pendingReading) {
+	if d.spool != nil && !p.spooled && !p.done {
+		p.spooled, d.unwritten = true, true
+		d.held += p.length()
+		d.fitSpool()
 	}
+}
+
+// fitSpool drops the oldest readings in the spool that are too many. A quarter
+// of the file is left for marks, so that it need not be written anew for each
+// reading.
+func (d *delivery) fitSpool() {
+	for d.held > d.spool.limit/4*3 {
+		if !d.dropOldest(func(p *pendingReading) bool { return p.spooled }, "what the spool holds") {
+			return
+		}
+	}
+}
+
+func (d *delivery) saveAll() {
+	for _, p := range slices.Clone(d.pending) { // save may drop some
+		d.save(p)
+	}
+}
+
+// mark has the record of a reading that is done marked in the file.
+func (d *delivery) mark(p *pendingReading) {
+	d.marks = append(d.marks, p.record)
+	d.syncMarks = d.syncMarks || p.discarded
+}
+
+// writeSpool writes to the spool until the delivery is sealed. After an error
+// the whole file is written anew, a minute later.
+func (d *delivery) writeSpool() {
+	s := d.spool
+	defer s.close()
+	for last := false; !last; {
+		last = d.awaitSpoolWork()
+		found, err := s.open(d.clocks())
+		if found != nil {
+			d.adopt(found.readings)
+		}
+		var add []*pendingReading
+		if err == nil {
+			add, err = d.writeSpoolWork()
+		}
+		d.recordSpoolWork(add, err)
+	}
+}
+
+// awaitSpoolWork waits until there is something to write and the spool may be
+// tried. It reports whether it is for the last time.
+func (d *delivery) awaitSpoolWork() (last bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.spool
+	for !d.sealed {
+		var at time.Time
+		stepped := len(d.pending) > d.inMemory && s.written.stepped(d.clocks()) // then the times in the file are wrong
+		s.needsRewrite = s.needsRewrite || stepped
+		if d.unwritten || len(d.marks) > 0 || s.needsRewrite {
+			if at = s.retryAt; !time.Now().Before(at) {
+				return false
+			}
+		}
+		d.waitUntil(context.Background(), at)
+	}
+	return true
+}
+
+// writeSpoolWork writes what is to be written now, and returns the readings that
+// got the numbers up to the last one of the spool.
+func (d *delivery) writeSpoolWork() (add []*pendingReading, err error) {
+	d.mu.Lock()
+	s, marks, sync := d.spool, d.marks, d.syncMarks
+	size := s.size + int64(len(marks)*maxMark)
+	if d.unwritten {
+		for _, p := range d.pending {
+			if p.spooled && p.record == 0 {
+				add = append(add, p)
+				size += p.length()
+			}
+		}
+	}
+	empty := len(d.pending) == d.inMemory && len(add) == 0
+	rewrite := s.needsRewrite || size > s.limit || empty && s.size > 0
+	if rewrite {
+		add = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return !p.spooled })
+	}
+	d.unwritten, d.marks, d.syncMarks = false, nil, false
+	d.mu.Unlock()
+	if rewrite {
+		return add, s.rewrite(add, d.clocks())
+	}
+	return add, s.append(add, marks, sync, d.clocks())
+}
+
+// recordSpoolWork notes how writing ended.
+func (d *delivery) recordSpoolWork(add []*pendingReading, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.spool
+	d.totals.spoolBytes = s.size
+	if failed := !s.retryAt.IsZero(); failed && err == nil {
+		log.Printf(notice+"spool %s: works again", s.file())
+	} else if !failed && err != nil {
+		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+	}
+	s.retryAt, s.needsRewrite = time.Time{}, err != nil
+	if err != nil {
+		s.retryAt = time.Now().Add(spoolRetry)
+		return
+	}
+	for i, p := range add {
+		if p.record == 0 && !p.done {
+			d.inMemory--
+		}
+		p.record = s.last - uint64(len(add)-1-i)
+		if p.done { // while it was being written
+			d.mark(p)
+		}
+	}
+	d.mu.broadcast()
+}
+
+// adopt puts what a file was found to hold in front of the other readings. Of
+// a ticket only the newest reading counts, and none where the ticket was given
+// away again since. What was in another file before belongs in this one.
+func (d *delivery) adopt(found []*pendingReading) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	newest := make(map[any]*pendingReading)
+	for _, p := range found {
+		newest[p.ticket] = p
+	}
+	for ticket := range d.reused {
+		delete(newest, ticket)
+	}
+	for _, p := range d.pending {
+		delete(newest, p.ticket)
+		p.record = 0
+	}
+	d.unwritten, d.marks, d.reused, d.inMemory = true, nil, nil, len(d.pending)
+	var adopted []*pendingReading
+	for _, p := range found {
+		if newest[p.ticket] == p {
+			adopted = append(adopted, p)
+			d.held += p.length()
+		} else {
+			p.discarded, p.done = true, true
+			d.mark(p)
+		}
+	}
+	d.pending = append(adopted, d.pending...)
+	if len(adopted) > 0 {
+		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(adopted), "reading"))
+	}
+	d.fitSpool()
+	d.mu.broadcast()
 }
 
 // A spool is a file of readings that the monitor does not have yet,
@@ -1839,94 +1713,321 @@ func (d *delivery) adopt(found []*undelivered) {
 //
 //	1d3f6a02 r 17 4b825dc6 81234560 1795633401250 0 0.42 int 7
 //	53ab0c11 d 17
-//	0be27711 c 0 4b825dc6 81299000 1795633466690
 //
 // r is a reading: its number, the boot it was taken in, when that was by the
-// uptime and by the clock (both in milliseconds), exit code, value (- where there
-// is none), the ticket's type and the ticket. d marks one as delivered. c says
-// what the clock showed at some uptime: it may have been set. A torn or damaged
+// time since boot and by the clock (both in milliseconds), exit code, value (-
+// where there is none), the ticket's type and the ticket. d marks one as done.
+// Records of type c, which older agents wrote, are passed over. A torn or damaged
 // line costs itself alone.
 //
-// The file is written only where there is something to keep, each time synced
-// once; marks of delivered readings are not, so that after a power cut some may be
-// delivered again. It is emptied when nothing in it is undelivered, and written
-// anew without the delivered ones before it grows past its limit.
+// A write with new readings is synced once; marks are not, so that some readings
+// may be delivered again after a power cut. The file is empty when nothing in it
+// is pending.
 //
-// It belongs to one goroutine.
+// What another user of the box puts in the way, in the directory or on the path
+// to it, makes the spool fail; nothing elsewhere is read or written.
+//
+// A spool belongs to one goroutine.
 type spool struct {
-	dir     string
-	limit   int64 // bytes
-	f       *os.File
-	size    int64  // bytes of the file that are whole
-	last    uint64 // the highest number
-	stale   bool   // it holds what is to go, without a mark
-	started time.Time
-	step    time.Duration // by how much the clock was set between started and the last record
-	err     error         // why it cannot be used at present; logged
-	retryAt time.Time
+	dir          string
+	limit        int64     // bytes of the file
+	folder       *os.File  // the directory
+	f            *os.File  // the file; nil: not open
+	size         int64     // bytes of the file
+	last         uint64    // the highest number
+	written      clocks    // when it was written, or read
+	needsRewrite bool      // it holds what it should not: damaged lines, wrong times, half a write
+	retryAt      time.Time // after an error; zero while the spool works
 }
 
-func newSpool(dir string, limit int64) *spool {
-	return &spool{dir: dir, limit: limit, started: time.Now()}
-}
+func newSpool(dir string, limit int64) *spool { return &spool{dir: dir, limit: limit} }
 
-func (s *spool) file() string { return filepath.Join(s.dir, "readings") }
+const (
+	spoolFile = "readings"
+	spoolNext = "readings.next"         // becomes the file when that is written anew
+	maxRecord = 16 << 10                // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
+	maxMark   = 8 + len(" d ") + 20 + 1 // bytes of a line that is a mark
+)
 
-// room is how many bytes of readings are kept: a quarter of the file is left
-// for marks, so that it need not be written anew for each reading.
-func (s *spool) room() int64 { return s.limit / 4 * 3 }
+func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
-// stop notes that the spool cannot be used for a while.
-func (s *spool) stop(err error) {
-	if s.err == nil {
-		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+// open opens the file, which stays locked, unless it is open and still the one
+// of that name. It returns what a file holds that it opened, else nil.
+func (s *spool) open(now clocks) (found *spoolContent, err error) {
+	if s.f != nil && s.isCurrent() {
+		return nil, nil
 	}
-	s.err, s.retryAt = err, time.Now().Add(spoolRetry)
+	s.close()
+	if s.folder, err = openFolder(s.dir); err != nil {
+		return nil, err
+	}
+	f, err := openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW)
+	if err != nil {
+		return nil, err
+	}
+	s.f = f
+	if found, err = s.load(now); err != nil {
+		s.close()
+	}
+	return found, err
 }
 
-// resume notes that it can be used.
-func (s *spool) resume() {
-	if s.err != nil {
-		log.Printf(notice+"spool %s: works again", s.file())
+// load locks the file that was opened and reads it.
+func (s *spool) load(now clocks) (*spoolContent, error) {
+	info, err := s.f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	s.err = nil
+	if !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1 {
+		return nil, errors.New("not a plain file with one name: who put it there?")
+	}
+	if syscall.Flock(int(s.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil || !s.isCurrent() {
+		return nil, errors.New("another process uses it")
+	}
+	if err := s.f.Chmod(0o600); err != nil {
+		return nil, err
+	}
+	if err := syncDir(s.dir); err != nil { // the file may be new
+		return nil, err
+	}
+	c, err := readSpool(s.f, now)
+	if c.damaged > 0 {
+		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
+	}
+	s.size, s.last, s.written, s.needsRewrite = info.Size(), c.last, now, c.needsRewrite
+	return &c, err
 }
 
 func (s *spool) close() {
-	if s.f != nil {
-		s.f.Close()
-		s.f = nil
+	s.f.Close() // which of nil does nothing
+	s.folder.Close()
+	s.f, s.folder = nil, nil
+}
+
+// isCurrent reports whether the open file is the one that the path names:
+// somebody may have removed it, or mounted a disk over it.
+func (s *spool) isCurrent() bool {
+	named, err := os.Lstat(s.file())
+	opened, err2 := s.f.Stat()
+	return err == nil && err2 == nil && os.SameFile(named, opened)
+}
+
+// append adds marks and readings at the end of the file.
+func (s *spool) append(add []*pendingReading, marks []uint64, sync bool, now clocks) error {
+	if len(add) == 0 && len(marks) == 0 {
+		return nil
+	}
+	var b bytes.Buffer
+	for _, number := range marks {
+		b.WriteString(markRecord(number))
+	}
+	s.number(&b, add, now)
+	if _, err := s.f.WriteAt(b.Bytes(), s.size); err != nil {
+		return err
+	}
+	s.size, s.written = s.size+int64(b.Len()), now
+	if len(add) == 0 && !sync {
+		return nil
+	}
+	return s.f.Sync()
+}
+
+// number writes the records of readings, which get the next numbers.
+func (s *spool) number(b *bytes.Buffer, readings []*pendingReading, now clocks) {
+	for _, p := range readings {
+		s.last++
+		b.WriteString(readingRecord(s.last, p, now))
 	}
 }
 
-// retire empties a spool for good.
-func (s *spool) retire() {
-	if s.f != nil {
-		if err := s.empty(); err != nil {
-			log.Printf(severe+"spool %s: %v; what it holds will be delivered again when it is used again", s.file(), err)
+// rewrite makes a file of these readings alone. At every moment the old file or
+// the new one is there, whole.
+func (s *spool) rewrite(all []*pendingReading, now clocks) error {
+	if len(all) == 0 { // which takes no space on the disk
+		if err := s.f.Truncate(0); err != nil {
+			return err
+		}
+		s.size, s.written = 0, now
+		return s.f.Sync()
+	}
+	dir := int(s.folder.Fd())
+	syscall.Unlinkat(dir, spoolNext) // of a power cut
+	f, err := openIn(s.folder, spoolNext, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
+	var b bytes.Buffer
+	s.number(&b, all, now)
+	if _, err = f.Write(b.Bytes()); err == nil {
+		err = f.Sync()
+	}
+	if err == nil {
+		err = syscall.Renameat(dir, spoolNext, dir, spoolFile)
+	}
+	if err != nil {
+		f.Close()
+		syscall.Unlinkat(dir, spoolNext)
+		return err
+	}
+	s.f.Close()
+	s.f, s.size, s.written = f, int64(b.Len()), now
+	return syncDir(s.dir)
+}
+
+// openFolder opens a directory and makes what is missing of its path. A link
+// on it is followed only where nobody but the agent and root can have made it.
+func openFolder(path string) (*os.File, error) {
+	begin := "."
+	if filepath.IsAbs(path) {
+		begin = "/"
+	}
+	dir, err := os.Open(begin)
+	for _, name := range strings.Split(path, "/") {
+		if err == nil && name != "" {
+			above := dir
+			dir, err = openBelow(above, name)
+			above.Close()
 		}
 	}
-	s.close()
+	return dir, err
 }
 
-// drift is by how much the clock was set since the spool was made.
-func (s *spool) drift(clock func(time.Time) time.Time) time.Duration {
-	now := time.Now()
-	return clock(now).Round(0).Sub(s.started.Round(0).Add(now.Sub(s.started)))
+// openBelow opens a directory in another, or makes it.
+func openBelow(dir *os.File, name string) (*os.File, error) {
+	info, err := dir.Stat()
+	if err != nil {
+		return nil, err
+	}
+	flags, owner := os.O_RDONLY, int(info.Sys().(*syscall.Stat_t).Uid)
+	if owner != 0 && owner != os.Geteuid() || info.Mode()&0o022 != 0 {
+		flags |= syscall.O_NOFOLLOW
+	}
+	below, err := openIn(dir, name, flags)
+	if errors.Is(err, syscall.ENOENT) {
+		if err := syscall.Mkdirat(int(dir.Fd()), name, 0o700); err != nil {
+			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(dir.Name(), name), Err: err}
+		}
+		dir.Sync() // as far as the file system can
+		below, err = openIn(dir, name, flags)
+	}
+	return below, err
 }
 
-// clockStepped reports whether the clock was set since the last record.
-func (s *spool) clockStepped(clock func(time.Time) time.Time) bool {
-	return (s.drift(clock) - s.step).Abs() > clockStep
+// openIn opens a file in an open directory. It waits for no pipe.
+func openIn(dir *os.File, name string, flags int) (*os.File, error) {
+	path := filepath.Join(dir.Name(), name)
+	fd, err := syscall.Openat(int(dir.Fd()), name, flags|syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0o600)
+	if errors.Is(err, syscall.ELOOP) {
+		return nil, fmt.Errorf("open %s: a link, which somebody else may have made, is not followed", path)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
-// length is about how many bytes the record of a reading has: up to 15 more
-// where its number and its code are very long, for which there is room.
-func (u *undelivered) length() int64 {
-	return int64(75 + len(u.value) + len(wireTicket(u.ticket)))
+// A spoolContent is what a spool was found to hold.
+type spoolContent struct {
+	readings     []*pendingReading // those that are not marked, by their numbers
+	last         uint64            // the highest number
+	damaged      int               // lines
+	needsRewrite bool              // there are damaged lines, or times that are wrong by now
 }
 
-// wireTicket is a ticket with its type, as a record has it.
+// readSpool reads the records of a spool.
+func readSpool(r io.Reader, now clocks) (c spoolContent, err error) {
+	pending := make(map[uint64]*pendingReading)
+	lines := bufio.NewReaderSize(r, maxRecord)
+	for err == nil {
+		var line []byte
+		line, err = lines.ReadSlice('\n')
+		for errors.Is(err, bufio.ErrBufferFull) {
+			line = []byte("longer than any record")
+			_, err = lines.ReadSlice('\n')
+		}
+		if len(line) == 0 || line[0] == '\n' {
+			continue
+		}
+		p, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
+		switch {
+		case !ok:
+			c.damaged++
+		case p.done:
+			delete(pending, p.record)
+		default:
+			pending[p.record] = p
+		}
+		c.last = max(c.last, p.record)
+		c.needsRewrite = c.needsRewrite || !ok || err != nil // the last line has no end
+	}
+	for _, p := range pending {
+		c.readings = append(c.readings, p)
+		c.needsRewrite = c.needsRewrite || p.takenAt.stepped(now)
+	}
+	slices.SortFunc(c.readings, func(a, b *pendingReading) int {
+		if a.record < b.record {
+			return -1
+		}
+		return 1
+	})
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return c, err
+}
+
+// parseRecord parses a line of a spool, without its end, and reports whether it
+// is a record. A mark comes back as a reading that is done.
+func parseRecord(line string) (p *pendingReading, ok bool) {
+	p = &pendingReading{spooled: true}
+	sum, text, _ := strings.Cut(line, " ")
+	if sum != checksum(text) {
+		return p, false
+	}
+	if n, _ := fmt.Sscanf(text, "d %d", &p.record); n == 1 || strings.HasPrefix(text, "c ") {
+		p.done = true
+		return p, true
+	}
+	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
+	var age, wall int64
+	n, _ := fmt.Sscanf(text, "r %d %s %d %d %d %s", &p.record, &p.takenAt.boot, &age, &wall, &p.code, &p.value)
+	if n < 6 || len(words) < 9 || p.record == 0 {
+		return p, false
+	}
+	p.takenAt.age, p.takenAt.wall = time.Duration(age)*time.Millisecond, time.UnixMilli(wall)
+	var err, err2 error
+	if p.value == "-" {
+		p.value = ""
+	} else {
+		_, err = parseDecimal(p.value)
+	}
+	p.ticket, err2 = parseTicket(words[7], words[8])
+	return p, err == nil && err2 == nil
+}
+
+// readingRecord returns the record of a reading, with its time corrected.
+func readingRecord(number uint64, p *pendingReading, now clocks) string {
+	at, value := p.takenAt, p.value
+	if value == "" {
+		value = "-"
+	}
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s", number, at.boot, at.age.Milliseconds(), at.corrected(now).UnixMilli(),
+		p.code, value, wireTicket(p.ticket)))
+}
+
+// length returns how many bytes the record of a reading has at most.
+func (p *pendingReading) length() int64 {
+	return int64(75 + len(p.value) + len(wireTicket(p.ticket)))
+}
+
+func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
+
+func withChecksum(text string) string { return checksum(text) + " " + text + "\n" }
+
+func checksum(text string) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(text))) }
+
+// wireTicket returns a ticket as a record has it: its type and what it is.
 func wireTicket(ticket any) string {
 	switch t := ticket.(type) {
 	case int64:
@@ -1937,368 +2038,94 @@ func wireTicket(ticket any) string {
 	return fmt.Sprint("int ", ticket)
 }
 
-// An instant is one moment by all clocks of the box.
-type instant struct {
-	now  time.Time // with the monotonic clock's reading
-	wall time.Time
-	boot string // names this boot; "-" where that is not known
-	up   int64  // milliseconds since then
-}
-
-func instantOf(clock func(time.Time) time.Time) instant {
-	now := time.Now()
-	at := instant{now: now, wall: clock(now), boot: "-"}
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	text, err2 := os.ReadFile("/proc/uptime")
-	seconds, _, _ := strings.Cut(string(text), " ")
-	up, err3 := strconv.ParseFloat(seconds, 64)
-	if err == nil && err2 == nil && err3 == nil && len(id) > 8 {
-		at.boot, at.up = string(id[:8]), int64(up*1000)
-	}
-	return at
-}
-
-func readingRecord(number uint64, u *undelivered, at instant) string {
-	boot, up := at.boot, at.up-at.now.Sub(u.taken).Milliseconds()
-	if u.earlier || boot == "-" {
-		boot, up = "-", 0
-	}
-	value := u.value
-	if value == "" {
-		value = "-"
-	}
-	return summed(fmt.Sprintf("r %d %s %d %d %d %s %s", number, boot, up, takenAt(u.taken, at.now, at.wall).UnixMilli(), u.code, value, wireTicket(u.ticket)))
-}
-
-func clockRecord(at instant) string {
-	return summed(fmt.Sprintf("c 0 %s %d %d", at.boot, at.up, at.wall.UnixMilli()))
-}
-
-func markRecord(number uint64) string { return summed(fmt.Sprintf("d %d", number)) }
-
-// summed is a line with its checksum in front.
-func summed(line string) string {
-	return fmt.Sprintf("%08x %s\n", crc32.ChecksumIEEE([]byte(line)), line)
-}
-
-// open opens the file, unless it is open, and still the one of that name. A
-// fresh one comes with the readings in it that are not marked, oldest first.
-func (s *spool) open() (found []*undelivered, fresh bool, err error) {
-	if s.f != nil {
-		before, err := s.f.Stat()
-		now, err2 := os.Lstat(s.file())
-		if err == nil && err2 == nil && os.SameFile(before, now) {
-			return nil, false, nil
-		}
-		s.close()
-	}
-	_, known := os.Stat(s.dir)
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
-		return nil, false, err
-	}
-	f, err := os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
-	if err != nil {
-		return nil, false, err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-		}
-	}()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, false, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, false, errors.New("not a file")
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
-		return nil, false, errors.New("another process uses it")
-	}
-	os.Remove(s.nextFile()) // of a power cut
-	if err := f.Chmod(0o600); err != nil {
-		return nil, false, err
-	}
-	if err := syncDir(s.dir); err != nil { // the file may be new
-		return nil, false, err
-	}
-	if known != nil {
-		syncDir(filepath.Dir(s.dir)) // which whoever may write there need not be able to
-	}
-	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
-	if err != nil {
-		return nil, false, err
-	}
-	if c.damaged > 0 {
-		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
-	}
-	s.f, s.size, s.last, s.stale = f, info.Size(), c.last, c.damaged > 0 || c.moved
-	if c.cutOff { // what is written next begins a line
-		if _, err := f.WriteAt([]byte("\n"), s.size); err == nil {
-			s.size++
-		} else {
-			s.stale = true
-		}
-	}
-	return c.readings, true, nil
-}
-
-func (s *spool) nextFile() string { return s.file() + ".next" }
-
-// A spoolContent is what a spool was found to hold.
-type spoolContent struct {
-	readings []*undelivered // that are not marked
-	last     uint64         // the highest number
-	damaged  int            // lines
-	cutOff   bool           // the last line has no end
-	moved    bool           // the clock was set since, in this boot
-}
-
-// readSpool reads what a spool holds. A reading of this boot gets the time that
-// its age by the uptime makes now; one of an earlier boot what the clock would
-// have shown then had it been what it was last known to be in that boot.
-func readSpool(r io.Reader, at instant) (spoolContent, error) {
-	var c spoolContent
-	byNumber := make(map[uint64]*spoolRecord)
-	offsets := make(map[string]int64) // of a boot: the clock at its beginning, as last known
-	lines := bufio.NewReaderSize(r, maxRecord)
-	for {
-		line, err := lines.ReadSlice('\n')
-		tooLong := errors.Is(err, bufio.ErrBufferFull)
-		for errors.Is(err, bufio.ErrBufferFull) {
-			_, err = lines.ReadSlice('\n')
-		}
-		if err != nil && !errors.Is(err, io.EOF) {
-			return c, err
-		}
-		if len(line) > 0 {
-			c.cutOff = errors.Is(err, io.EOF)
-		}
-		rec, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
-		switch {
-		case len(line) == 0 || string(line) == "\n":
-		case tooLong || !ok:
-			c.damaged++
-		case rec.kind == "d":
-			delete(byNumber, rec.number)
-		default:
-			if rec.boot != "-" {
-				offsets[rec.boot] = rec.wall - rec.up
-			}
-			if rec.kind == "r" {
-				byNumber[rec.number] = rec
-			}
-		}
-		if ok {
-			c.last = max(c.last, rec.number)
-		}
-		if err != nil {
-			break
-		}
-	}
-	for _, rec := range byNumber {
-		if offset, known := offsets[rec.boot]; known {
-			if stepped := rec.up + offset - rec.wall; (time.Duration(stepped) * time.Millisecond).Abs() > clockStep {
-				rec.wall += stepped
-			}
-		}
-		rec.u.taken, rec.u.earlier = time.UnixMilli(rec.wall), true
-		if since := time.Duration(at.up-rec.up) * time.Millisecond; rec.boot == at.boot && rec.boot != "-" && since >= 0 { // a container may begin anew in the same boot
-			exact := at.wall.Round(0).Sub(rec.u.taken)
-			if (exact - since).Abs() < clockStep {
-				since = exact // the uptime has hundredths only
-			}
-			c.moved = c.moved || since != exact
-			rec.u.taken, rec.u.earlier = at.now.Add(-since), false
-		}
-		c.readings = append(c.readings, rec.u)
-	}
-	slices.SortFunc(c.readings, func(a, b *undelivered) int {
-		if a.record < b.record {
-			return -1
-		}
-		return 1
-	})
-	return c, nil
-}
-
-// A spoolRecord is one line of a spool.
-type spoolRecord struct {
-	kind     string
-	number   uint64
-	boot     string
-	up, wall int64 // milliseconds
-	u        *undelivered
-}
-
-const (
-	maxRecord      = 16 << 10 // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
-	maxRecordValue = 4 << 10
-)
-
-// parseRecord reads a line of a spool, without its end, and reports whether it
-// is one.
-func parseRecord(line string) (*spoolRecord, bool) {
-	sum, rest, _ := strings.Cut(line, " ")
-	if want, err := strconv.ParseUint(sum, 16, 32); err != nil || len(sum) != 8 || uint32(want) != crc32.ChecksumIEEE([]byte(rest)) {
-		return nil, false
-	}
-	word := func() (w string) { w, rest, _ = strings.Cut(rest, " "); return w }
-	bad := false
-	number := func(bits int) int64 {
-		n, err := strconv.ParseInt(word(), 10, bits)
-		bad = bad || err != nil
-		return n
-	}
-	rec := &spoolRecord{kind: word()}
-	var err error
-	rec.number, err = strconv.ParseUint(word(), 10, 64)
-	if rec.kind == "d" {
-		return rec, err == nil && rest == ""
-	}
-	rec.boot, rec.up, rec.wall = word(), number(64), number(64)
-	if rec.kind == "c" {
-		return rec, !bad && rest == ""
-	}
-	rec.u = &undelivered{record: rec.number, toSave: true}
-	rec.u.code, rec.u.value = int(number(32)), word()
-	if rec.u.value == "-" {
-		rec.u.value = ""
-	} else if _, err := parseDecimal(rec.u.value); err != nil || len(rec.u.value) > maxRecordValue {
-		bad = true
-	}
-	switch kind := word(); kind {
+// parseTicket is the reverse of wireTicket.
+func parseTicket(kind, text string) (any, error) {
+	switch kind {
 	case "int":
-		rec.u.ticket = int(number(32))
+		n, err := strconv.ParseInt(text, 10, 32)
+		return int(n), err
 	case "i8":
-		rec.u.ticket = number(64)
+		return strconv.ParseInt(text, 10, 64)
 	case "string":
-		var text string
-		text, err = strconv.Unquote(rest)
-		rec.u.ticket, rest = text, ""
-	default:
-		bad = true
+		return strconv.Unquote(text)
 	}
-	return rec, rec.kind == "r" && err == nil && !bad && rest == "" && rec.number > 0
+	return nil, fmt.Errorf("a ticket of the type %q", kind)
 }
 
-// write does the work and, where it returns nil, has it on the disk: the
-// readings to add have the numbers up to the last one. Where it fails, what was
-// in the file before still counts.
-func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
-	if w.empty {
-		return s.empty()
-	}
-	var b bytes.Buffer
-	for _, n := range w.marks {
-		b.WriteString(markRecord(n))
-	}
-	stepped := s.clockStepped(clock)
-	full := s.stale || s.size+int64(b.Len()) > s.limit
-	if !stepped && !full && len(w.add) == 0 { // as after each delivery of a backlog
-		return s.append(b.Bytes(), w.sync)
-	}
-	at := instantOf(clock)
-	if stepped {
-		b.WriteString(clockRecord(at))
-	}
-	last := s.last
-	for _, u := range w.add {
-		last++
-		b.WriteString(readingRecord(last, u, at))
-	}
-	if full || s.size+int64(b.Len()) > s.limit {
-		return s.rewrite(w, at, s.drift(clock))
-	}
-	if err := s.append(b.Bytes(), true); err != nil {
-		return err
-	}
-	s.last, s.step = last, s.drift(clock)
-	return nil
-}
-
-// append writes records at the end of the file, all of them or none.
-func (s *spool) append(records []byte, sync bool) error {
-	_, err := s.f.WriteAt(records, s.size)
-	if err == nil && sync {
-		err = s.f.Sync()
-	}
-	if err != nil {
-		if s.f.Truncate(s.size) != nil { // what was half written could be taken for more
-			s.stale = true
-		}
-		return err
-	}
-	s.size += int64(len(records))
-	return nil
-}
-
-// empty empties the file: everything in it was delivered.
-func (s *spool) empty() error {
-	if err := s.f.Truncate(0); err != nil {
-		return err
-	}
-	s.size, s.stale = 0, false
-	return s.f.Sync()
-}
-
-// rewrite writes the file anew, with what is undelivered only. At every moment
-// the old file or the new one is there, whole.
-func (s *spool) rewrite(w spoolWork, at instant, step time.Duration) (err error) {
-	next := s.nextFile()
-	os.Remove(next)
-	f, err := os.OpenFile(next, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(next)
-		}
-	}()
-	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
-	out, size, last := bufio.NewWriter(f), 0, s.last
-	add := func(number uint64, u *undelivered) {
-		n, _ := out.WriteString(readingRecord(number, u, at)) // Flush has the error
-		size += n
-	}
-	for _, u := range w.all() {
-		add(u.record, u)
-	}
-	for _, u := range w.add {
-		last++
-		add(last, u)
-	}
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(next, s.file()); err != nil {
-		return err
-	}
-	s.f.Close()
-	s.f, s.size, s.last, s.step, s.stale = f, int64(size), last, step, false
-	if err := syncDir(s.dir); err != nil { // the old file may come back: it is as good, but for these
-		log.Printf(severe+"spool %s: %v", s.file(), err)
-	}
-	return nil
-}
-
-// ticketText is a ticket for the log.
+// ticketText returns a ticket for the log.
 func ticketText(ticket any) string {
-	if s, ok := ticket.(string); ok {
-		return "ticket " + cut(s)
-	}
-	if ticket == nil {
+	switch t := ticket.(type) {
+	case nil:
 		return "no ticket"
+	case string:
+		return "ticket " + cut(t)
 	}
 	return fmt.Sprint("ticket ", ticket)
 }
 
-// localZone is the zone that the box's own date shows: TZ (the name or path
+// A clocks is one moment by all clocks of the box.
+type clocks struct {
+	wall time.Time     // what the clock showed, which may have been wrong
+	age  time.Duration // since boot, in suspend as well
+	boot string        // names the boot
+}
+
+// clockStep is how much the clock must be off before it counts as set: less may
+// be the correction of a clock that runs slow.
+const clockStep = 2 * time.Second
+
+// corrected returns what a clock that is right now would have shown at c: what it
+// shows now, less the time that passed. A box without a battery clock boots in
+// 1970. Of another boot nothing is known, and c.wall counts.
+func (c clocks) corrected(now clocks) time.Time {
+	t := now.wall.Add(c.age - now.age)
+	if c.boot != now.boot || c.age > now.age || t.Sub(c.wall).Abs() < clockStep {
+		return c.wall
+	}
+	return t
+}
+
+// stepped reports whether the clock was set between c and now.
+func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
+
+// systemClocks returns a function that reads the clocks of the box. Where it
+// names no boot or tells no time since then, each process counts as a boot.
+func systemClocks() func() clocks {
+	start := time.Now()
+	_, known := sinceBoot()
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || len(id) < 8 || !known {
+		id = []byte(fmt.Sprintf("%08x", rand.Uint32()))
+	}
+	boot := string(id[:8])
+	return func() clocks {
+		now := time.Now()
+		age := now.Sub(start)
+		if known {
+			age, _ = sinceBoot()
+		}
+		return clocks{now.Round(0), age, boot}
+	}
+}
+
+// sinceBoot returns the time since boot, in suspend as well, and whether the box
+// tells it. Linux before 2.6.39 has it in /proc/uptime alone.
+func sinceBoot() (time.Duration, bool) {
+	const clockBoottime = 7
+	var t syscall.Timespec
+	_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clockBoottime, uintptr(unsafe.Pointer(&t)), 0)
+	if errno == 0 {
+		return time.Duration(t.Nano()), true
+	}
+	text, err := os.ReadFile("/proc/uptime") // 350735.47 1265389.12
+	seconds, _, _ := strings.Cut(string(text), " ")
+	age, err2 := time.ParseDuration(seconds + "s")
+	return age, err == nil && err2 == nil
+}
+
+const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
+
+// localZone returns the zone that the box's own date shows: TZ (the name or path
 // of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
 // /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. What
 // can't be read there counts as UTC, as it does for date, and is logged.
@@ -2307,14 +2134,10 @@ func localZone() *time.Location {
 	return zoneOf(tz, ok, "/etc")
 }
 
-const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
-
 func zoneOf(tz string, ok bool, etc string) *time.Location {
 	if !ok {
-		if data, err := readSmall(filepath.Join(etc, "localtime"), maxZone); err == nil {
-			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
-				return zone
-			}
+		if zone, err := zoneFile(filepath.Join(etc, "localtime")); err == nil {
+			return zone
 		}
 		text, err := readSmall(filepath.Join(etc, "TZ"), maxZone)
 		if err != nil {
@@ -2323,16 +2146,14 @@ func zoneOf(tz string, ok bool, etc string) *time.Location {
 		tz = strings.TrimSpace(string(text))
 	}
 	tz = strings.TrimPrefix(tz, ":")
+	load := time.LoadLocation
 	if strings.HasPrefix(tz, "/") {
-		if data, err := readSmall(tz, maxZone); err == nil {
-			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
-				return zone
-			}
-		}
-	} else if zone, err := time.LoadLocation(tz); err == nil {
-		return zone
+		load = zoneFile
 	}
-	zone, err := posixZone(tz)
+	zone, err := load(tz)
+	if err != nil {
+		zone, err = posixZone(tz)
+	}
 	if err != nil {
 		log.Printf("time zone: %v; UTC instead", err)
 		return time.UTC
@@ -2340,12 +2161,20 @@ func zoneOf(tz string, ok bool, etc string) *time.Location {
 	return zone
 }
 
+// zoneFile reads a zone's file.
+func zoneFile(file string) (*time.Location, error) {
+	data, err := readSmall(file, maxZone)
+	if err != nil {
+		return nil, err
+	}
+	return time.LoadLocationFromTZData("Local", data)
+}
+
 // posixZone makes a zone of a POSIX TZ string. Go reads one only as the last
-// line of a TZif file (RFC 8536), so here is one with nothing else in it.
+// line of a TZif file (RFC 8536), so this makes one with nothing else in it.
 func posixZone(tz string) (*time.Location, error) {
 	const placeholder = "-00"
-	header := "TZif2" + strings.Repeat("\x00", 15)
-	block := header + strings.Repeat("\x00\x00\x00\x00", 4) + "\x00\x00\x00\x01\x00\x00\x00\x04" + // one zone, four letters
+	block := "TZif2" + strings.Repeat("\x00", 15+16) + "\x00\x00\x00\x01\x00\x00\x00\x04" + // one zone, four letters
 		strings.Repeat("\x00", 6) + placeholder + "\x00"
 	zone, err := time.LoadLocationFromTZData("Local", []byte(block+block+"\n"+tz+"\n"))
 	if err != nil {
