@@ -2809,7 +2809,7 @@ func TestDeliveryClock(t *testing.T) {
 		{"and set back", clocks{wall.Add(-23 * time.Hour), 2 * time.Hour, "boot"}, -24 * time.Hour},
 		{"a clock that runs slow was corrected", clocks{wall.Add(time.Hour + time.Second), 2 * time.Hour, "boot"}, 0},
 	} {
-		m := newRecorder(t)
+		test, m := test, newRecorder(t)
 		d := testDelivery(t, m)
 		var now atomic.Pointer[clocks]
 		now.Store(&taken)
@@ -3009,28 +3009,26 @@ func TestDeliverySlow(t *testing.T) {
 	answer <- 0
 	got := gets(t, m, n)
 	if slices.Sort(got); !slices.Equal(got, numbers(1, n)) || !d.stalledSince().IsZero() {
-		t.Errorf("got %v, stalled since %v", got, d.stalledSince())
+		t.Errorf("got %d to %d, stalled since %v", got[0], got[n-1], d.stalledSince())
 	}
 }
 
-// TestDeliveryFull: more than 1,024 readings in memory push out the oldest, but
-// not the one that is being sent.
+// TestDeliveryFull: more than 1,024 readings in memory push out the oldest.
 func TestDeliveryFull(t *testing.T) {
 	m := newRecorder(t)
 	attempts, answer := hold(m)
 	d := testDelivery(t, m)
-	puts(d, 1, 1)
+	puts(d, 0, 0)
 	receive(t, "an attempt", attempts)
-	puts(d, 2, maxPending+10)
+	puts(d, 1, maxPending+10)
 	m.set(nil)
-	answer <- 0
+	answer <- 503
 	got := gets(t, m, maxPending)
-	slices.Sort(got)
-	if want := append([]int{1}, numbers(12, maxPending+10)...); !slices.Equal(got, want) {
-		t.Errorf("got %v; want %v", got, want)
+	if slices.Sort(got); !slices.Equal(got, numbers(11, maxPending+10)) {
+		t.Errorf("got %d to %d; want 11 to %d", got[0], got[len(got)-1], maxPending+10)
 	}
-	if _, totals := d.count(); totals.dropped != 10 {
-		t.Errorf("got %d dropped; want 10", totals.dropped)
+	if _, totals := d.count(); totals.dropped != 11 {
+		t.Errorf("got %d dropped; want 11", totals.dropped)
 	}
 }
 
@@ -3076,7 +3074,7 @@ func TestDeliveryClose(t *testing.T) {
 		{"is slow", func(try int) bool { return try == 1 }, true, 10, 10, ""},
 		{"is away", func(int) bool { return true }, false, 0, 0, "10 readings not delivered"},
 	} {
-		lines, m, end := logged(t), newRecorder(t), make(chan struct{})
+		test, lines, m, end := test, logged(t), newRecorder(t), make(chan struct{})
 		m.set(func(w http.ResponseWriter, try int) bool {
 			if test.bad(try) && test.hangs {
 				<-end
@@ -3575,11 +3573,11 @@ func spooled(t *testing.T, dir string) (list []string) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	c, err := readSpool(f, systemClocks()())
+	found, err := (&spool{}).read(f)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range c.readings {
+	for _, p := range found {
 		list = append(list, fmt.Sprintf("%v=%s", p.ticket, p.value))
 	}
 	return list
@@ -3607,9 +3605,9 @@ func afterAMinute(d *delivery) {
 
 func away(w http.ResponseWriter, _ int) bool { w.WriteHeader(503); return true }
 
-// pendingOf is a reading that was taken at some moment.
-func pendingOf(ticket any, r reading, at clocks) *pendingReading {
-	return &pendingReading{reading: r, ticket: ticket, takenAt: at}
+// pendingOf is a reading in a spool that was taken at some moment.
+func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading {
+	return &pendingReading{reading: r, ticket: ticket, takenAt: at, record: number}
 }
 
 // TestSpool: what could not be delivered is on the disk, and is delivered by
@@ -3667,9 +3665,10 @@ func TestSpoolOld(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := readSpool(bytes.NewReader(text), clocks{boot: "another"})
-	if err != nil || len(c.readings) != 5 || c.damaged != 1 || c.last != 7 || c.readings[0].takenAt.wall.UnixMilli() != 1795654616904 {
-		t.Errorf("got %+v, %v; want 5 readings, 1 damaged", c, err)
+	var s spool
+	found, err := s.read(bytes.NewReader(text))
+	if err != nil || len(found) != 5 || s.damaged != 1 || s.last != 7 || found[0].takenAt.wall.UnixMilli() != 1795654616904 {
+		t.Errorf("got %+v, %+v, %v; want 5 readings, 1 damaged", found, s, err)
 	}
 	m, dir := newRecorder(t), t.TempDir()
 	writeTree(t, dir, map[string]string{"readings": string(text)})
@@ -3691,20 +3690,21 @@ func TestSpoolOld(t *testing.T) {
 func TestSpoolDamage(t *testing.T) {
 	now, text := systemClocks()(), ""
 	for i := uint64(1); i <= 4; i++ {
-		text += readingRecord(i, pendingOf(fmt.Sprint("t", i), reading{value: "1"}, now), now)
+		text += readingRecord(pendingOf(i, fmt.Sprint("t", i), reading{value: "1"}, now), now)
 	}
-	read := func(text string) spoolContent {
-		c, err := readSpool(strings.NewReader(text), now)
-		if err != nil {
-			t.Fatal(err)
+	read := func(text string) (left, damaged int, last uint64) {
+		var s spool
+		found, err := s.read(strings.NewReader(text))
+		if err != nil || s.size != len(text) {
+			t.Fatalf("got %v, size %d; want %d", err, s.size, len(text))
 		}
-		return c
+		return len(found), s.damaged, s.last
 	}
-	if c := read(text); len(c.readings) != 4 || c.damaged != 0 || c.last != 4 || c.needsRewrite || !c.readings[0].takenAt.wall.Equal(now.wall.Truncate(time.Millisecond)) {
-		t.Errorf("got %+v", c)
+	if left, damaged, last := read(text); left != 4 || damaged != 0 || last != 4 {
+		t.Errorf("got %d left, %d damaged, last %d", left, damaged, last)
 	}
-	if c := read(text + markRecord(2) + markRecord(9)); len(c.readings) != 3 || c.last != 9 {
-		t.Errorf("got %+v", c)
+	if left, _, last := read(text + markRecord(2) + markRecord(9)); left != 3 || last != 9 {
+		t.Errorf("got %d left, last %d", left, last)
 	}
 	for i := range text {
 		for _, flip := range []byte{1, 0x80} {
@@ -3714,23 +3714,23 @@ func TestSpoolDamage(t *testing.T) {
 			if text[i] == '\n' { // two lines become one
 				least = 2
 			}
-			if c := read(string(b)); len(c.readings) < least || len(c.readings) > 3 || c.damaged == 0 {
-				t.Fatalf("byte %d: %d left, %d damaged", i, len(c.readings), c.damaged)
+			if left, damaged, _ := read(string(b)); left < least || left > 3 || damaged == 0 {
+				t.Fatalf("byte %d: %d left, %d damaged", i, left, damaged)
 			}
 		}
 		whole := strings.Count(text[:i], "\n")
 		if text[i] == '\n' { // which alone is missing
 			whole++
 		}
-		if c := read(text[:i]); len(c.readings) != whole || i > 0 && text[i-1] != '\n' && !c.needsRewrite {
-			t.Fatalf("cut at %d: %d left, needs a rewrite: %v", i, len(c.readings), c.needsRewrite)
+		if left, _, _ := read(text[:i]); left != whole {
+			t.Fatalf("cut at %d: %d left", i, left)
 		}
-		if c := read(text[:i] + "\n" + text); len(c.readings) != 4 { // written on after a torn record
-			t.Fatalf("torn at %d: %d left", i, len(c.readings))
+		if left, _, _ := read(text[:i] + "\n" + text); left != whole+4 { // written on after a torn record
+			t.Fatalf("torn at %d: %d left", i, left)
 		}
 	}
-	if c := read(strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n" + text); len(c.readings) != 4 || c.damaged != 2 {
-		t.Errorf("got %+v", c)
+	if left, damaged, _ := read(strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n" + text); left != 4 || damaged != 2 {
+		t.Errorf("got %d left, %d damaged", left, damaged)
 	}
 }
 
@@ -3739,7 +3739,7 @@ func TestSpoolDamage(t *testing.T) {
 func TestSpoolClock(t *testing.T) {
 	birth := clocks{time.Unix(300, 0), 5 * time.Minute, "aaaaaaaa"}
 	set := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), 65 * time.Minute, "aaaaaaaa"}
-	text := readingRecord(1, pendingOf(1, reading{value: "1"}, clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}), birth)
+	text := readingRecord(pendingOf(1, 1, reading{value: "1"}, clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}), birth)
 	for _, test := range []struct {
 		at   clocks
 		want time.Time
@@ -3749,11 +3749,11 @@ func TestSpoolClock(t *testing.T) {
 		{clocks{set.wall, time.Second, "bbbbbbbb"}, time.Unix(240, 0)},
 		{clocks{set.wall, time.Second, "aaaaaaaa"}, time.Unix(240, 0)}, // a container begun anew
 	} {
-		c, err := readSpool(strings.NewReader(text), test.at)
-		if err != nil || len(c.readings) != 1 || c.needsRewrite != (test.at == set) {
-			t.Fatalf("at %v: got %+v, %v", test.at, c, err)
+		found, err := (&spool{}).read(strings.NewReader(text))
+		if err != nil || len(found) != 1 {
+			t.Fatalf("at %v: got %+v, %v", test.at, found, err)
 		}
-		if got := c.readings[0].takenAt.corrected(test.at); !got.Equal(test.want) {
+		if got := found[0].takenAt.corrected(test.at); !got.Equal(test.want) {
 			t.Errorf("at %v: got %v; want %v", test.at, got, test.want)
 		}
 	}
@@ -3773,8 +3773,8 @@ func TestSpoolClock(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.Close()
-		c, err := readSpool(f, clocks{boot: "bbbbbbbb"})
-		return err == nil && len(c.readings) == 1 && c.readings[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
+		found, err := (&spool{}).read(f)
+		return err == nil && len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
 	})
 }
 
@@ -3790,7 +3790,7 @@ func TestSpoolFull(t *testing.T) {
 	await(t, "away", func() bool { return isAway(d) })
 	for i := 1; i < n; i += 100 {
 		puts(d, i, min(i+99, n-1))
-		await(t, "it is written", func() bool { return locked(d, func() bool { return !d.unwritten && d.inMemory == 0 }) })
+		await(t, "it is written", func() bool { return locked(d, func() bool { return d.inMemory == 0 }) })
 		if info, err := os.Stat(filepath.Join(dir, "readings")); err != nil || info.Size() > limit {
 			t.Fatalf("got %v, %v", info.Size(), err)
 		}
@@ -3808,10 +3808,8 @@ func TestSpoolFull(t *testing.T) {
 	spoolDelivery(t, m, newSpool(dir, limit))
 	got := gets(t, m, len(left))
 	if slices.Sort(got); !slices.Equal(got, numbers(n-len(left), n-1)) {
-		t.Errorf("got %v; want %v", got, left)
+		t.Errorf("got %d to %d; want %d to %d", got[0], got[len(got)-1], n-len(left), n-1)
 	}
-	// A smaller limit counts at the next start.
-	m.set(away)
 	awaitEmpty(t, dir)
 }
 
@@ -3842,7 +3840,7 @@ func TestSpoolBroken(t *testing.T) {
 	}
 	// Another agent does not get at it.
 	other := newSpool(dir, 1<<20)
-	if _, err := other.open(systemClocks()()); err == nil || err.Error() != "another process uses it" {
+	if _, _, err := other.open(); err == nil || err.Error() != "another process uses it" {
 		t.Errorf("got %v", err)
 	}
 	m.set(nil)
@@ -3857,7 +3855,7 @@ func TestSpoolLate(t *testing.T) {
 	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
 	now, text := systemClocks()(), ""
 	for i := 1; i <= 3; i++ {
-		text += readingRecord(uint64(i), pendingOf(i, reading{value: "-1"}, now), now)
+		text += readingRecord(pendingOf(uint64(i), i, reading{value: "-1"}, now), now)
 	}
 	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // in its way
 	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
@@ -3917,9 +3915,9 @@ func TestSpoolPlanted(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := newSpool(dir, 1<<20)
-		_, err = s.open(now)
+		_, _, err = s.open()
 		if err == nil {
-			err = s.rewrite([]*pendingReading{pendingOf(1, reading{value: "1"}, now)}, now)
+			err = s.rewrite([]*pendingReading{pendingOf(1, 1, reading{value: "1"}, now)}, now)
 		}
 		s.close()
 		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
@@ -3951,7 +3949,7 @@ func TestSpoolFullDisk(t *testing.T) {
 	n := 0
 	for ; n < 3000 && !full(); n += 50 { // of which half fit
 		puts(d, n, n+49)
-		await(t, "it is written", func() bool { return full() || isAway(d) && locked(d, func() bool { return !d.unwritten }) })
+		await(t, "it is written", func() bool { return full() || isAway(d) && locked(d, func() bool { return d.inMemory == 0 }) })
 	}
 	puts(d, n, n+99) // it goes on in memory
 	n += 100
@@ -3961,7 +3959,7 @@ func TestSpoolFullDisk(t *testing.T) {
 	m.set(nil)
 	got := gets(t, m, n)
 	if slices.Sort(got); !slices.Equal(got, numbers(0, n-1)) {
-		t.Errorf("got %v", got)
+		t.Errorf("got %d to %d; want 0 to %d", got[0], got[len(got)-1], n-1)
 	}
 	if got := strings.Count(lines.String(), "no space left"); got != 1 {
 		t.Errorf("logged %d times", got)
@@ -3975,13 +3973,13 @@ func TestSpoolFullDisk(t *testing.T) {
 // it is read, and a reading in it is the same when it is written and read again.
 func FuzzSpool(f *testing.F) {
 	at := clocks{time.UnixMilli(1795633466690), 81299 * time.Second, "4b825dc6"}
-	taken := func(ticket any, r reading) *pendingReading {
-		return pendingOf(ticket, r, clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot})
+	taken := func(number uint64, ticket any, r reading) string {
+		return readingRecord(pendingOf(number, ticket, r, clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot}), at)
 	}
 	records := []string{
-		readingRecord(1, taken(7, reading{value: "0.42"}), at),
-		readingRecord(2, taken(int64(1)<<40, reading{code: -15}), at),
-		readingRecord(3, pendingOf("a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
+		taken(1, 7, reading{value: "0.42"}),
+		taken(2, int64(1)<<40, reading{code: -15}),
+		readingRecord(pendingOf(3, "a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
 		markRecord(2),
 		withChecksum("c 0 4b825dc6 81299000 1795633466690"),
 	}
@@ -4001,23 +3999,24 @@ func FuzzSpool(f *testing.F) {
 				data = append(data, withChecksum(line)...)
 			}
 		}
-		c, err := readSpool(bytes.NewReader(data), at)
+		var s spool
+		found, err := s.read(bytes.NewReader(data))
 		lines := bytes.Count(data, []byte("\n"))
 		if len(data) > 0 && data[len(data)-1] != '\n' {
 			lines++ // cut off, but for its end perhaps whole
 		}
-		if err != nil || len(c.readings)+c.damaged > lines {
-			t.Fatalf("got %d readings, %d damaged of %d lines, %v", len(c.readings), c.damaged, lines, err)
+		if err != nil || len(found)+s.damaged > lines {
+			t.Fatalf("got %d readings, %d damaged of %d lines, %v", len(found), s.damaged, lines, err)
 		}
-		for _, p := range c.readings {
+		for _, p := range found {
 			if wire := wireTicket(p.ticket); len(wire) > 8*maxTicket {
 				continue // no command has one
 			}
-			again, err := readSpool(strings.NewReader(readingRecord(p.record, p, at)), at)
-			if err != nil || len(again.readings) != 1 {
+			again, err := (&spool{}).read(strings.NewReader(readingRecord(p, at)))
+			if err != nil || len(again) != 1 {
 				t.Fatalf("%+v reads back as %+v, %v", p, again, err)
 			}
-			if a := again.readings[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
+			if a := again[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
 				t.Fatalf("%+v reads back as %+v", p, a)
 			}
 		}

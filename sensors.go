@@ -16,7 +16,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -1113,10 +1112,9 @@ type pendingReading struct {
 	misses    int       // attempts that the monitor did not answer
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
-	sending   bool      // an attempt is under way
-	discarded bool      // its ticket was given away again
-	spooled   bool      // it belongs in the spool
-	record    uint64    // its number in the file of the spool; 0 while it is not there
+	record    uint64    // its number in the spool; 0: it is in memory alone
+	size      int       // bytes of its record
+	onDisk    bool      // the record is written
 	done      bool      // it is pending no more
 }
 
@@ -1150,7 +1148,7 @@ type delivery struct {
 	zone         *time.Location
 	noValue      string            // sent where there is no number
 	pending      []*pendingReading // oldest first
-	inMemory     int               // of pending, those that are not in the file of the spool
+	inMemory     int               // of pending, those that are not on the disk
 	fromNewest   bool              // the next reading is looked for from the newest end
 	awaySince    time.Time         // zero while the monitor is there
 	misses       int               // attempts without an answer since the latest answer
@@ -1161,11 +1159,12 @@ type delivery struct {
 	sealed       bool              // what is to be written to the spool now is the last
 	totals       deliveryTotals
 
-	held      int64        // bytes of the readings that belong in the spool
-	unwritten bool         // some of them are not in its file
-	marks     []uint64     // records of readings that are done
-	syncMarks bool         // one of them must not come back after a power cut
-	reused    map[any]bool // tickets given away again before the spool was read; then nil
+	records      []byte       // to be added to the spool
+	syncRecords  bool         // and to survive a power cut
+	lastRecord   uint64       // the highest number
+	held         int          // bytes of the records of pending readings
+	needsRewrite bool         // the file is not what it should be
+	reused       map[any]bool // tickets given away again before the spool was read; then nil
 }
 
 // DeliveryTotals count since the start of the agent.
@@ -1183,7 +1182,10 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), cancel: cancel, sent: make(chan struct{}), saved: make(chan struct{}),
 		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
-		client: c, zone: zone, noValue: noValue, unwritten: true, reused: make(map[any]bool),
+		client: c, zone: zone, noValue: noValue, needsRewrite: true,
+	}
+	if s != nil {
+		d.reused = make(map[any]bool)
 	}
 	go func() {
 		defer close(d.sent)
@@ -1240,7 +1242,7 @@ func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.inMemory >= maxPending && !d.ending {
-		d.dropOldest(func(p *pendingReading) bool { return p.record == 0 }, fmt.Sprintf("more than %d undelivered", maxPending))
+		d.dropOldest(func(p *pendingReading) bool { return !p.onDisk }, fmt.Sprintf("more than %d undelivered", maxPending))
 	}
 	now, since := d.clocks(), time.Since(r.taken)
 	p := &pendingReading{reading: r, ticket: ticket, takenAt: clocks{now.wall.Add(-since), now.age - since, now.boot}}
@@ -1253,9 +1255,9 @@ func (d *delivery) put(ticket any, r reading) {
 }
 
 // dropOldest drops the oldest reading for which may returns true. It reports
-// whether there was one that is not being sent.
+// whether there was one.
 func (d *delivery) dropOldest(may func(*pendingReading) bool, of string) bool {
-	i := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return !p.sending && may(p) })
+	i := slices.IndexFunc(d.pending, may)
 	if i >= 0 {
 		d.drop(d.pending[i], "the oldest of "+of)
 	}
@@ -1282,13 +1284,12 @@ func (d *delivery) remove(p *pendingReading) {
 		i := slices.Index(d.pending, p)
 		d.pending = slices.Delete(d.pending, i, i+1)
 	}
-	if p.spooled {
-		d.held -= p.length()
-	}
-	if p.record == 0 {
+	if !p.onDisk {
 		d.inMemory--
-	} else {
-		d.mark(p)
+	}
+	if p.record != 0 {
+		d.held -= p.size
+		d.addRecord(markRecord(p.record), false)
 	}
 }
 
@@ -1301,15 +1302,11 @@ func (d *delivery) discard(ticket any) {
 		d.reused[ticket] = true
 	}
 	for i := len(d.pending) - 1; i >= 0; i-- {
-		p := d.pending[i]
-		if p.ticket != ticket || p.discarded {
-			continue
+		if d.pending[i].ticket == ticket {
+			d.remove(d.pending[i])
+			d.syncRecords = true // it must not come back
+			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 		}
-		p.discarded = true
-		if !p.sending { // else it goes when the attempt is over
-			d.remove(p)
-		}
-		d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 	}
 	d.mu.broadcast()
 }
@@ -1352,7 +1349,6 @@ func (d *delivery) next(ctx context.Context) (*pendingReading, *client) {
 	for !d.closing {
 		p, at := d.choose(time.Now())
 		if p != nil {
-			p.sending = true
 			d.fromNewest = !d.fromNewest
 			return p, d.client
 		}
@@ -1414,10 +1410,6 @@ func (d *delivery) send(ctx context.Context, p *pendingReading, c *client) error
 func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err != nil {
-		d.save(p)
-	}
-	p.sending = false
 	var f *fault
 	switch now := time.Now(); {
 	case err == nil:
@@ -1431,16 +1423,14 @@ func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err
 	case errors.As(err, &f):
 		p.faults++
 		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
-		if p.faults == maxTries {
+		if p.faults == maxTries && !p.done {
 			d.drop(p, fmt.Sprintf("monitor %s: %v", c.url.Redacted(), err))
 		}
 		d.answered(now)
 	default:
 		d.missed(p, now, err)
 	}
-	if p.discarded {
-		d.remove(p)
-	}
+	d.save(p)
 	d.mu.broadcast()
 }
 
@@ -1536,7 +1526,6 @@ func (d *delivery) sendLast(ctx context.Context) {
 			return
 		}
 		c := d.client
-		p.sending = true
 		d.mu.Unlock()
 		attempt, cancel := context.WithTimeout(ctx, lastTime)
 		err := d.send(attempt, p, c)
@@ -1546,23 +1535,25 @@ func (d *delivery) sendLast(ctx context.Context) {
 	}
 }
 
-// save makes a reading one of those that belong in the spool.
+// save puts a reading into the spool, if there is one. Where that is more than it
+// may hold, the oldest go: a quarter of the file is left for marks, so that it need
+// not be written anew for each reading.
 func (d *delivery) save(p *pendingReading) {
-	if d.spool != nil && !p.spooled && !p.done {
-		p.spooled, d.unwritten = true, true
-		d.held += p.length()
-		d.fitSpool()
+	if d.spool == nil || p.record != 0 || p.done {
+		return
 	}
+	d.lastRecord++
+	p.record = d.lastRecord
+	record := readingRecord(p, d.clocks())
+	p.size = len(record)
+	d.held += p.size
+	d.addRecord(record, true)
+	d.fitSpool()
 }
 
-// fitSpool drops the oldest readings in the spool that are too many. A quarter
-// of the file is left for marks, so that it need not be written anew for each
-// reading.
 func (d *delivery) fitSpool() {
-	for d.held > d.spool.limit/4*3 {
-		if !d.dropOldest(func(p *pendingReading) bool { return p.spooled }, "what the spool holds") {
-			return
-		}
+	inSpool := func(p *pendingReading) bool { return p.record != 0 }
+	for d.held > d.spool.limit/4*3 && d.dropOldest(inSpool, "what the spool holds") {
 	}
 }
 
@@ -1572,10 +1563,14 @@ func (d *delivery) saveAll() {
 	}
 }
 
-// mark has the record of a reading that is done marked in the file.
-func (d *delivery) mark(p *pendingReading) {
-	d.marks = append(d.marks, p.record)
-	d.syncMarks = d.syncMarks || p.discarded
+// addRecord adds a record to those that are to be written. While the disk hangs
+// there may be too many; then the file is written anew later.
+func (d *delivery) addRecord(record string, sync bool) {
+	d.records = append(d.records, record...)
+	d.syncRecords = d.syncRecords || sync
+	if len(d.records) > d.spool.limit {
+		d.records, d.needsRewrite = nil, true
+	}
 }
 
 // writeSpool writes to the spool until the delivery is sealed. After an error
@@ -1585,15 +1580,26 @@ func (d *delivery) writeSpool() {
 	defer s.close()
 	for last := false; !last; {
 		last = d.awaitSpoolWork()
-		found, err := s.open(d.clocks())
-		if found != nil {
-			d.adopt(found.readings)
+		found, opened, err := s.open()
+		if opened {
+			d.adopt(found)
 		}
-		var add []*pendingReading
 		if err == nil {
-			add, err = d.writeSpoolWork()
+			err = d.flushSpool()
 		}
-		d.recordSpoolWork(add, err)
+		d.mu.Lock()
+		d.totals.spoolBytes = int64(s.size)
+		switch failed := !s.retryAt.IsZero(); {
+		case err != nil:
+			if !failed {
+				log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+			}
+			s.retryAt, d.needsRewrite = time.Now().Add(spoolRetry), true
+		case failed:
+			log.Printf(notice+"spool %s: works again", s.file())
+			s.retryAt = time.Time{}
+		}
+		d.mu.Unlock()
 	}
 }
 
@@ -1602,13 +1608,13 @@ func (d *delivery) writeSpool() {
 func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s := d.spool
 	for !d.sealed {
 		var at time.Time
-		stepped := len(d.pending) > d.inMemory && s.written.stepped(d.clocks()) // then the times in the file are wrong
-		s.needsRewrite = s.needsRewrite || stepped
-		if d.unwritten || len(d.marks) > 0 || s.needsRewrite {
-			if at = s.retryAt; !time.Now().Before(at) {
+		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
+			d.needsRewrite = true // the times in the file are wrong
+		}
+		if len(d.records) > 0 || d.needsRewrite {
+			if at = d.spool.retryAt; !time.Now().Before(at) {
 				return false
 			}
 		}
@@ -1617,59 +1623,41 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 	return true
 }
 
-// writeSpoolWork writes what is to be written now, and returns the readings that
-// got the numbers up to the last one of the spool.
-func (d *delivery) writeSpoolWork() (add []*pendingReading, err error) {
+// flushSpool writes what is to be written now. A file that would become too
+// large is written anew.
+func (d *delivery) flushSpool() error {
+	s, now := d.spool, d.clocks()
 	d.mu.Lock()
-	s, marks, sync := d.spool, d.marks, d.syncMarks
-	size := s.size + int64(len(marks)*maxMark)
-	if d.unwritten {
-		for _, p := range d.pending {
-			if p.spooled && p.record == 0 {
-				add = append(add, p)
-				size += p.length()
-			}
-		}
-	}
-	empty := len(d.pending) == d.inMemory && len(add) == 0
-	rewrite := s.needsRewrite || size > s.limit || empty && s.size > 0
+	records, sync, last := d.records, d.syncRecords, d.lastRecord
+	size := s.size + len(records)
+	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
+	d.records, d.syncRecords, d.needsRewrite = nil, false, false
+	var all []*pendingReading
 	if rewrite {
-		add = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return !p.spooled })
+		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
-	d.unwritten, d.marks, d.syncMarks = false, nil, false
 	d.mu.Unlock()
 	if rewrite {
-		return add, s.rewrite(add, d.clocks())
+		if err := s.rewrite(all, now); err != nil {
+			return err
+		}
+	} else if err := s.append(records, sync); err != nil {
+		return err
 	}
-	return add, s.append(add, marks, sync, d.clocks())
-}
-
-// recordSpoolWork notes how writing ended.
-func (d *delivery) recordSpoolWork(add []*pendingReading, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s := d.spool
-	d.totals.spoolBytes = s.size
-	if failed := !s.retryAt.IsZero(); failed && err == nil {
-		log.Printf(notice+"spool %s: works again", s.file())
-	} else if !failed && err != nil {
-		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
-	}
-	s.retryAt, s.needsRewrite = time.Time{}, err != nil
-	if err != nil {
-		s.retryAt = time.Now().Add(spoolRetry)
-		return
-	}
-	for i, p := range add {
-		if p.record == 0 && !p.done {
-			d.inMemory--
+	s.written = now
+	for _, p := range d.pending {
+		if !rewrite && !sync {
+			break // there were only marks
 		}
-		p.record = s.last - uint64(len(add)-1-i)
-		if p.done { // while it was being written
-			d.mark(p)
+		if !p.onDisk && p.record != 0 && p.record <= last {
+			p.onDisk = true
+			d.inMemory--
 		}
 	}
 	d.mu.broadcast()
+	return nil
 }
 
 // adopt puts what a file was found to hold in front of the other readings. Of
@@ -1682,27 +1670,24 @@ func (d *delivery) adopt(found []*pendingReading) {
 	for _, p := range found {
 		newest[p.ticket] = p
 	}
-	for ticket := range d.reused {
-		delete(newest, ticket)
-	}
 	for _, p := range d.pending {
 		delete(newest, p.ticket)
-		p.record = 0
+		p.onDisk = false
 	}
-	d.unwritten, d.marks, d.reused, d.inMemory = true, nil, nil, len(d.pending)
-	var adopted []*pendingReading
-	for _, p := range found {
-		if newest[p.ticket] == p {
-			adopted = append(adopted, p)
-			d.held += p.length()
-		} else {
-			p.discarded, p.done = true, true
-			d.mark(p)
-		}
+	adopted := slices.DeleteFunc(found, func(p *pendingReading) bool { return newest[p.ticket] != p || d.reused[p.ticket] })
+	s, now := d.spool, d.clocks()
+	d.needsRewrite = s.damaged > 0 || len(adopted) < len(found) || d.lastRecord > 0
+	for _, p := range adopted {
+		p.record += d.lastRecord
+		d.held += p.size
+		d.needsRewrite = d.needsRewrite || p.takenAt.stepped(now)
 	}
-	d.pending = append(adopted, d.pending...)
+	d.lastRecord += s.last
+	d.inMemory = len(d.pending)
+	d.pending, d.reused = append(adopted, d.pending...), nil
 	if len(adopted) > 0 {
-		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(adopted), "reading"))
+		log.Printf(notice+"spool %s: %s to deliver from the time before", s.file(), plural(len(adopted), "reading"))
+		d.addRecord("\n", false) // the last line may have no end
 	}
 	d.fitSpool()
 	d.mu.broadcast()
@@ -1729,73 +1714,71 @@ func (d *delivery) adopt(found []*pendingReading) {
 //
 // A spool belongs to one goroutine.
 type spool struct {
-	dir          string
-	limit        int64     // bytes of the file
-	folder       *os.File  // the directory
-	f            *os.File  // the file; nil: not open
-	size         int64     // bytes of the file
-	last         uint64    // the highest number
-	written      clocks    // when it was written, or read
-	needsRewrite bool      // it holds what it should not: damaged lines, wrong times, half a write
-	retryAt      time.Time // after an error; zero while the spool works
+	dir     string
+	limit   int       // bytes of the file
+	folder  *os.File  // the directory
+	f       *os.File  // the file; nil: not open
+	size    int       // bytes of the file
+	last    uint64    // the highest number that was found
+	damaged int       // lines that were found
+	written clocks    // when the file was written
+	retryAt time.Time // after an error; zero while the spool works
 }
 
-func newSpool(dir string, limit int64) *spool { return &spool{dir: dir, limit: limit} }
+func newSpool(dir string, limit int64) *spool { return &spool{dir: dir, limit: int(limit)} }
 
 const (
 	spoolFile = "readings"
-	spoolNext = "readings.next"         // becomes the file when that is written anew
-	maxRecord = 16 << 10                // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
-	maxMark   = 8 + len(" d ") + 20 + 1 // bytes of a line that is a mark
+	spoolNext = "readings.next" // becomes the file when that is written anew
+	maxRecord = 16 << 10        // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
 )
 
 func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
 // open opens the file, which stays locked, unless it is open and still the one
-// of that name. It returns what a file holds that it opened, else nil.
-func (s *spool) open(now clocks) (found *spoolContent, err error) {
+// of that name. It reports whether it did, and returns what the file holds.
+func (s *spool) open() (found []*pendingReading, opened bool, err error) {
 	if s.f != nil && s.isCurrent() {
-		return nil, nil
+		return nil, false, nil
 	}
 	s.close()
 	if s.folder, err = openFolder(s.dir); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	f, err := openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW)
+	s.f, err = openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW)
+	if err == nil {
+		err = s.claim()
+	}
+	if err == nil {
+		found, err = s.read(s.f)
+	}
 	if err != nil {
-		return nil, err
-	}
-	s.f = f
-	if found, err = s.load(now); err != nil {
 		s.close()
+		return nil, false, err
 	}
-	return found, err
+	if s.damaged > 0 {
+		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
+	}
+	return found, true, nil
 }
 
-// load locks the file that was opened and reads it.
-func (s *spool) load(now clocks) (*spoolContent, error) {
+// claim locks the file that was opened, and makes sure that it is the agent's.
+func (s *spool) claim() error {
 	info, err := s.f.Stat()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1 {
-		return nil, errors.New("not a plain file with one name: who put it there?")
+		return errors.New("not a plain file with one name: who put it there?")
 	}
-	if syscall.Flock(int(s.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil || !s.isCurrent() {
-		return nil, errors.New("another process uses it")
+	err = syscall.Flock(int(s.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // of other errors: a file system without locks
+	if errors.Is(err, syscall.EWOULDBLOCK) || !s.isCurrent() {
+		return errors.New("another process uses it")
 	}
 	if err := s.f.Chmod(0o600); err != nil {
-		return nil, err
+		return err
 	}
-	if err := syncDir(s.dir); err != nil { // the file may be new
-		return nil, err
-	}
-	c, err := readSpool(s.f, now)
-	if c.damaged > 0 {
-		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
-	}
-	s.size, s.last, s.written, s.needsRewrite = info.Size(), c.last, now, c.needsRewrite
-	return &c, err
+	return syncDir(s.dir) // the file may be new
 }
 
 func (s *spool) close() {
@@ -1812,32 +1795,16 @@ func (s *spool) isCurrent() bool {
 	return err == nil && err2 == nil && os.SameFile(named, opened)
 }
 
-// append adds marks and readings at the end of the file.
-func (s *spool) append(add []*pendingReading, marks []uint64, sync bool, now clocks) error {
-	if len(add) == 0 && len(marks) == 0 {
-		return nil
-	}
-	var b bytes.Buffer
-	for _, number := range marks {
-		b.WriteString(markRecord(number))
-	}
-	s.number(&b, add, now)
-	if _, err := s.f.WriteAt(b.Bytes(), s.size); err != nil {
+// append adds records at the end of the file.
+func (s *spool) append(records []byte, sync bool) error {
+	if _, err := s.f.WriteAt(records, int64(s.size)); err != nil {
 		return err
 	}
-	s.size, s.written = s.size+int64(b.Len()), now
-	if len(add) == 0 && !sync {
+	s.size += len(records)
+	if !sync {
 		return nil
 	}
 	return s.f.Sync()
-}
-
-// number writes the records of readings, which get the next numbers.
-func (s *spool) number(b *bytes.Buffer, readings []*pendingReading, now clocks) {
-	for _, p := range readings {
-		s.last++
-		b.WriteString(readingRecord(s.last, p, now))
-	}
 }
 
 // rewrite makes a file of these readings alone. At every moment the old file or
@@ -1847,7 +1814,7 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 		if err := s.f.Truncate(0); err != nil {
 			return err
 		}
-		s.size, s.written = 0, now
+		s.size = 0
 		return s.f.Sync()
 	}
 	dir := int(s.folder.Fd())
@@ -1857,9 +1824,12 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 		return err
 	}
 	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
-	var b bytes.Buffer
-	s.number(&b, all, now)
-	if _, err = f.Write(b.Bytes()); err == nil {
+	out, size := bufio.NewWriter(f), 0
+	for _, p := range all {
+		n, _ := out.WriteString(readingRecord(p, now)) // Flush returns the error
+		size += n
+	}
+	if err = out.Flush(); err == nil {
 		err = f.Sync()
 	}
 	if err == nil {
@@ -1871,47 +1841,45 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 		return err
 	}
 	s.f.Close()
-	s.f, s.size, s.written = f, int64(b.Len()), now
+	s.f, s.size = f, size
 	return syncDir(s.dir)
 }
 
 // openFolder opens a directory and makes what is missing of its path. A link
 // on it is followed only where nobody but the agent and root can have made it.
 func openFolder(path string) (*os.File, error) {
-	begin := "."
-	if filepath.IsAbs(path) {
-		begin = "/"
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
 	}
-	dir, err := os.Open(begin)
-	for _, name := range strings.Split(path, "/") {
-		if err == nil && name != "" {
-			above := dir
-			dir, err = openBelow(above, name)
-			above.Close()
+	dir, err := os.Open("/")
+	for _, name := range strings.Split(path, "/")[1:] {
+		if err != nil {
+			return nil, err
 		}
+		above, flags := dir, os.O_RDONLY
+		if !isPrivate(above) {
+			flags |= syscall.O_NOFOLLOW
+		}
+		if dir, err = openIn(above, name, flags); errors.Is(err, syscall.ENOENT) {
+			if err = syscall.Mkdirat(int(above.Fd()), name, 0o700); err == nil {
+				above.Sync() // as far as its file system can
+				dir, err = openIn(above, name, flags)
+			}
+		}
+		above.Close()
 	}
 	return dir, err
 }
 
-// openBelow opens a directory in another, or makes it.
-func openBelow(dir *os.File, name string) (*os.File, error) {
+// isPrivate reports whether only the agent and root can write to a directory.
+func isPrivate(dir *os.File) bool {
 	info, err := dir.Stat()
-	if err != nil {
-		return nil, err
+	if err != nil || info.Mode()&0o022 != 0 {
+		return false
 	}
-	flags, owner := os.O_RDONLY, int(info.Sys().(*syscall.Stat_t).Uid)
-	if owner != 0 && owner != os.Geteuid() || info.Mode()&0o022 != 0 {
-		flags |= syscall.O_NOFOLLOW
-	}
-	below, err := openIn(dir, name, flags)
-	if errors.Is(err, syscall.ENOENT) {
-		if err := syscall.Mkdirat(int(dir.Fd()), name, 0o700); err != nil {
-			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(dir.Name(), name), Err: err}
-		}
-		dir.Sync() // as far as the file system can
-		below, err = openIn(dir, name, flags)
-	}
-	return below, err
+	owner := int(info.Sys().(*syscall.Stat_t).Uid)
+	return owner == 0 || owner == os.Geteuid()
 }
 
 // openIn opens a file in an open directory. It waits for no pipe.
@@ -1927,60 +1895,45 @@ func openIn(dir *os.File, name string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// A spoolContent is what a spool was found to hold.
-type spoolContent struct {
-	readings     []*pendingReading // those that are not marked, by their numbers
-	last         uint64            // the highest number
-	damaged      int               // lines
-	needsRewrite bool              // there are damaged lines, or times that are wrong by now
-}
-
-// readSpool reads the records of a spool.
-func readSpool(r io.Reader, now clocks) (c spoolContent, err error) {
-	pending := make(map[uint64]*pendingReading)
+// read reads the records of a spool and returns the readings that are not marked.
+func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
+	s.size, s.last, s.damaged = 0, 0, 0
+	done := make(map[uint64]bool)
 	lines := bufio.NewReaderSize(r, maxRecord)
 	for err == nil {
 		var line []byte
 		line, err = lines.ReadSlice('\n')
+		s.size += len(line)
 		for errors.Is(err, bufio.ErrBufferFull) {
+			line, err = lines.ReadSlice('\n')
+			s.size += len(line)
 			line = []byte("longer than any record")
-			_, err = lines.ReadSlice('\n')
 		}
 		if len(line) == 0 || line[0] == '\n' {
 			continue
 		}
 		p, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
+		p.size = len(line)
 		switch {
 		case !ok:
-			c.damaged++
+			s.damaged++
 		case p.done:
-			delete(pending, p.record)
+			done[p.record] = true
 		default:
-			pending[p.record] = p
+			found = append(found, p)
 		}
-		c.last = max(c.last, p.record)
-		c.needsRewrite = c.needsRewrite || !ok || err != nil // the last line has no end
+		s.last = max(s.last, p.record)
 	}
-	for _, p := range pending {
-		c.readings = append(c.readings, p)
-		c.needsRewrite = c.needsRewrite || p.takenAt.stepped(now)
-	}
-	slices.SortFunc(c.readings, func(a, b *pendingReading) int {
-		if a.record < b.record {
-			return -1
-		}
-		return 1
-	})
 	if errors.Is(err, io.EOF) {
 		err = nil
 	}
-	return c, err
+	return slices.DeleteFunc(found, func(p *pendingReading) bool { return done[p.record] }), err
 }
 
 // parseRecord parses a line of a spool, without its end, and reports whether it
 // is a record. A mark comes back as a reading that is done.
 func parseRecord(line string) (p *pendingReading, ok bool) {
-	p = &pendingReading{spooled: true}
+	p = &pendingReading{onDisk: true}
 	sum, text, _ := strings.Cut(line, " ")
 	if sum != checksum(text) {
 		return p, false
@@ -2007,18 +1960,13 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 }
 
 // readingRecord returns the record of a reading, with its time corrected.
-func readingRecord(number uint64, p *pendingReading, now clocks) string {
+func readingRecord(p *pendingReading, now clocks) string {
 	at, value := p.takenAt, p.value
 	if value == "" {
 		value = "-"
 	}
-	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s", number, at.boot, at.age.Milliseconds(), at.corrected(now).UnixMilli(),
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s", p.record, at.boot, at.age.Milliseconds(), at.corrected(now).UnixMilli(),
 		p.code, value, wireTicket(p.ticket)))
-}
-
-// length returns how many bytes the record of a reading has at most.
-func (p *pendingReading) length() int64 {
-	return int64(75 + len(p.value) + len(wireTicket(p.ticket)))
 }
 
 func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
