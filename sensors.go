@@ -1167,7 +1167,7 @@ type delivery struct {
 	reused       map[any]bool // tickets given away again before the spool was read; then nil
 }
 
-// DeliveryTotals count since the start of the agent.
+// deliveryTotals counts readings since the start of the agent.
 type deliveryTotals struct {
 	delivered, dropped int
 	latest             time.Time // the latest delivery; zero before the first
@@ -1327,6 +1327,9 @@ func (d *delivery) waitRoom(ctx context.Context) {
 			d.waitingSince = time.Now()
 		}
 		d.mu.wait(ctx)
+	}
+	if !d.full() {
+		d.waitingSince = time.Time{}
 	}
 }
 
