@@ -1781,7 +1781,7 @@ func (s *spool) claim() error {
 	if err := s.f.Chmod(0o600); err != nil {
 		return err
 	}
-	return syncDir(s.dir) // the file may be new
+	return syncFolder(s.folder) // the file may be new
 }
 
 func (s *spool) close() {
@@ -1845,7 +1845,7 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 	}
 	s.f.Close()
 	s.f, s.size = f, size
-	return syncDir(s.dir)
+	return syncFolder(s.folder)
 }
 
 // openFolder opens a directory and makes what is missing of its path. A link
@@ -1855,24 +1855,38 @@ func openFolder(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	const oPath = 0x200000 // a directory need not be readable; Linux before 2.6.39 ignores it
 	dir, err := os.Open("/")
 	for _, name := range strings.Split(path, "/")[1:] {
 		if err != nil {
 			return nil, err
 		}
-		above, flags := dir, os.O_RDONLY
+		above, flags := dir, oPath|syscall.O_DIRECTORY
 		if !isPrivate(above) {
 			flags |= syscall.O_NOFOLLOW
 		}
 		if dir, err = openIn(above, name, flags); errors.Is(err, syscall.ENOENT) {
 			if err = syscall.Mkdirat(int(above.Fd()), name, 0o700); err == nil {
-				above.Sync() // as far as its file system can
+				syncFolder(above) // which whoever may write there need not be able to
 				dir, err = openIn(above, name, flags)
 			}
 		}
 		above.Close()
 	}
 	return dir, err
+}
+
+// syncFolder syncs an open directory, as far as its file system can.
+func syncFolder(dir *os.File) error {
+	f, err := openIn(dir, ".", os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
+		return err
+	}
+	return nil
 }
 
 // isPrivate reports whether only the agent and root can write to a directory.
@@ -1889,8 +1903,8 @@ func isPrivate(dir *os.File) bool {
 func openIn(dir *os.File, name string, flags int) (*os.File, error) {
 	path := filepath.Join(dir.Name(), name)
 	fd, err := syscall.Openat(int(dir.Fd()), name, flags|syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0o600)
-	if errors.Is(err, syscall.ELOOP) {
-		return nil, fmt.Errorf("open %s: a link, which somebody else may have made, is not followed", path)
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENOTDIR) {
+		err = fmt.Errorf("%w (and a link that somebody else may have made is not followed)", err)
 	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
