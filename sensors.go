@@ -1108,11 +1108,11 @@ type reading struct {
 type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
-	takenAt   clocks    // when the run ended, as other processes understand it, too
+	takenAt   clocks    // when the run ended, by all clocks of the box
 	misses    int       // attempts that the monitor did not answer
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
-	record    uint64    // its number in the spool; 0: it is in memory alone
+	record    uint64    // its number in the spool; 0: it does not belong there
 	size      int       // bytes of its record
 	onDisk    bool      // the record is written
 	done      bool      // it is pending no more
@@ -1153,17 +1153,17 @@ type delivery struct {
 	awaySince    time.Time         // zero while the monitor is there
 	misses       int               // attempts without an answer since the latest answer
 	retryAt      time.Time         // no attempt before that
-	waitingSince time.Time         // runs have waited, and the monitor has taken nothing
+	waitingSince time.Time         // since when runs have waited and the monitor has taken nothing
 	ending       bool              // there is no limit any more, and everything is saved
 	closing      bool              // the sender is to end
 	sealed       bool              // what is to be written to the spool now is the last
 	totals       deliveryTotals
 
 	records      []byte       // to be added to the spool
-	syncRecords  bool         // and to survive a power cut
-	lastRecord   uint64       // the highest number
+	syncRecords  bool         // they must survive a power cut
+	lastRecord   uint64       // the highest number of a record
 	held         int          // bytes of the records of pending readings
-	needsRewrite bool         // the file is not what it should be
+	needsRewrite bool         // the file is to be written anew
 	reused       map[any]bool // tickets given away again before the spool was read; then nil
 }
 
@@ -1271,7 +1271,8 @@ func (d *delivery) drop(p *pendingReading, why string) {
 	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
 }
 
-// remove makes a reading pending no more, in the spool as well.
+// remove ends the life of a reading that is delivered, dropped or discarded, in
+// the spool as well.
 func (d *delivery) remove(p *pendingReading) {
 	if p.done {
 		return
@@ -1509,7 +1510,8 @@ func (d *delivery) close(ctx context.Context) {
 	defer d.mu.Unlock()
 	d.client.close()
 	if n := len(d.pending); n > 0 {
-		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(), plural(n, "reading"), n-d.inMemory)
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(),
+			plural(n, "reading"), n-d.inMemory)
 	}
 }
 
@@ -1566,9 +1568,12 @@ func (d *delivery) saveAll() {
 	}
 }
 
-// addRecord adds a record to those that are to be written. While the disk hangs
-// there may be too many; then the file is written anew later.
+// addRecord adds a record to those that are to be written, unless the file is to
+// be written anew. So it is where too many come, as while the disk hangs.
 func (d *delivery) addRecord(record string, sync bool) {
+	if d.needsRewrite {
+		return
+	}
 	d.records = append(d.records, record...)
 	d.syncRecords = d.syncRecords || sync
 	if len(d.records) > d.spool.limit {
@@ -1650,10 +1655,8 @@ func (d *delivery) flushSpool() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s.written = now
-	for _, p := range d.pending {
-		if !rewrite && !sync {
-			break // there were only marks
-		}
+	for i := 0; i < len(d.pending) && (rewrite || sync); i++ { // else there were only marks
+		p := d.pending[i]
 		if !p.onDisk && p.record != 0 && p.record <= last {
 			p.onDisk = true
 			d.inMemory--
@@ -1677,7 +1680,9 @@ func (d *delivery) adopt(found []*pendingReading) {
 		delete(newest, p.ticket)
 		p.onDisk = false
 	}
-	adopted := slices.DeleteFunc(found, func(p *pendingReading) bool { return newest[p.ticket] != p || d.reused[p.ticket] })
+	adopted := slices.DeleteFunc(found, func(p *pendingReading) bool {
+		return newest[p.ticket] != p || d.reused[p.ticket]
+	})
 	s, now := d.spool, d.clocks()
 	d.needsRewrite = s.damaged > 0 || len(adopted) < len(found) || d.lastRecord > 0
 	for _, p := range adopted {
@@ -1982,8 +1987,9 @@ func readingRecord(p *pendingReading, now clocks) string {
 	if value == "" {
 		value = "-"
 	}
-	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s", p.record, at.boot, at.age.Milliseconds(), at.corrected(now).UnixMilli(),
-		p.code, value, wireTicket(p.ticket)))
+	wall := at.corrected(now).UnixMilli()
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s",
+		p.record, at.boot, at.age.Milliseconds(), wall, p.code, value, wireTicket(p.ticket)))
 }
 
 func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
