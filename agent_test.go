@@ -2920,6 +2920,21 @@ func TestDeliveryPoison(t *testing.T) {
 		d.discard("poison")
 		within(patience, d.close)
 	}
+	// How long it waits grows, but not for what a long outage did to it.
+	d := testDelivery(t, newRecorder(t))
+	d.retry = time.Second
+	p := &pendingReading{}
+	for n := 1; n <= 3; n++ {
+		d.record(context.Background(), p, d.monitor(), io.EOF)
+		want := time.Second << (n - 1)
+		if wait := time.Until(p.notBefore); wait < want/2-time.Second/4 || wait > want*3/2 {
+			t.Errorf("got %v after %d failures; want %v ±50 %%", wait, n, want)
+		}
+		for i := 0; i < 20; i++ {
+			d.record(context.Background(), p, d.monitor(), io.EOF)
+		}
+		locked(d, func() any { d.answered(time.Now()); return nil })
+	}
 }
 
 // TestDeliveryFault: three faults drop a reading, fewer do not. They are spread

@@ -1110,6 +1110,7 @@ type pendingReading struct {
 	ticket    any       // int, int64 or string, as the monitor sent it
 	takenAt   clocks    // when the run ended, by all clocks of the box
 	misses    int       // attempts that the monitor did not answer
+	failures  int       // of them, those right after an answer: the monitor fails on this reading
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
 	record    uint64    // its number in the spool; 0: it does not belong there
@@ -1215,7 +1216,7 @@ func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	for _, p := range d.pending {
 		p.notBefore = time.Time{}
 		if moved {
-			p.misses, p.faults = 0, 0
+			p.misses, p.failures, p.faults = 0, 0, 0
 		}
 	}
 	d.client.close()
@@ -1457,8 +1458,9 @@ func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	d.misses++
 	p.misses++
 	d.retryAt = now.Add(backoff(d.retry, d.misses))
-	if p.misses > d.misses { // the monitor took others in between: it fails on this one
-		p.notBefore = now.Add(backoff(d.retry, p.misses))
+	if d.misses == 1 {
+		p.failures++
+		p.notBefore = now.Add(backoff(d.retry, p.failures))
 	}
 }
 
