@@ -238,7 +238,7 @@ func testSensors(t testing.TB, script string) *sensors {
 	if script != "" {
 		writeSensor(t, dir, "s", script)
 	}
-	return newSensors(dir, "check", "options", patience, 2, nil)
+	return newSensors(dir, "check", "options", patience, nil)
 }
 
 // A recorder is a monitor that keeps what it gets, and misbehaves on demand.
@@ -824,12 +824,12 @@ func FuzzINI(f *testing.F) {
 }
 
 func TestSensorName(t *testing.T) {
-	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", strings.Repeat("x", 255)} {
+	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", strings.Repeat("x", 234)} {
 		if got, err := sensorName(good); got != good || err != nil {
 			t.Errorf("%q: got %q, %v", good, got, err)
 		}
 	}
-	for _, bad := range []any{"", ".", "..", "a/b", "/", "../x", ".hidden", "a\x00", "a\nb", "\xff", strings.Repeat("x", 256), 7, nil, []any{"disk"}} {
+	for _, bad := range []any{"", ".", "..", "a/b", "/", "../x", ".hidden", "a\x00", "a\nb", "\xff", strings.Repeat("x", 235), 7, nil, []any{"disk"}} {
 		if got, err := sensorName(bad); err == nil {
 			t.Errorf("%q: got %q; want an error", bad, got)
 		}
@@ -958,7 +958,7 @@ func TestReading(t *testing.T) {
 		{"pwd | grep -c \"/s$\"", 0, "1", ""},
 		{"echo $#", 0, "2", ""},
 		{"echo $1 | tr -d ' '", 0, "12", ""},
-		{"[ \"$LC_ALL\" = C ] && cat && echo 5", 0, "5", ""},
+		{"[ \"$LC_NUMERIC\" = C ] && cat && echo 5", 0, "5", ""},
 	}
 	for _, test := range tests {
 		s := testSensors(t, test.script)
@@ -986,7 +986,7 @@ func TestReadingNotStarted(t *testing.T) {
 	for _, test := range []struct{ got, want string }{
 		{read("none"), "127 no such sensor"},
 		{put("#!/bin/sh\necho 1\n", 0o644), "126 .*permission denied"},
-		{put("#!/no/such/interpreter\n", 0o755), "126 .*no such file"},
+		{put("#!/no/such/interpreter\n", 0o755), "126 .*interpreter not found"},
 		{put("echo 1\n", 0o755), "126 .*exec format error"},
 		{put("\x7fELF\x02\x01\x01", 0o755), "126 .*exec format error"},
 		{put("", 0o755), "126 .*exec format error"},
@@ -1117,12 +1117,11 @@ func TestReadingCancelled(t *testing.T) {
 // sensor is not started again.
 func TestReadingStuck(t *testing.T) {
 	s := testSensors(t, "echo 1")
-	s.addStuck("s", 2)
-	s.addStuck("s", -1)
+	s.setChild(-1, "s")
 	if r := s.read(context.Background(), "s", nil, nil); r.code != codeNotStarted || !strings.Contains(r.reason, "cannot be killed") {
 		t.Errorf("got %+v", r)
 	}
-	s.addStuck("s", -1)
+	delete(s.children, -1)
 	if r := s.read(context.Background(), "s", nil, nil); r.code != 0 {
 		t.Errorf("got %+v", r)
 	}
@@ -1156,7 +1155,7 @@ func TestReadingUser(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		s.user = user
+		s.credential = user.credential
 		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(test.want) {
 			t.Errorf("%s: got %+v; want %s", test.user, r, test.want)
 		}
@@ -1225,7 +1224,7 @@ func TestShippedSensors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, err := newSensors(path, "check", "options", patience, 1, nil).names()
+	names, _, err := newSensors(path, "check", "options", patience, nil).names()
 	if want := []string{"cpu_load", "disk", "memory", "network", "processes", "temperature", "uptime"}; err != nil || !slices.Equal(names, want) {
 		t.Fatalf("got %q, %v; want %q", names, err, want)
 	}
@@ -1389,38 +1388,49 @@ func TestQueueGivenAway(t *testing.T) {
 	}
 }
 
-// TestQueueJoin: who asks for the change that is under way joins it, but not
-// past one that asks something else of the sensor.
+// TestQueueJoin: a change joins an equal one that waits, but not past another
+// change of the sensor. One that runs may have fetched the package before: it is
+// made once more, unless the ticket is the same.
 func TestQueueJoin(t *testing.T) {
 	q := newTestQueue(t, 1, 10)
-	for i, c := range []command{{change: "update", sensor: "a"}, {change: "update", sensor: "a"}, {change: "update", sensor: "b"}, {change: "rollback", sensor: "a"}, {change: "update", sensor: "a"}} {
-		c.ticket = i
+	change := func(ticket any, change, sensor string) {
+		t.Helper()
+		c := command{ticket: ticket, change: change, sensor: sensor}
 		if err := q.accept(context.Background(), c, time.Now().Add(patience)); err != nil {
-			t.Fatal(err)
+			t.Errorf("%v: %v", ticket, err)
 		}
 	}
+	change(1, "update", "a")
+	receive(t, "start", q.started)
+	change(1, "update", "a") // is the one that runs
+	change(2, "update", "a") // once more
+	change(3, "update", "a") // joins 2
+	change(3, "update", "a") // is the same
+	change(nil, "update", "a")
+	change(4, "update", "b")
+	change(5, "rollback", "a")
+	change(6, "update", "a") // not before 5
+	change(nil, "update", "a")
+	change(nil, "update", "c")
+	change(nil, "update", "c")
 	q.submit(t, "r", "a") // a reading waits for none of them
-	var ran []string
-	for i := 0; i < 5; i++ {
-		c := receive(t, "start", q.started)
-		ran = append(ran, c.change+" "+c.sensor)
-		if i > 0 { // the first two run side by side
-			q.end <- reading{}
+	receive(t, "start", q.started)
+	q.end <- reading{}
+	q.end <- reading{}
+	for _, want := range []string{"update a", "update b", "rollback a", "update a", "update c"} {
+		if c := receive(t, "start", q.started); c.change+" "+c.sensor != want {
+			t.Errorf("ran %s %s; want %s", c.change, c.sensor, want)
 		}
-		if i == 1 {
-			q.end <- reading{}
-			slices.Sort(ran)
-		}
+		q.end <- reading{}
 	}
-	if want := []string{" a", "update a", "update b", "rollback a", "update a"}; !slices.Equal(ran, want) {
-		t.Errorf("ran %q; want %q", ran, want)
+	within(patience, q.close)
+	delivered := make(map[string]int)
+	for len(q.delivered) > 0 {
+		delivered[<-q.delivered]++
 	}
-	seen := make(map[string]bool)
-	for range [6]int{} {
-		seen[receive(t, "delivery", q.delivered)] = true
-	}
-	if len(seen) != 6 || len(q.delivered) > 0 {
-		t.Errorf("got %v and %d more; want each of 6 once", seen, len(q.delivered))
+	want := map[string]int{"1 0 a": 1, "2 0 a": 1, "3 0 a": 1, "4 0 b": 1, "5 0 a": 1, "6 0 a": 1, `"r" 0 a`: 1}
+	if !maps.Equal(delivered, want) || len(q.started) > 0 {
+		t.Errorf("got %v and %d more started; want %v", delivered, len(q.started), want)
 	}
 }
 
@@ -1440,7 +1450,7 @@ func TestQueueClose(t *testing.T) {
 			}
 		}
 	}()
-	await(t, "the queue is full", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.readings.waiting) == 10 })
+	await(t, "the queue is full", func() bool { q.mu.Lock(); defer q.mu.Unlock(); return q.readings.waiting == 10 })
 	within(0, q.close)
 	if err := receive(t, "a fault", full); err == nil || !strings.Contains(err.Error(), "shutting down") {
 		t.Errorf("got %v", err)
@@ -1482,7 +1492,7 @@ func TestQueueTurns(t *testing.T) {
 		q.end <- reading{}
 	}
 	flooded.Wait()
-	if got := fmt.Sprint(order[:6]); got != "[flood monitor flood monitor flood flood]" {
+	if got := fmt.Sprint(order[:6]); got != "[flood flood monitor flood monitor flood]" {
 		t.Errorf("got %v", got)
 	}
 }
@@ -4235,7 +4245,7 @@ func testUpdater(t testing.TB, dir string, before map[string]string) *updater {
 	t.Helper()
 	writeTree(t, dir, before)
 	writeTree(t, dir, map[string]string{"sensors/": "", "backup/": ""})
-	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, 2, nil)
+	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
 	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
 }
 
@@ -4327,7 +4337,7 @@ func TestInstall(t *testing.T) {
 func TestInstallModes(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	dir := t.TempDir()
-	s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, 2, nil)
+	s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, nil)
 	u := newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
 	archive := packageOf(t, packed{Header: tar.Header{Name: "demo/", Mode: 0o7777}},
 		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: printing(1)},
@@ -6169,7 +6179,7 @@ func TestStory(t *testing.T) {
 		a.delivery.mu.Lock()
 		defer a.queue.mu.Unlock()
 		defer a.delivery.mu.Unlock()
-		return len(a.queue.readings.running) == 0 && len(a.queue.active) == 0 && len(a.delivery.kept) == 0
+		return a.queue.readings.running == 0 && len(a.queue.active) == 0 && len(a.delivery.kept) == 0
 	})
 }
 
@@ -6259,7 +6269,7 @@ func TestStoryTerm(t *testing.T) {
 	writeSensor(t, filepath.Join(dir, "sensors"), "gated", "sleep 300 & while [ ! -e '"+gate+"' ]; do sleep 0.02; done; echo 1")
 	m := newRecorder(t)
 	writeSensor(t, filepath.Join(dir, "sensors"), "a", "trap '' TERM; echo >'"+filepath.Join(dir, "asked")+"'; sleep 300")
-	config := fmt.Sprintf("[sensor]\nconcurrency = 2\n[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", m.url)
+	config := fmt.Sprintf("[sensor]\nconcurrency = 3\n[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", m.url)
 	if err := os.WriteFile(filepath.Join(dir, "client.cfg"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -7822,7 +7832,7 @@ func (b *budgets) loaded() {
 	var rate2, cpu2 []float64
 	anonymous := 0.0
 	for i := 0; i < 3; i++ {
-		cmd, address := b.agent(m.address(), "")
+		cmd, address := b.agent(m.address(), "[sensor]\nconcurrency = 3\n")
 		calls := submitCalls(loadReadings)
 		before := processTime(b, cmd)
 		begun := time.Now()
@@ -7895,7 +7905,7 @@ func (b *budgets) acknowledged() {
 	m := b.monitor()
 	var picket, empty []float64
 	for i := 0; i < 3; i++ {
-		cmd, address := b.agent(m.address(), "")
+		cmd, address := b.agent(m.address(), "[sensor]\nconcurrency = 3\n")
 		took := b.load(address, submitCalls(n), rate)
 		m.await(b, n)
 		b.stop(cmd)
@@ -8066,7 +8076,7 @@ func BenchmarkReading(b *testing.B) {
 	writeSensor(b, dir, "s", "echo 42")
 	m := newRecorder(b)
 	s := testSettings(b, dir, m.url)
-	s.queue = 65536
+	s.queue, s.concurrency = 65536, 3 // two runs of one sensor
 	_, c := startAgent(b, s)
 	b.ReportAllocs()
 	b.ResetTimer()

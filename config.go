@@ -520,7 +520,7 @@ type settings struct {
 	executable, help, path, backup string
 	timeout                        time.Duration
 	concurrency                    int
-	user                           *syscall.Credential // nil: whoever runs the agent
+	user                           *account // nil: whoever runs the agent
 	update                         bool
 	maxPackage, maxUnpacked        int64 // bytes
 	publicKey                      string
@@ -953,29 +953,34 @@ func httpURL(v string) (*url.URL, error) {
 	return u, nil
 }
 
+// An account is the user that sensors run as.
+type account struct {
+	credential *syscall.Credential // nil: the agent runs as that user already
+	name, home string              // the number and / where /etc/passwd does not know the user
+}
+
 // credential returns the user, by name or number, that sensors run as, with
-// the groups he is in; nil where it is who runs the agent. Only root can have
-// it otherwise.
-func credential(v string) (*syscall.Credential, error) {
+// the groups he is in; nil where none is set. Only root can have another.
+func credential(v string) (*account, error) {
 	if v == "" {
 		return nil, nil
 	}
-	c, err := lookUp(v)
+	a, err := lookUp(v)
 	euid := os.Geteuid()
 	switch {
 	case err != nil:
 		return nil, err
-	case int(c.Uid) == euid && euid != 0:
-		return nil, nil
+	case int(a.credential.Uid) == euid && euid != 0:
+		a.credential = nil
 	case euid != 0:
 		return nil, errors.New("only root can run sensors as another user")
 	}
-	return c, nil
+	return a, nil
 }
 
 // lookUp finds a user and his groups. A number that /etc/passwd does not know
 // is taken as it is, with a group of the same number.
-func lookUp(v string) (*syscall.Credential, error) {
+func lookUp(v string) (*account, error) {
 	u, err := user.Lookup(v)
 	id, notNumber := strconv.ParseUint(v, 10, 32)
 	if err != nil && notNumber != nil {
@@ -983,7 +988,7 @@ func lookUp(v string) (*syscall.Credential, error) {
 	}
 	if err != nil {
 		if u, err = user.LookupId(v); err != nil {
-			return &syscall.Credential{Uid: uint32(id), Gid: uint32(id)}, nil
+			return &account{&syscall.Credential{Uid: uint32(id), Gid: uint32(id)}, v, "/"}, nil
 		}
 	}
 	groups, err := u.GroupIds()
@@ -998,7 +1003,7 @@ func lookUp(v string) (*syscall.Credential, error) {
 		}
 		ids = append(ids, uint32(n))
 	}
-	return &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, nil
+	return &account{&syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}, u.Username, u.HomeDir}, nil
 }
 
 // readINI reads and parses a file of at most 1 MiB; /dev/null is one, too.

@@ -640,7 +640,7 @@ func newAgent(s settings) (*agent, error) {
 
 // installedSensors are the sensors as the settings have them run.
 func installedSensors(s settings) *sensors {
-	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, s.user)
+	return newSensors(s.path, s.executable, s.help, s.timeout, s.user)
 }
 
 func updaterOf(s settings, sensors *sensors) *updater {
@@ -812,8 +812,7 @@ func (a *agent) reload() {
 		return
 	}
 	sensors := installedSensors(s)
-	sensors.activity = before.sensors.activity
-	sensors.setLimit(s.concurrency)
+	sensors.runState = before.sensors.runState
 	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
 	a.queue.resize(s.concurrency, s.queue)
 	access := accessOf(s)
@@ -945,7 +944,7 @@ func (a *agent) healthLine() string {
 // noSensors says so where there is nothing to run: not an error, as sensors
 // can still be installed, but most often a mistake.
 func noSensors(s *sensors) string {
-	names, err := s.names()
+	names, _, err := s.names()
 	switch {
 	case err != nil:
 		return err.Error()
@@ -1794,11 +1793,11 @@ func scratchDir(s settings) (string, error) {
 }
 
 // tryScript runs a script in a directory, as a sensor.
-func tryScript(dir string, user *syscall.Credential) error {
+func tryScript(dir string, user *account) error {
 	if err := makeSensor(filepath.Join(dir, "try"), "echo 1"); err != nil {
 		return err
 	}
-	r := newSensors(dir, "check", "options", time.Minute, 1, user).read(context.Background(), "try", nil, nil)
+	r := newSensors(dir, "check", "options", time.Minute, user).read(context.Background(), "try", nil, nil)
 	if r.code != 0 {
 		return fmt.Errorf("%s: exit %d: %s", dir, r.code, r.reason)
 	}

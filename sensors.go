@@ -1,7 +1,8 @@
 package main
 
-// Sensors: the directory that holds them, one run of one, what a run comes
-// to, and the queue that limits how many run at once.
+// What a reading goes through, in this order: the directory of sensors, one run
+// of one, the queue that limits how many run at once, the delivery to the
+// monitor, the spool.
 //
 // A sensor is a directory with an executable, PATH/NAME/EXECUTABLE:
 //
@@ -9,10 +10,10 @@ package main
 //	61.2
 //
 // It is started with its arguments and never through a shell, in its own
-// directory and its own process group, with LC_ALL=C and nothing on standard
-// input. It prints one decimal number and exits 0, or says on standard error
-// why not and exits with another code. With the help argument (options) it
-// prints what it can be asked.
+// directory and its own process group, with nothing on standard input and a
+// decimal point that is a point. It prints one decimal number and exits 0, or
+// says on standard error why not and exits with another code. With the help
+// argument (options) it prints what it can be asked.
 
 import (
 	"bufio"
@@ -25,7 +26,10 @@ import (
 	"log"
 	"math/rand"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,21 +38,24 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"unsafe"
 )
 
 const (
-	helpTime     = 10 * time.Second  // for a help text, where the time-out is longer
-	badHelpTime  = time.Minute       // before a sensor without one is asked again
-	maxOutput    = 4 << 10           // bytes on standard output: a number has twenty, a help text a few hundred
-	maxReason    = 1 << 10           // bytes of standard error that are kept, the last
-	maxName      = 255               // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10           // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
-	quickTime    = time.Second / 100 // of a run, in which a pipe takes what it writes
-	freeOutput   = 64 << 10          // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
-	maxPipe      = 1 << 20           // bytes that are in a pipe, on a box with pages of 64 KiB
-	killDelay    = 2 * time.Second   // from SIGTERM to SIGKILL, and from there to giving up
-	shareTime    = time.Second       // to wait while another process replaces a sensor
-	busyRetries  = 100               // of 10 ms, while an executable just written is still open somewhere
+	maxName      = 234                    // bytes of a sensor's name: that of a backup is 21 longer, and fits 255
+	maxArguments = 8 << 10                // bytes of a command's arguments; see arguments
+	argumentCost = 16                     // bytes that an argument takes beside its own, on a box of 64 bits
+	maxOutput    = 4 << 10                // bytes of standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10                // bytes of standard error that are kept, the last ones
+	freeOutput   = 64 << 10               // bytes that are read at full speed, then slowRead a millisecond
+	slowRead     = 32 << 10               // bytes
+	helpTime     = 10 * time.Second       // that a sensor has for its help text
+	badHelpTime  = time.Minute            // before a sensor that gave none is asked again
+	killTime     = 2 * time.Second        // from SIGTERM to SIGKILL, and from SIGKILL to giving up
+	pipeTime     = 200 * time.Millisecond // to read the rest, where a process outside the group holds a pipe open
+	startTries   = 100                    // of a sensor that is just being written or replaced
+	startPause   = 10 * time.Millisecond  // between two of them
+	orphanTime   = time.Second            // before orphans are looked for without a signal
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -63,70 +70,32 @@ const (
 type sensors struct {
 	path, executable, help string
 	timeout                time.Duration       // of one run
-	user                   *syscall.Credential // nil: as the agent
+	credential             *syscall.Credential // nil: as the agent
 	env                    []string
-	*activity
+	*runState
 }
 
-// An activity is what sensors do at present. It stays where the settings change.
-type activity struct {
-	listing chan struct{} // is taken by who uses helps
-	helps   map[string]helpEntry
+// A runState is what sensors do at present. It stays when the settings change.
+type runState struct {
+	listing chan struct{}        // holds an element while somebody uses helps
+	helps   map[string]helpEntry // by sensor
 
-	mu    sync.Mutex        // guards what is below
-	stuck map[string]int    // processes of a sensor that SIGKILL did not end
-	inUse map[string]*usage // sensors that run or change
-	limit int               // of runs at once
+	watch   sync.Once
+	signals chan os.Signal // SIGCHLD, from the first run on
+
+	starting sync.RWMutex // is held to read while a process starts and is not yet among children
+
+	mu          sync.Mutex // guards what is below
+	generations map[string]*generation
+	signalled   chan struct{}     // closed, and made anew, at a SIGCHLD
+	children    map[int]string    // by process id: "", or the sensor that it belongs to where SIGKILL did not end it
+	inUse       map[string]*usage // sensors that run or change
+}
+
+// A generation of a sensor has runs under way.
+type generation struct {
 	runs  int
-	freed chan struct{} // closed, and made anew, when another run may begin
-}
-
-// begin waits until one more sensor may run; end tells that it has ended.
-func (a *activity) begin(ctx context.Context) error {
-	for {
-		a.mu.Lock()
-		free, freed, err := a.runs < a.limit, a.freed, ctx.Err()
-		if free && err == nil {
-			a.runs++
-		}
-		a.mu.Unlock()
-		if free || err != nil {
-			return err
-		}
-		select {
-		case <-freed:
-		case <-ctx.Done():
-		}
-	}
-}
-
-func (a *activity) end() { a.change(-1, 0) }
-
-// setLimit changes how many sensors may run at once.
-func (a *activity) setLimit(limit int) { a.change(0, limit) }
-
-func (a *activity) change(runs, limit int) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.runs += runs
-	if limit > 0 {
-		a.limit = limit
-	}
-	close(a.freed)
-	a.freed = make(chan struct{})
-}
-
-// running is how many sensors run.
-func (a *activity) running() int {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.runs
-}
-
-// A usage lets any number of runs of a sensor, or one that replaces it, go on.
-type usage struct {
-	sync.RWMutex
-	users int // of this usage, waiting ones included
+	ended chan struct{} // closed when there are no more
 }
 
 // A helpEntry is a help text that need not be asked for again.
@@ -137,22 +106,41 @@ type helpEntry struct {
 	until time.Time // zero: until the file changes
 }
 
-// newSensors returns the sensors of a directory, of which at most concurrency
-// run at once.
-func newSensors(path, executable, help string, timeout time.Duration, concurrency int, user *syscall.Credential) *sensors {
-	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
-	return &sensors{
-		path: path, executable: executable, help: help, timeout: timeout, user: user,
-		env: append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
-		activity: &activity{
+// newSensors returns the sensors of a directory. They run as user or, where
+// that is nil, as the agent does.
+func newSensors(path, executable, help string, timeout time.Duration, user *account) *sensors {
+	s := &sensors{
+		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
+		runState: &runState{
+			signals: make(chan os.Signal, 1), signalled: make(chan struct{}),
 			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry),
-			stuck: make(map[string]int), inUse: make(map[string]*usage), limit: concurrency, freed: make(chan struct{}),
+			generations: make(map[string]*generation), children: make(map[int]string), inUse: make(map[string]*usage),
 		},
 	}
+	if user != nil {
+		s.credential = user.credential
+	}
+	return s
+}
+
+// sensorEnv returns the environment of a sensor: the agent's own, with a
+// decimal point that is a point, and with the home of the user it runs as. Of
+// two values of a variable the last one counts.
+func sensorEnv(user *account) []string {
+	env := os.Environ()
+	if all := os.Getenv("LC_ALL"); all != "" { // it would override LC_NUMERIC
+		env = slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "LC_") })
+		env = append(env, "LANG="+all)
+	}
+	env = append(env, "LC_NUMERIC=C")
+	if user != nil {
+		env = append(env, "HOME="+user.home, "USER="+user.name, "LOGNAME="+user.name)
+	}
+	return env
 }
 
 // sensorName returns v as the name of a sensor: a string that is one plain
-// path element, not hidden, of at most 255 bytes.
+// path element, not hidden, of at most 234 bytes.
 func sensorName(v any) (string, error) {
 	name, ok := v.(string)
 	if !ok {
@@ -166,17 +154,24 @@ func sensorName(v any) (string, error) {
 }
 
 // arguments returns v as the arguments of a run: none for nil, an array's
-// scalars as they stand, or the words of a string.
-func arguments(v any) ([]string, error) {
-	args := []string{}
+// scalars as they stand, or the words of a string. They take 8 KiB at most,
+// where each counts 16 bytes more than it has: a queue of 256 commands, which
+// may hold twice as many, then takes 4 MiB.
+func arguments(v any) (args []string, err error) {
+	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
 	case nil:
 	case string:
-		var err error
+		if len(v) > maxArguments {
+			return nil, tooLong
+		}
 		if args, err = splitWords(v); err != nil {
 			return nil, err
 		}
 	case []any:
+		if len(v)*argumentCost > maxArguments {
+			return nil, tooLong
+		}
 		for _, e := range v {
 			arg, err := argument(e)
 			if err != nil {
@@ -187,12 +182,12 @@ func arguments(v any) ([]string, error) {
 	default:
 		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
-	size := 0
+	size := len(args) * argumentCost
 	for _, arg := range args {
-		size += len(arg) + 1
+		size += len(arg)
 	}
 	if size > maxArguments {
-		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
+		return nil, tooLong
 	}
 	return args, nil
 }
@@ -268,47 +263,31 @@ func splitWords(s string) ([]string, error) {
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them.
-func (s *sensors) names() ([]string, error) {
-	if dir, err := s.lock(context.Background(), syscall.LOCK_SH, shareTime); err == nil { // else it is somebody else's lock
-		defer dir.Close()
-	}
+// names lists the sensors: the directories with the executable in them. Other
+// such directories are unusable: their names are too long, or not plain text.
+func (s *sensors) names() (names, unusable []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
-		return nil, fmt.Errorf("list sensors: %w", err)
+		return nil, nil, fmt.Errorf("list sensors: %w", err)
 	}
-	var names []string
 	for _, e := range entries {
-		name, err := sensorName(e.Name())
-		if err != nil {
+		info, err := os.Stat(filepath.Join(s.path, e.Name(), s.executable))
+		if err != nil || info.IsDir() || e.Name()[0] == '.' {
 			continue
 		}
-		if info, err := os.Stat(filepath.Join(s.path, name, s.executable)); err == nil && !info.IsDir() {
+		if name, err := sensorName(e.Name()); err == nil {
 			names = append(names, name)
+		} else {
+			unusable = append(unusable, e.Name())
 		}
 	}
-	return names, nil
+	return names, unusable, nil
 }
 
-// helpText asks a sensor what it can be asked.
-func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, helpTime)
-	defer cancel()
-	o := s.run(ctx, name, []string{s.help}, nil)
-	switch {
-	case o.code != 0:
-		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
-	case o.tooLong:
-		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
-	case len(strings.TrimSpace(string(o.output))) == 0:
-		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
-	}
-	return strings.TrimSpace(string(o.output)), nil
-}
-
-// helpTexts asks all sensors, one after the other, so that readings go on
-// beside it. The text of one that does not answer says so. What is known is
-// not asked for again, until the executable changes.
+// helpTexts returns the help text of each sensor, or why there is none. It asks
+// one sensor after the other, while readings go on, and only those whose
+// executable has changed since they were asked. Callers wait for each other, so
+// that no sensor is asked twice.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	select {
 	case s.listing <- struct{}{}:
@@ -316,7 +295,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	names, err := s.names()
+	names, _, err := s.names()
 	if err != nil {
 		return nil, err
 	}
@@ -328,14 +307,13 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 			continue // it has just gone
 		}
 		h := s.helps[name]
-		if h.file == nil || h.asked != s.help || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
+		if !h.isOf(file) || h.asked != s.help || !h.until.IsZero() && time.Now().After(h.until) {
 			h = helpEntry{file: file, asked: s.help}
-			h.text, err = s.helpText(ctx, name)
-			if ctx.Err() != nil { // whoever asked has gone: that says nothing of the sensor
-				return nil, ctx.Err()
-			}
-			if err != nil {
+			if h.text, err = s.helpText(ctx, name); err != nil {
 				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
+			}
+			if ctx.Err() != nil { // the sensor was interrupted
+				return nil, ctx.Err()
 			}
 		}
 		texts[name], helps[name] = h.text, h
@@ -347,21 +325,39 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 // noHelp begins the text of a sensor that did not give one.
 const noHelp = "no help: "
 
+// isOf reports whether the text was given by the file, as it is now.
+func (h helpEntry) isOf(now os.FileInfo) bool {
+	return h.file != nil && os.SameFile(h.file, now) && h.file.ModTime().Equal(now.ModTime()) &&
+		h.file.Size() == now.Size() && h.file.Mode() == now.Mode()
+}
+
+// helpText asks a sensor what it can be asked.
+func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, helpTime)
+	defer cancel()
+	o := s.run(ctx, name, []string{s.help}, nil)
+	text := strings.TrimSpace(string(o.output))
+	switch {
+	case o.code != 0:
+		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
+	case o.tooLong:
+		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
+	case text == "":
+		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
+	}
+	return text, nil
+}
+
 // awaitListing waits until no help text is being asked for.
 func (s *sensors) awaitListing() {
 	s.listing <- struct{}{}
 	<-s.listing
 }
 
-// sameVersion reports whether a file is what it was.
-func sameVersion(before, now os.FileInfo) bool {
-	return os.SameFile(before, now) && before.ModTime().Equal(now.ModTime()) && before.Size() == now.Size() && before.Mode() == now.Mode()
-}
-
-// read runs a sensor and makes a reading of it. Whatever the sensor does, there
-// is one. Its standard error goes to stderr or, where that is nil, in part into
+// read runs a sensor and makes a reading of it, whatever the sensor does. What
+// it says on standard error is copied to stderr or, where that is nil, ends in
 // the reading's reason.
-func (s *sensors) read(ctx context.Context, name string, args []string, stderr *os.File) reading {
+func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	o := s.run(ctx, name, args, stderr)
 	r := reading{code: o.code, taken: time.Now(), reason: o.reason()}
 	text := strings.TrimSpace(string(o.output))
@@ -381,9 +377,9 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr *
 type outcome struct {
 	code    int // the sensor's, minus the signal that ended it, or the agent's own
 	output  []byte
-	tooLong bool // there was more than maxOutput
-	stderr  []byte
-	why     string // where the code is the agent's own or a time-out's
+	tooLong bool   // there was more than maxOutput
+	said    []byte // on standard error
+	why     string // where the code is the agent's own, or the agent ended the run
 }
 
 // String is the code and, where there is one, the reason.
@@ -396,7 +392,7 @@ func (o outcome) String() string {
 
 // reason says in one line why the code is not 0, as far as anybody said it.
 func (o outcome) reason() string {
-	said := strings.Join(strings.Fields(string(o.stderr)), " ")
+	said := strings.Join(strings.Fields(string(o.said)), " ")
 	switch {
 	case o.code == 0:
 		return ""
@@ -408,6 +404,12 @@ func (o outcome) reason() string {
 		return "ended by " + syscall.Signal(-o.code).String()
 	}
 	return o.why
+}
+
+// A usage lets any number of runs of a sensor, or one that replaces it, go on.
+type usage struct {
+	sync.RWMutex
+	users int // of this usage, waiting ones included
 }
 
 // use returns the usage of a sensor, which done gives back.
@@ -458,297 +460,369 @@ func (s *sensors) lock(ctx context.Context, how int, wait time.Duration) (*os.Fi
 	return dir, nil
 }
 
-// run runs a sensor. If another process replaces it just then, and it fails, it
-// is run again when that is done.
-func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
-	u, done := s.use(name)
-	defer done()
-	u.RLock()
-	defer u.RUnlock()
-	dir := filepath.Join(s.path, name)
-	before, _ := os.Lstat(dir)
-	replaced := func() bool {
-		after, err := os.Lstat(dir)
-		return before == nil && err == nil || before != nil && (err != nil || !os.SameFile(before, after))
-	}
-	o := s.runIn(ctx, dir, name, args, stderr)
-	missing := o.code == codeNotFound || o.code == codeNotStarted // perhaps for an instant
-	if o.code == 0 || ctx.Err() != nil || !missing && !replaced() {
-		return o
-	}
-	locked, err := s.lock(ctx, syscall.LOCK_SH, shareTime)
-	if err != nil {
-		return o
-	}
-	defer locked.Close()
-	if before == nil && !replaced() {
-		return o // it is not there
-	}
-	return s.runIn(ctx, dir, name, args, stderr)
+// run runs a sensor.
+func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) outcome {
+	defer s.began(name)()
+	return s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 }
 
-// runIn runs the sensor in dir to its end, of which there is one: at the time-out, or
-// when ctx ends, its process group gets SIGTERM and two seconds later SIGKILL.
-// Whatever is left of the group after a normal end is killed, too, and nobody
-// who still holds the pipes is waited for.
-func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr *os.File) outcome {
-	if s.begin(ctx) != nil {
-		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
+// began counts a run of a sensor; the function that it returns ends it.
+func (r *runState) began(name string) (ended func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v := r.generations[name]
+	if v == nil {
+		v = &generation{ended: make(chan struct{})}
+		r.generations[name] = v
 	}
-	defer s.end()
+	v.runs++
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if v.runs--; v.runs > 0 {
+			return
+		}
+		close(v.ended)
+		if r.generations[name] == v {
+			delete(r.generations, name)
+		}
+	}
+}
+
+// retire returns a channel that is closed when all runs of a sensor have ended
+// that are under way now. Runs that begin later are not waited for.
+func (r *runState) retire(name string) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v := r.generations[name]
+	if v == nil {
+		v = &generation{ended: make(chan struct{})}
+		close(v.ended)
+	}
+	delete(r.generations, name)
+	return v.ended
+}
+
+// running returns how many sensors run, without those that SIGKILL did not end.
+func (r *runState) running() (n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, stuck := range r.children {
+		if stuck == "" {
+			n++
+		}
+	}
+	return n
+}
+
+// isStuck reports whether a process of a sensor is left that SIGKILL did not end.
+func (r *runState) isStuck(name string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, stuck := range r.children {
+		if stuck == name {
+			return true
+		}
+	}
+	return false
+}
+
+// setChild notes a child, and which sensor is stuck with it.
+func (r *runState) setChild(pid int, stuck string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.children[pid] = stuck
+}
+
+// runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
+// ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
+// left of the group after a normal end is killed as well. A process that has
+// left the group and holds the pipes open delays the end by 0.2 s at most.
+func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) outcome {
+	if ctx.Err() != nil {
+		return outcome{code: -int(syscall.SIGTERM), why: s.whyEnded(ctx)}
+	}
 	if s.isStuck(name) {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
-	stdout, err := newCapture(maxOutput, false)
+	output, said := &capture{limit: maxOutput}, &capture{limit: maxReason, tail: true, copy: stderr}
+	cmd, err := s.start(dir, name, args, output, said)
 	if err != nil {
-		return outcome{code: codeNotStarted, why: err.Error()}
+		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	defer stdout.close()
-	var reason *capture
-	var stderrEnd uintptr
-	if stderr != nil {
-		stderrEnd = stderr.Fd()
-	} else {
-		if reason, err = newCapture(maxReason, true); err != nil {
-			return outcome{code: codeNotStarted, why: err.Error()}
-		}
-		defer reason.close()
-		stderrEnd = uintptr(reason.end)
+	o, ended := s.await(ctx, cmd)
+	if !ended {
+		// It waits in the kernel, perhaps for a dead disk or network. It must neither
+		// hold up other sensors nor be joined by another like it. It may still write,
+		// so what was captured is left alone.
+		s.setChild(cmd.Process.Pid, name)
+		go func() {
+			s.waitEnded(context.Background(), cmd.Process.Pid)
+			s.reap(cmd)
+		}()
+		return o
 	}
-	file := filepath.Join(dir, s.executable)
-	pid, err := s.start(file, args, dir, uintptr(stdout.end), stderrEnd)
-	if err != nil {
-		if _, absent := os.Stat(file); errors.Is(absent, os.ErrNotExist) || errors.Is(absent, syscall.ENOTDIR) {
-			return outcome{code: codeNotFound, why: "no such sensor"}
-		}
-		return outcome{code: codeNotStarted, why: err.Error()}
-	}
-	stdout.begin()
-	if reason != nil {
-		reason.begin()
-	}
-	o := s.await(ctx, name, pid)
-	o.output, o.tooLong = stdout.finish()
-	if reason != nil {
-		o.stderr, _ = reason.finish()
+	o.output, o.tooLong = output.kept, output.total > maxOutput
+	if stderr == nil {
+		o.said = said.kept
 	}
 	return o
 }
 
-// start starts a process that writes to these two files and reads nothing. It
-// is what os/exec does, without what costs a tenth of a reading: the environment
-// is made once, and files are not the runtime's as long as nobody waits for them.
+// notStarted returns the outcome of a run whose executable could not be started.
+func notStarted(file string, err error) outcome {
+	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
+		if !exists(file) {
+			return outcome{code: codeNotFound, why: "no such sensor"}
+		}
+		err = errors.New("interpreter not found: does the file have Windows line ends?")
+	}
+	var cause *os.PathError // names the file by its last element only
+	if errors.As(err, &cause) {
+		err = cause.Err
+	}
+	return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
+}
+
+// start starts the executable in dir. It is named relative to dir, so that it
+// and its interpreter have one version even while the directory is replaced.
 //
-// The kernel refuses to run a file that is open for writing, and a file just
-// written is for a moment open in whatever process another goroutine is starting:
-// that is worth a few tries.
-func (s *sensors) start(file string, args []string, dir string, stdout, stderr uintptr) (pid int, err error) {
-	null, err := syscall.Open(os.DevNull, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
-	}
-	defer syscall.Close(null)
-	args = append([]string{file}, args...)
-	process := &syscall.ProcAttr{
-		Dir: dir, Env: s.env, Files: []uintptr{uintptr(null), stdout, stderr},
-		Sys: &syscall.SysProcAttr{Setpgid: true, Credential: s.user},
-	}
+// The start is tried again for a second at most where the sensor is just being
+// replaced, or where the file is open for writing: a file just written is so for
+// a moment in a process that another goroutine is starting.
+func (s *sensors) start(dir, name string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
 	for try := 0; ; try++ {
-		pid, err := syscall.ForkExec(file, args, process)
-		if err == nil {
-			return pid, nil
+		cmd := &exec.Cmd{
+			Path:        "./" + s.executable,
+			Args:        append([]string{filepath.Join(dir, s.executable)}, args...),
+			Dir:         dir,
+			Env:         s.env,
+			Stdin:       nil, // /dev/null
+			Stdout:      stdout,
+			Stderr:      stderr,
+			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
+			WaitDelay:   pipeTime,
 		}
-		if errors.Is(err, syscall.ENOENT) {
-			err = errors.New("no such file or directory (its interpreter, or a line end of DOS behind that?)")
+		err := s.startChild(cmd)
+		again := errors.Is(err, syscall.ETXTBSY) || errors.Is(err, syscall.ENOENT) &&
+			(exists(filepath.Join(s.path, newPrefix+name)) || try < 3 && exists(filepath.Join(dir, s.executable)))
+		if !again || try == startTries {
+			return cmd, err
 		}
-		if try == busyRetries || !errors.Is(err, syscall.ETXTBSY) {
-			return 0, &os.PathError{Op: "start", Path: file, Err: err}
-		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(startPause)
 	}
 }
 
-// await waits for a process to end or ends it, and kills the rest of its
-// group. It does so before the process is reaped: until then its number, and
-// so the group's, can be nobody else's.
-func (s *sensors) await(ctx context.Context, name string, pid int) outcome {
-	ended := make(chan struct{})
-	go func() {
-		waitEnded(pid)
-		close(ended)
-	}()
-	reap := func() (status syscall.WaitStatus) {
-		syscall.Kill(-pid, syscall.SIGKILL) // who is left
-		for {
-			switch _, err := syscall.Wait4(pid, &status, 0, nil); {
-			case err == nil:
-				return status
-			case !errors.Is(err, syscall.EINTR):
-				return syscall.WaitStatus(syscall.SIGKILL) // nobody knows: not a success
-			}
-		}
+// startChild starts a process and notes that it is a child of ours.
+func (r *runState) startChild(cmd *exec.Cmd) error {
+	r.starting.RLock()
+	defer r.starting.RUnlock()
+	err := cmd.Start()
+	if err == nil {
+		r.setChild(cmd.Process.Pid, "")
 	}
-	timer := time.NewTimer(s.timeout)
-	defer timer.Stop()
-	why := ""
-	select {
-	case <-ended:
-		status := reap()
-		if status.Signaled() {
-			return outcome{code: -int(status.Signal())}
-		}
-		return outcome{code: status.ExitStatus()}
-	case <-timer.C:
-		why = fmt.Sprintf("timed out after %v", s.timeout)
-	case <-ctx.Done():
-		why = "ended with the agent"
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			why = fmt.Sprintf("ended after %v", helpTime)
-		}
-	}
-	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		syscall.Kill(-pid, signal)
-		syscall.Kill(pid, signal) // it may have left its group
-		timer := time.NewTimer(killDelay)
-		defer timer.Stop()
-		select {
-		case <-ended:
-			reap()
-			return outcome{code: -int(signal), why: why}
-		case <-timer.C:
-		}
-	}
-	// In the kernel, waiting for a dead disk or network. It must neither hold
-	// up the others nor be joined by another like it.
-	s.addStuck(name, 1)
-	go func() {
-		<-ended
-		reap()
-		s.addStuck(name, -1)
-	}()
-	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}
+	return err
 }
 
-func (s *sensors) isStuck(name string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stuck[name] > 0
-}
-
-func (s *sensors) addStuck(name string, n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stuck[name] += n; s.stuck[name] == 0 {
-		delete(s.stuck, name)
+// await waits until a process ends, and ends it at the time-out or when ctx
+// does. It reports false where not even SIGKILL ended the process.
+func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (o outcome, ended bool) {
+	pid := cmd.Process.Pid
+	limited, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	if s.waitEnded(limited, pid) {
+		return outcome{code: s.reap(cmd)}, true
 	}
+	why := s.whyEnded(ctx)
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		syscall.Kill(-pid, sig)
+		syscall.Kill(pid, sig) // it may have left its group
+		patient, cancel := context.WithTimeout(context.Background(), killTime)
+		ended := s.waitEnded(patient, pid)
+		cancel()
+		if ended {
+			s.reap(cmd)
+			return outcome{code: -int(sig), why: why}, true
+		}
+	}
+	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}, false
 }
 
-// waitEnded waits until a child has ended, and leaves it to be reaped.
-func waitEnded(pid int) {
-	const pPid = 1 // P_PID of <sys/wait.h>
+// whyEnded says why the agent ends a run.
+func (s *sensors) whyEnded(ctx context.Context) string {
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return "interrupted"
+	case ctx.Err() != nil:
+		return fmt.Sprintf("timed out after %v", helpTime)
+	}
+	return fmt.Sprintf("timed out after %v", s.timeout)
+}
+
+// reap kills what is left of the process group of a child that has ended, reaps
+// the child and returns its exit code, or minus the signal that ended it. In this
+// order: until the child is reaped, the number of its group can be nobody else's.
+func (r *runState) reap(cmd *exec.Cmd) (code int) {
+	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	cmd.Wait() // its error is in the state, or says that somebody still holds a pipe
+	r.mu.Lock()
+	delete(r.children, cmd.Process.Pid)
+	r.mu.Unlock()
+	if cmd.ProcessState == nil { // nobody knows: not a success
+		return -int(syscall.SIGKILL)
+	}
+	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		return -int(status.Signal())
+	}
+	return status.ExitStatus()
+}
+
+// waitEnded waits until a child has ended, and leaves it to be reaped. It
+// reports false where ctx ends first. It blocks no thread: the child is looked at
+// at each SIGCHLD, of which whoever receives one tells all others that wait.
+func (r *runState) waitEnded(ctx context.Context, pid int) bool {
+	r.watch.Do(func() { signal.Notify(r.signals, syscall.SIGCHLD) })
 	for {
-		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, pPid, uintptr(pid), 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
-		if errno != syscall.EINTR {
-			return
+		r.mu.Lock()
+		signalled := r.signalled
+		r.mu.Unlock()
+		if ended, err := endedChild(pid); ended == pid || err != nil {
+			return true
+		}
+		select {
+		case <-r.signals:
+			r.mu.Lock()
+			close(r.signalled)
+			r.signalled = make(chan struct{})
+			r.mu.Unlock()
+		case <-signalled:
+		case <-ctx.Done():
+			return false
 		}
 	}
 }
 
-// A capture keeps part of what a process writes to a pipe: the beginning or
-// the end.
+// endedChild returns the process id of a child that has ended and is not reaped
+// yet: pid or, where that is 0, any. It returns 0 if there is none, and an error
+// if there is no such child at all.
+func endedChild(pid int) (int, error) {
+	const pAll, pPid = 0, 1 // idtype_t of <sys/wait.h>
+	kind := pPid
+	if pid == 0 {
+		kind = pAll
+	}
+	var info [32]int32                   // a siginfo_t
+	const siPid = 3 + strconv.IntSize/64 // the place of si_pid: behind three ints, in a union of words
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(kind), uintptr(pid), uintptr(unsafe.Pointer(&info)),
+			syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+		switch errno {
+		case 0:
+			return int(info[siPid]), nil
+		case syscall.EINTR:
+		default:
+			return 0, os.NewSyscallError("waitid", errno)
+		}
+	}
+}
+
+// reapOrphans reaps the processes that end up as children of process 1, until
+// ctx ends. Children of runs are left to their runs.
+func (r *runState) reapOrphans(ctx context.Context) {
+	changed := make(chan os.Signal, 1)
+	signal.Notify(changed, syscall.SIGCHLD)
+	defer signal.Stop(changed)
+	again := time.NewTicker(orphanTime) // a run's child may have been in the way
+	defer again.Stop()
+	for ctx.Err() == nil {
+		for r.reapOrphan() {
+		}
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// reapOrphan reaps the first child that has ended, and reports whether there was
+// one. It does nothing while that may be the child of a run.
+func (r *runState) reapOrphan() bool {
+	if !r.starting.TryLock() {
+		return false
+	}
+	defer r.starting.Unlock()
+	pid, err := endedChild(0)
+	r.mu.Lock()
+	_, ofRun := r.children[pid]
+	r.mu.Unlock()
+	if pid == 0 || err != nil || ofRun {
+		return false
+	}
+	_, err = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+	return err == nil
+}
+
+// reserveThreads makes the runtime have n threads more than it needs now. They
+// stay: a box where no process and no thread can be made any more, as a sensor
+// has used up the limit, would otherwise end the agent when it needs one.
+func reserveThreads(n int) {
+	var all sync.WaitGroup
+	release := make(chan struct{})
+	for i := 0; i < n; i++ {
+		all.Add(1)
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			all.Done()
+			<-release
+		}()
+	}
+	all.Wait()
+	close(release)
+}
+
+// A capture keeps part of what a process writes, the beginning or the end.
 type capture struct {
-	pipe, end int // to read from, to write to
-	limit     int
-	tail      bool
-	kept      []byte
-	total     int64
-	slow      *time.Timer
-	file      chan *os.File // the pipe to read from, where the process takes longer
-	done      chan struct{} // closed when it is not read while the process runs any more
+	limit int
+	tail  bool
+	copy  io.Writer // gets all of it; nil: nobody does
+	kept  []byte
+	total int
 }
 
-// newCapture returns a capture of up to limit bytes.
-func newCapture(limit int, tail bool) (*capture, error) {
-	var pipe [2]int
-	err := syscall.Pipe2(pipe[:], syscall.O_CLOEXEC)
-	if err != nil {
-		return nil, os.NewSyscallError("pipe2", err)
-	}
-	c := &capture{pipe: pipe[0], end: pipe[1], limit: limit, tail: tail}
-	if err := syscall.SetNonblock(c.pipe, true); err != nil {
-		c.close()
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	return c, nil
-}
-
-// begin leaves the end of the pipe to a process that has it now. Most end in no
-// time, and what they wrote is read then. Otherwise it is read while the process
-// runs, until the pipe ends or finish is called.
-func (c *capture) begin() {
-	closeOnce(&c.end)
-	c.file, c.done = make(chan *os.File, 1), make(chan struct{})
-	c.slow = time.AfterFunc(quickTime, func() {
-		defer close(c.done)
-		file := os.NewFile(uintptr(c.pipe), "pipe")
-		c.file <- file
-		buf := make([]byte, maxOutput)
-		for {
-			n, err := file.Read(buf)
-			c.keep(buf[:n])
-			if err != nil {
-				return
-			}
-			if c.total > freeOutput { // one that writes for ever must not cost the processor
-				buf = slices.Grow(buf, freeOutput/2)[:freeOutput/2]
-				time.Sleep(time.Millisecond)
-			}
-		}
-	})
-}
-
-func (c *capture) keep(b []byte) {
-	c.total += int64(len(b))
-	c.kept = append(c.kept, b...)
+// Write is for what os/exec wants to have; it calls ReadFrom.
+func (c *capture) Write(p []byte) (int, error) {
+	c.total += len(p)
+	c.kept = append(c.kept, p...)
 	if over := len(c.kept) - c.limit; over > 0 && c.tail {
 		c.kept = c.kept[over:]
 	} else if over > 0 {
 		c.kept = c.kept[:c.limit]
 	}
+	if c.copy != nil {
+		return c.copy.Write(p)
+	}
+	return len(p), nil
 }
 
-// finish returns what was kept, once the process has ended, and whether there
-// was more. All that the process wrote is in the pipe by then, so there is
-// nothing to wait for although a grandchild may hold it open.
-func (c *capture) finish() (kept []byte, more bool) {
-	if !c.slow.Stop() {
-		file := <-c.file
-		file.SetReadDeadline(time.Unix(1, 0))
-		<-c.done
-		defer func() { c.pipe = -1; file.Close() }() // whose it is
-	}
-	buf := make([]byte, maxOutput)
-	for begun := c.total; c.total-begun < maxPipe; { // somebody who is left may still write
-		n, err := syscall.Read(c.pipe, buf)
-		if n > 0 {
-			c.keep(buf[:n])
-		} else if !errors.Is(err, syscall.EINTR) {
-			break
+// ReadFrom reads to the end of r, as os/exec would with a buffer of 32 KiB. A
+// process that writes for ever must not cost the processor.
+func (c *capture) ReadFrom(r io.Reader) (int64, error) {
+	buf := make([]byte, 512)
+	for {
+		n, err := r.Read(buf)
+		c.Write(buf[:n])
+		switch {
+		case errors.Is(err, io.EOF):
+			return int64(c.total), nil
+		case err != nil:
+			return int64(c.total), err
+		case c.total > freeOutput:
+			buf = slices.Grow(buf, slowRead)[:slowRead]
+			time.Sleep(time.Millisecond)
 		}
-	}
-	return c.kept, c.total > int64(c.limit)
-}
-
-func (c *capture) close() {
-	closeOnce(&c.end)
-	closeOnce(&c.pipe)
-}
-
-// closeOnce closes a file, unless it has been.
-func closeOnce(fd *int) {
-	if *fd >= 0 {
-		syscall.Close(*fd)
-		*fd = -1
 	}
 }
 
@@ -761,107 +835,113 @@ type command struct {
 	from   string // who asks: they take turns
 }
 
-func (c command) equal(d command) bool {
-	return c.ticket == d.ticket && c.sameWork(d)
-}
-
 // sameWork reports whether two commands ask the same, perhaps under two tickets.
 func (c command) sameWork(d command) bool {
 	return c.change == d.change && c.sensor == d.sensor && slices.Equal(c.args, d.args)
 }
 
-// A queue runs commands in the order they came, in turn for those who ask, and
-// hands in one reading for each that has a ticket. Readings and changes have a
-// lane each, so that an update over a bad link does not hold up what is measured.
-// Nobody can keep others out by filling it: who has less than a quarter of it
-// waiting finds room up to twice its size.
+// A job is a command in the queue.
+type job struct {
+	command
+	tickets  []any      // of all who asked for it
+	waits    bool       // it has a place in the queue, and does not run yet
+	accepted chan error // of one that waits for a place
+}
+
+// A lane is a part of the queue. Callers take turns, and the commands of each
+// are in the order they came.
+type lane struct {
+	limit   int // of running
+	running int
+	runs    map[string]int // of running, those of a sensor
+	waiting int
+	callers []string          // who has commands that wait, the next one first
+	lines   map[string][]*job // by caller
+}
+
+func newLane(limit int) lane {
+	return lane{limit: limit, runs: make(map[string]int), lines: make(map[string][]*job)}
+}
+
+// mayRun reports whether a command for a sensor can run now. One slot of several
+// is kept from each sensor, so that one that hangs does not stop the others.
+func (l *lane) mayRun(sensor string) bool {
+	return l.running < l.limit && (l.limit == 1 || l.runs[sensor] < l.limit-1)
+}
+
+func (l *lane) push(j *job) {
+	if len(l.lines[j.from]) == 0 {
+		l.callers = append(l.callers, j.from)
+	}
+	l.lines[j.from] = append(l.lines[j.from], j)
+	l.waiting++
+	j.waits = true
+}
+
+// next takes the command that is to run next, the oldest that may of the caller
+// whose turn it is; nil if there is none.
+func (l *lane) next() *job {
+	for i, caller := range l.callers {
+		line := l.lines[caller]
+		k := slices.IndexFunc(line, func(j *job) bool { return l.mayRun(j.sensor) })
+		if k < 0 {
+			continue
+		}
+		j := line[k]
+		l.callers = slices.Delete(l.callers, i, i+1)
+		if l.lines[caller] = slices.Delete(line, k, k+1); len(line) > 1 {
+			l.callers = append(l.callers, caller)
+		} else {
+			delete(l.lines, caller)
+		}
+		l.waiting--
+		l.running++
+		l.runs[j.sensor]++
+		j.waits = false
+		return j
+	}
+	return nil
+}
+
+// done notes that a command of the lane does not run any more.
+func (l *lane) done(j *job) {
+	l.running--
+	if l.runs[j.sensor]--; l.runs[j.sensor] == 0 {
+		delete(l.runs, j.sensor)
+	}
+}
+
+// A queue runs commands and delivers one reading for each ticket. Readings and
+// changes have a lane each, so that an update over a bad link does not hold up
+// what is measured. No caller can keep others out by filling it: who has less
+// than a quarter of it waiting finds room up to twice its size.
 type queue struct {
 	run     func(context.Context, command) reading
 	deliver func(ticket any, r reading)
 	discard func(ticket any) // the undelivered reading, if there is one
-	size    int              // of waiting, in each lane
 
 	ctx    context.Context // of what runs
 	cancel context.CancelFunc
-	done   sync.WaitGroup // what runs
+	work   sync.WaitGroup // what runs
 
 	mu       sync.Mutex // guards what is below
+	size     int        // of waiting, in each lane
 	readings lane
 	changes  lane
-	active   map[any]*command // waiting or running, by ticket
+	active   map[any]*job    // waiting or running, by ticket
+	latest   map[string]*job // the last change of each sensor
+	outside  []*job          // those for whom there is no room, oldest first
 	closed   bool
-	outside  []*applicant // those for whom there was no room, oldest first
-}
-
-// An applicant waits for room in the queue.
-type applicant struct {
-	c     *command
-	taken chan error
-}
-
-// A lane is a part of the queue.
-type lane struct {
-	limit   int // of running
-	running []*command
-	waiting []*command     // oldest first
-	has     map[string]int // how many wait, of who asked
-	served  []string       // those whose commands began, the latest last, each once
-}
-
-func (l *lane) wait(c *command) {
-	l.waiting = append(l.waiting, c)
-	l.has[c.from]++
-}
-
-// leave notes that a command waits no more.
-func (l *lane) leave(c *command) {
-	if l.has[c.from]--; l.has[c.from] == 0 {
-		delete(l.has, c.from)
-	}
-}
-
-// next takes the command whose turn it is from those that wait: the oldest of
-// who was served longest ago.
-func (l *lane) next() *command {
-	best, rank := -1, 0
-	seen := make(map[string]bool)
-	for i, c := range l.waiting {
-		if seen[c.from] {
-			continue
-		}
-		seen[c.from] = true
-		if r := slices.Index(l.served, c.from); best < 0 || r < rank {
-			best, rank = i, r
-		}
-		if len(seen) == len(l.has) {
-			break
-		}
-	}
-	if best < 0 {
-		return nil
-	}
-	c := l.waiting[best]
-	l.waiting = slices.Delete(l.waiting, best, best+1)
-	l.leave(c)
-	return c
-}
-
-// serve notes whose command begins.
-func (l *lane) serve(from string) {
-	const most = 64 // a longer memory is not worth its room
-	l.served = append(slices.DeleteFunc(l.served, func(s string) bool { return s == from }), from)
-	if len(l.served) > most {
-		l.served = slices.Delete(l.served, 0, 1)
-	}
 }
 
 // newQueue returns a queue in which so many readings run at once, and one change.
-func newQueue(concurrency, size int, run func(context.Context, command) reading, deliver func(any, reading), discard func(any)) *queue {
+func newQueue(concurrency, size int, run func(context.Context, command) reading,
+	deliver func(any, reading), discard func(any)) *queue {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
-		run: run, deliver: deliver, discard: discard, size: size, ctx: ctx, cancel: cancel,
-		readings: lane{limit: concurrency, has: make(map[string]int)}, changes: lane{limit: 1, has: make(map[string]int)},
-		active: make(map[any]*command),
+		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
+		size: size, readings: newLane(concurrency), changes: newLane(1),
+		active: make(map[any]*job), latest: make(map[string]*job),
 	}
 }
 
@@ -870,186 +950,152 @@ func (q *queue) resize(concurrency, size int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.readings.limit, q.size = concurrency, size
-	for len(q.readings.running) < q.readings.limit {
-		c := q.readings.next()
-		if c == nil {
-			break
-		}
-		q.start(&q.readings, c)
-	}
-	q.letIn()
+	q.start(&q.readings)
+	q.admitOutside()
 }
 
 // count is how many commands wait.
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return len(q.readings.waiting) + len(q.changes.waiting)
+	return q.readings.waiting + q.changes.waiting
 }
 
-func (q *queue) lane(c *command) *lane {
-	if c.change == "" {
-		return &q.readings
-	}
-	return &q.changes
-}
-
-// accept takes a command on, waiting for room until the deadline or the end of
-// ctx, first come, first served. A command equal to one that waits or runs is
-// that one. Any other with a ticket that is known takes its place: the monitor
-// has given the ticket away again, and no reading is delivered for the command
-// before.
+// accept takes a command on, and waits for room until the deadline or the end of
+// ctx, first come, first served. Its error is a fault.
+//
+// A command with the ticket of an equal one that waits or runs is that one. Any
+// other command with a known ticket takes the ticket away: the monitor has given
+// it to two commands, and only the later one's reading is delivered.
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	j := &job{command: c, tickets: []any{c.ticket}}
 	q.mu.Lock()
-	taken, err := q.take(&c)
-	if taken || err != nil {
+	admitted, err := q.admit(j)
+	if admitted || err != nil {
 		q.mu.Unlock()
 		return err
 	}
-	a := &applicant{&c, make(chan error, 1)}
-	q.outside = append(q.outside, a)
+	j.accepted = make(chan error, 1)
+	q.outside = append(q.outside, j)
 	q.mu.Unlock()
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	select {
-	case err := <-a.taken:
+	case err := <-j.accepted:
 		return err
 	case <-ctx.Done():
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if i := slices.Index(q.outside, a); i >= 0 {
-		q.outside = slices.Delete(q.outside, i, i+1)
-		return faultf(faultBusy, "the queue of %d commands is full", q.size)
+	i := slices.Index(q.outside, j)
+	if i < 0 {
+		return <-j.accepted
 	}
-	return <-a.taken
+	q.outside = slices.Delete(q.outside, i, i+1)
+	return faultf(faultBusy, "the queue of %d commands is full", q.size)
 }
 
-// letIn takes on those who wait outside, as far as there is room.
-func (q *queue) letIn() {
-	q.outside = slices.DeleteFunc(q.outside, func(a *applicant) bool {
-		taken, err := q.take(a.c)
-		if taken || err != nil {
-			a.taken <- err
-		}
-		return taken || err != nil
-	})
-}
-
-// take takes a command on if there is room for it.
-func (q *queue) take(c *command) (taken bool, err error) {
-	l, known := q.lane(c), q.known(c)
-	switch {
+// admit gives a command a place in the queue, or reports false if there is no room.
+func (q *queue) admit(j *job) (bool, error) {
+	l, known, ticket := &q.readings, q.active[j.ticket], j.ticket
+	if j.change != "" {
+		l = &q.changes
+	}
+	switch latest := q.latest[j.sensor]; {
 	case q.closed:
 		return false, faultf(faultBusy, "the agent is shutting down")
-	case known != nil && known.equal(*c):
+	case known != nil && known.sameWork(j.command):
 		return true, nil
-	case l == &q.readings && slices.Contains(l.waiting, known):
-		l.leave(known)
-		l.has[c.from]++
-		*known = *c // nobody wants the other reading
-		c = known
-	case len(l.running) < l.limit:
-		q.start(l, c)
-	case len(l.waiting) < q.size, len(l.waiting) < 2*q.size && l.has[c.from] < max(1, q.size/4):
-		l.wait(c)
+	case j.change != "" && latest != nil && latest.waits && latest.sameWork(j.command):
+		latest.tickets = append(latest.tickets, ticket) // not past another change of the sensor
+		j = latest
+	case j.change == "" && known != nil && known.waits && known.change == "":
+		known.sensor, known.args = j.sensor, j.args // nobody wants the other reading
+		j = known
+	case l.mayRun(j.sensor), l.waiting < q.size, l.waiting < 2*q.size && len(l.lines[j.from]) < max(1, q.size/4):
+		l.push(j)
+		if j.change != "" {
+			q.latest[j.sensor] = j
+		}
 	default:
 		return false, nil
 	}
-	if c.ticket != nil {
-		q.active[c.ticket] = c
-		q.discard(c.ticket)
+	if ticket != nil {
+		q.active[ticket] = j
+		q.discard(ticket)
 	}
+	q.start(l)
 	return true, nil
 }
 
-// start runs a command, and those after it.
-func (q *queue) start(l *lane, c *command) {
-	l.running = append(l.running, c)
-	l.serve(c.from)
-	q.done.Add(1)
-	go q.work(c)
-}
-
-// known returns the command that waits or runs with the same ticket; of a
-// change without a ticket, one that is the same.
-func (q *queue) known(c *command) *command {
-	if c.ticket != nil {
-		return q.active[c.ticket]
-	}
-	for _, other := range append(slices.Clone(q.changes.running), q.changes.waiting...) {
-		if other.equal(*c) {
-			return other
+// admitOutside gives places to those who wait for one, as far as there is room.
+func (q *queue) admitOutside() {
+	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
+		admitted, err := q.admit(j)
+		if admitted || err != nil {
+			j.accepted <- err
 		}
-	}
-	return nil
+		return admitted || err != nil
+	})
 }
 
-// work runs commands of a lane until none waits.
-func (q *queue) work(c *command) {
-	defer q.done.Done()
-	for c != nil {
-		c = q.finish(c, q.run(q.ctx, *c))
+// start runs commands of a lane, as many as may.
+func (q *queue) start(l *lane) {
+	for j := l.next(); j != nil; j = l.next() {
+		q.work.Add(1)
+		go func(j *job) {
+			defer q.work.Done()
+			for j != nil {
+				j = q.finish(l, j, q.run(q.ctx, j.command))
+			}
+		}(j)
 	}
 }
 
-// finish hands in the reading of a command, and returns the next to run. Who
-// waits for the same change joins: it is made once.
-func (q *queue) finish(c *command, r reading) *command {
+// finish delivers the reading of a command, and returns the next one to run.
+func (q *queue) finish(l *lane, j *job, r reading) *job {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.hand(c, r)
-	l := q.lane(c)
-	l.running = slices.DeleteFunc(l.running, func(other *command) bool { return other == c })
-	if l == &q.changes {
-		join := true // up to one that asks something else of the same sensor
-		l.waiting = slices.DeleteFunc(l.waiting, func(other *command) bool {
-			if join = join && (other.sensor != c.sensor || other.sameWork(*c)); join && other.sameWork(*c) {
-				q.hand(other, r)
-				l.leave(other)
-				return true
-			}
-			return false
-		})
+	q.deliverAll(j, r)
+	l.done(j)
+	if q.latest[j.sensor] == j {
+		delete(q.latest, j.sensor)
 	}
-	var next *command
-	if len(l.running) < l.limit {
-		next = l.next()
-	}
-	if next != nil {
-		l.running = append(l.running, next)
-		l.serve(next.from)
-	}
-	q.letIn()
+	next := l.next()
+	q.admitOutside()
 	return next
 }
 
-// hand hands in a reading, unless there is no ticket, or it was given away again.
-func (q *queue) hand(c *command, r reading) {
-	if c.ticket == nil || q.active[c.ticket] != c {
-		return
+// deliverAll delivers the reading of a command under each of its tickets that
+// was not given to another.
+func (q *queue) deliverAll(j *job, r reading) {
+	for _, ticket := range j.tickets {
+		if q.active[ticket] == j {
+			delete(q.active, ticket)
+			q.deliver(ticket, r)
+		}
 	}
-	delete(q.active, c.ticket)
-	q.deliver(c.ticket, r)
 }
 
 // close takes no more commands. Those that wait get the reading of a run that
 // SIGTERM ended; those that run have until ctx ends. When close returns, nothing
-// runs and every reading has been handed in.
+// runs and every reading has been delivered.
 func (q *queue) close(ctx context.Context) {
 	q.mu.Lock()
 	q.closed = true
 	for _, l := range []*lane{&q.readings, &q.changes} {
-		for _, c := range l.waiting {
-			q.hand(c, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+		for _, caller := range l.callers {
+			for _, j := range l.lines[caller] {
+				q.deliverAll(j, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+			}
 		}
-		l.waiting, l.has = nil, make(map[string]int)
+		l.callers, l.lines, l.waiting = nil, nil, 0
 	}
-	q.letIn() // which tells them
+	q.admitOutside() // which refuses them
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()
-	q.done.Wait()
+	q.work.Wait()
 	q.cancel()
 }
 
