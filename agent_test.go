@@ -4537,7 +4537,8 @@ func TestVerify(t *testing.T) {
 			t.Fatal(err)
 		}
 		flipped++
-		return (&change{updater: u}).verify(context.Background(), file, fromBytes(nil, signature))
+		c := &change{updater: u, ctx: context.Background(), from: fromBytes(nil, signature), archive: file}
+		return c.verify()
 	}
 	signature := sign(archive)
 	if err := verify(archive, signature); err != nil {
@@ -5351,29 +5352,24 @@ func FuzzUnpack(f *testing.F) {
 		dir := t.TempDir()
 		u := testUpdater(t, filepath.Join(dir, "in"), nil)
 		u.maxUnpacked = 1 << 16
-		var unpacked error
-		err := u.change(context.Background(), "demo", func(c *change) error {
-			f, err := c.fetch(context.Background(), fromBytes(archive, ""))
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			unpacked = c.unpack(f)
-			size := 0
+		c := &change{updater: u, ctx: context.Background(), name: "demo", from: fromBytes(archive, "")}
+		look := func() error {
+			err := c.unpack()
+			size, in := 0, filepath.Join("in", filepath.Base(c.staging.Name()))
 			for name, text := range readTree(t, dir) {
-				if strings.HasSuffix(name, "/package") {
+				if name == filepath.Join(in, "package") {
 					continue
 				}
-				if size += len(text); !strings.HasPrefix(name, filepath.Join("in", filepath.Base(c.staging.Name()), "demo")+"/") {
-					t.Errorf("%v: made %q", unpacked, name)
+				if size += len(text); !strings.HasPrefix(name, filepath.Join(in, "demo")+"/") {
+					t.Errorf("%v: made %q", err, name)
 				}
 			}
 			if size > 1<<16 {
-				t.Errorf("%v: %d bytes unpacked", unpacked, size)
+				t.Errorf("%v: %d bytes unpacked", err, size)
 			}
 			return nil
-		})
-		if err != nil {
+		}
+		if err := c.make(c.fetch, look); err != nil {
 			t.Error(err)
 		}
 	})

@@ -79,9 +79,8 @@ const (
 
 // An updater replaces sensors by packages, and by their backups.
 //
-// Whatever fails, power included, at every moment the old version or the new
-// one is complete on the disk, and after recover it is in its place and
-// nothing else is left.
+// Whatever fails, power included, at every moment the old version or the new one is complete on the
+// disk, and after recover it is in its place and nothing else is left.
 type updater struct {
 	sensors     *sensors
 	backup      string // the directory of backups
@@ -108,8 +107,7 @@ type source struct {
 	signature func(ctx context.Context) ([]byte, error)
 }
 
-// fromMonitor provides the package of a sensor that the monitor has, up to
-// a limit of bytes.
+// fromMonitor provides the package of a sensor that the monitor has, up to a limit of bytes.
 func fromMonitor(c *client, name string, limit int64) source {
 	return source{
 		archive: func(ctx context.Context, to io.Writer) error {
@@ -147,40 +145,18 @@ func fromFile(file string) source {
 	}
 }
 
-// install fetches a package, verifies it, unpacks it, tries it and puts it in
-// the place of the sensor. The installed version becomes a backup. An error
-// means that nothing has changed.
+// install fetches a package, verifies it, unpacks it, tries it and puts it in the place of the
+// sensor. The installed version becomes a backup. An error means that nothing has changed.
 func (u *updater) install(ctx context.Context, name string, from source) error {
-	return u.change(ctx, name, func(c *change) error {
-		archive, err := c.fetch(ctx, from)
-		if err != nil {
-			return err
-		}
-		defer archive.Close()
-		if err := c.verify(ctx, archive, from); err != nil {
-			return err
-		}
-		u.progress("unpack")
-		if err := c.unpack(archive); err != nil {
-			return err
-		}
-		if err := c.checkVersion(); err != nil {
-			return err
-		}
-		if err := c.try(ctx); err != nil {
-			return err
-		}
-		if err := c.giveAway(); err != nil {
-			return err
-		}
-		return c.replace(ctx)
-	})
+	c := &change{updater: u, ctx: ctx, name: name, from: from}
+	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, c.giveAway, c.replace)
 }
 
-// rollback puts the newest backup of a sensor in its place. The installed
-// version becomes a backup; the one that was put back is none any more.
+// rollback puts the newest backup of a sensor in its place. The installed version becomes a backup;
+// the one that was put back is none any more. An error means that nothing has changed.
 func (u *updater) rollback(ctx context.Context, name string) error {
-	return u.change(ctx, name, func(c *change) error {
+	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
+	return c.make(func() error {
 		backups, err := c.backupsOf(name, false)
 		if err != nil {
 			return err
@@ -188,21 +164,17 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 		if len(backups) == 0 {
 			return errors.New("there is no backup")
 		}
-		newest := backups[len(backups)-1]
-		u.progress("copy")
-		if err := c.copy(c.backups, newest, c.staging, name); err != nil {
-			return err
-		}
-		if err := c.replace(ctx); err != nil {
-			return err
-		}
+		c.progress("copy")
+		newest = backups[len(backups)-1]
+		return c.copy(c.backups, newest, c.staging, name)
+	}, c.replace, func() error {
 		c.tidy(c.removeBackup(newest))
 		return nil
 	})
 }
 
-// recover finishes what a power cut interrupted, and removes what is left. It can be interrupted and
-// repeated itself. It does not wait for the lock: whoever holds it has recovered already. Where
+// recover finishes what a power cut interrupted, and removes what is left. It can be interrupted
+// and repeated itself. It does not wait for the lock: whoever holds it has recovered already. Where
 // nothing is left it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
 	entries, err := os.ReadDir(u.sensors.path)
@@ -210,14 +182,14 @@ func (u *updater) recover(ctx context.Context) error {
 	if err != nil || !exists(u.backup) && !slices.ContainsFunc(entries, isHidden) {
 		return nil
 	}
-	c, err := u.begin(ctx, "", 0)
-	if errors.Is(err, context.DeadlineExceeded) {
+	c := &change{updater: u, ctx: ctx}
+	defer c.close()
+	switch err := c.begin(0); {
+	case errors.Is(err, context.DeadlineExceeded):
 		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return err
 	}
-	defer c.close()
 	return errors.Join(c.settle(), c.prune())
 }
 
@@ -240,31 +212,36 @@ func (u *updater) ownerWarning() string {
 // locked for all other changes.
 type change struct {
 	*updater
+	ctx       context.Context
 	name      string // of the sensor; "" in recovery
-	installed dir    // the sensors
+	from      source
+	installed dir             // the sensors
+	owner     *syscall.Stat_t // of that directory
 	backups   dir
 	beside    dir // the directory that holds the one of the sensors
 	staging   dir
-	owner     *syscall.Stat_t // of the directory of sensors
-	tooLate   bool            // the installed version is half removed: there is no way back
-	keepGone  bool            // runs are still in the version that gave way
+	archive   *os.File // the package
+	tooLate   bool     // the installed version is half removed: there is no way back
+	keepGone  bool     // runs are still in the version that gave way
 }
 
-// change does work on a sensor while no other process changes sensors. Before, it settles what an
-// interrupted change left; afterwards, it leaves nothing.
-func (u *updater) change(ctx context.Context, name string, work func(*change) error) error {
-	c, err := u.begin(ctx, name, lockTime)
-	if err != nil {
+// make takes the steps of a change, while no other process changes sensors. Before, it settles what
+// an interrupted change left; afterwards, it leaves nothing.
+func (c *change) make(steps ...func() error) error {
+	defer c.close()
+	if err := c.begin(lockTime); err != nil {
 		return err
 	}
-	defer c.close()
-	err = c.settle()
+	err := c.settle()
 	if err != nil && c.isUnsettled() {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
-	if err = c.stage(); err == nil {
-		err = work(c)
+	err = c.stage()
+	for _, step := range steps {
+		if err == nil {
+			err = step()
+		}
 	}
 	if err == nil {
 		c.tidy(c.prune())
@@ -273,8 +250,8 @@ func (u *updater) change(ctx context.Context, name string, work func(*change) er
 	return err
 }
 
-// tidy logs what went wrong after a change was made: it is too late to call it off, and recover will
-// try again.
+// tidy logs what went wrong after a change was made: it is too late to call it off, and recover
+// will try again.
 func (c *change) tidy(err error) {
 	if err != nil {
 		log.Printf(warning+"tidy sensors: %v", err)
@@ -283,61 +260,53 @@ func (c *change) tidy(err error) {
 
 // begin opens the directories, makes those that are missing, and locks that of the backups: nobody
 // else can, because nobody else can read it.
-func (u *updater) begin(ctx context.Context, name string, wait time.Duration) (_ *change, err error) {
-	c := &change{updater: u, name: name}
-	defer func() {
-		if err != nil {
-			c.close()
-		}
-	}()
-	if c.installed, err = u.openBase(u.sensors.path, 0o755); err != nil {
-		return nil, err
+func (c *change) begin(wait time.Duration) (err error) {
+	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
+		return err
 	}
 	c.beside = c.installed
-	if real, err := filepath.EvalSymlinks(u.sensors.path); err == nil {
+	if real, err := filepath.EvalSymlinks(c.sensors.path); err == nil {
 		if f, err := os.Open(filepath.Dir(real)); err == nil {
-			c.beside = dir{File: f, step: u.step}
+			c.beside = dir{File: f, step: c.step}
 		}
 	}
-	isNew := !exists(u.backup)
-	if c.backups, err = u.openBase(u.backup, 0o700); err != nil {
-		return nil, err
+	isNew := !exists(c.backup)
+	if c.backups, err = c.openBase(c.backup, 0o700); err != nil {
+		return err
 	}
 	sensors, err := c.installed.Stat()
-	if err != nil {
-		return nil, err
-	}
-	backups, err := c.backups.Stat()
-	if err != nil {
-		return nil, err
+	backups, err2 := c.backups.Stat()
+	if err := errors.Join(err, err2); err != nil {
+		return err
 	}
 	if os.SameFile(sensors, backups) {
-		return nil, fmt.Errorf("%s and %s are the same directory", u.sensors.path, u.backup)
+		return fmt.Errorf("%s and %s are the same directory", c.sensors.path, c.backup)
 	}
 	c.owner = ownerOf(sensors)
-	if isNew {
-		if err := chown(c.backups.File, c.owner); err != nil {
-			return nil, err
-		}
-	} else if mode := backups.Mode().Perm(); name != "" && mode&0o077 != 0 {
+	if mode := backups.Mode().Perm(); isNew {
+		err = chown(c.backups.File, c.owner)
+	} else if c.name != "" && mode&0o077 != 0 {
 		c.backups.Chmod(mode &^ 0o077) // as older versions made it; whose it is not cannot change it
 	}
-	if err := flockWithin(ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
-		return nil, fmt.Errorf("lock %s: another process is changing the sensors: %w", u.backup, err)
+	if err != nil {
+		return err
 	}
-	return c, nil
+	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
+		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
+	}
+	return nil
 }
 
-// close also unlocks.
+// close also unlocks. What is not open does not mind.
 func (c *change) close() {
-	for _, d := range []dir{c.installed, c.backups, c.beside, c.staging} {
-		d.Close() // harmless where it is not open
+	for _, f := range []*os.File{c.installed.File, c.backups.File, c.beside.File, c.staging.File, c.archive} {
+		f.Close()
 	}
 }
 
-// openBase opens one of the two directories. Where it is missing it makes it, with this mode whatever
-// the umask. Root follows no link that another user could have put there.
-func (u *updater) openBase(path string, mode fs.FileMode) (dir, error) {
+// openBase opens one of the two directories. Where it is missing it makes it, with this mode
+// whatever the umask. Root follows no link that another user could have put there.
+func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	flags := syscall.O_DIRECTORY
 	if info, err := os.Stat(filepath.Dir(path)); err == nil && os.Geteuid() == 0 &&
 		(ownerOf(info).Uid != 0 || info.Mode().Perm()&0o002 != 0) {
@@ -345,9 +314,9 @@ func (u *updater) openBase(path string, mode fs.FileMode) (dir, error) {
 	}
 	f, err := os.OpenFile(path, flags, 0)
 	if !errors.Is(err, fs.ErrNotExist) {
-		return dir{File: f, step: u.step}, err
+		return dir{File: f, step: c.step}, err
 	}
-	parent, err := u.openBase(filepath.Dir(path), 0o755)
+	parent, err := c.openBase(filepath.Dir(path), 0o755)
 	if err != nil {
 		return dir{}, err
 	}
@@ -357,17 +326,17 @@ func (u *updater) openBase(path string, mode fs.FileMode) (dir, error) {
 
 func ownerOf(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }
 
-// chown gives an open file to an owner. Only root can, and others need not.
+// chown gives an open file to an owner, if there is one. Only root can, and others need not.
 func chown(f *os.File, owner *syscall.Stat_t) error {
-	if os.Geteuid() != 0 {
+	if owner == nil || os.Geteuid() != 0 {
 		return nil
 	}
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// stage makes the staging directory, with a name that nobody can guess. It lies beside the directory
-// of the sensors, where the owner of that cannot exchange it, or in it where nothing could be renamed
-// from outside.
+// stage makes the staging directory, with a name that nobody can guess. It lies beside the
+// directory of the sensors, where the owner of that cannot exchange it; or in it, where nothing can
+// be renamed from outside. Trying is the only way to know: two mounts may be of one device.
 func (c *change) stage() (err error) {
 	random := make([]byte, 8)
 	if _, err := rand.Read(random); err != nil {
@@ -375,8 +344,10 @@ func (c *change) stage() (err error) {
 	}
 	name := fmt.Sprintf("%s%x", c.stagingPrefix(), random)
 	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
-		if c.canRename(name) {
-			return nil
+		probe, err := c.staging.mkdir(name, 0o700)
+		probe.Close()
+		if err == nil && c.staging.rename(name, c.installed, name) == nil {
+			return c.installed.remove(name)
 		}
 		c.staging.Close()
 	}
@@ -384,25 +355,16 @@ func (c *change) stage() (err error) {
 	return err
 }
 
-// stagingPrefix begins the name of each staging directory. Another directory of sensors may lie
-// beside this one.
+// stagingPrefix begins the name of each staging directory: there may be other sensors beside these.
 func (c *change) stagingPrefix() string {
 	return "." + filepath.Base(c.sensors.path) + ".picket-staging-"
 }
 
-// canRename tries whether a directory can be renamed from staging to the sensors: two mounts may be of
-// one device.
-func (c *change) canRename(probe string) bool {
-	d, err := c.staging.mkdir(probe, 0o700)
-	d.Close()
-	return err == nil && c.staging.rename(probe, c.installed, probe) == nil && c.installed.remove(probe) == nil
-}
-
 // try runs the staged version once, for its help text.
-func (c *change) try(ctx context.Context) error {
+func (c *change) try() error {
 	c.progress("try")
 	s, dir := c.sensors, filepath.Join(c.staging.Name(), c.name)
-	switch o := s.runIn(ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
+	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
 	case 0:
 		return nil
 	case codeNotFound:
@@ -418,33 +380,18 @@ func (c *change) giveAway() error {
 	if os.Geteuid() != 0 || c.owner.Uid == 0 {
 		return nil
 	}
-	d, err := c.staging.open(c.name, syscall.O_DIRECTORY)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.each(func(f *os.File) error {
-		if err := chown(f, c.owner); err != nil {
-			return err
-		}
-		return f.Sync()
-	})
+	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), f.Sync()) })
 }
 
-// replace puts the staged version in the place of the sensor, and the installed one among the backups.
-// One rename decides: before it nothing has changed, after it settle can do the rest at any time.
-func (c *change) replace(ctx context.Context) error {
+// replace puts the staged version in the place of the sensor, and the installed one among the
+// backups. One rename decides: before it nothing has changed, after it settle can do the rest at
+// any time.
+func (c *change) replace() error {
 	c.progress("swap")
 	backup, isNew := "", !c.installed.has(c.name)
 	if !isNew {
 		var err error
-		if backup, err = c.nextBackup(c.name); err != nil {
-			return err
-		}
-		if err := c.copy(c.installed, c.name, c.backups, "."+backup); err != nil {
-			return err
-		}
-		if err := c.backups.sync(); err != nil {
+		if backup, err = c.backUp(c.name, c.name); err != nil {
 			return err
 		}
 	}
@@ -455,25 +402,34 @@ func (c *change) replace(ctx context.Context) error {
 	if err == nil {
 		err = c.finish(c.name)
 	}
-	if c.tooLate && err != nil {
+	if err != nil && c.tooLate {
 		err = c.finish(c.name)
 	}
-	switch {
-	case err == nil:
-	case !c.installed.has(newPrefix + c.name):
-		c.tidy(err) // it is in its place, as all can see
-	case c.tooLate:
-		return err
-	default:
-		c.tidy(c.undo(backup))
+	if err != nil && c.installed.has(newPrefix+c.name) {
+		if !c.tooLate {
+			c.tidy(c.undo(backup))
+		}
 		return err
 	}
-	c.keepGone = !isNew && !c.awaitRuns(ctx)
+	c.tidy(err) // of the last sync: the new version is in its place, as all can see
+	c.keepGone = !isNew && !c.awaitRuns()
 	return nil
 }
 
-// finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant there
-// is no sensor; runs wait for that.
+// backUp makes a hidden backup of what is a version of a sensor, and returns the name that the
+// backup is to have.
+func (c *change) backUp(name, file string) (backup string, err error) {
+	if backup, err = c.nextBackup(name); err != nil {
+		return "", err
+	}
+	if err := c.copy(c.installed, file, c.backups, "."+backup); err != nil {
+		return "", err
+	}
+	return backup, c.backups.sync()
+}
+
+// finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant
+// there is no sensor; runs wait for that.
 func (c *change) finish(name string) error {
 	made, err := c.backupsOf(name, true)
 	if err != nil {
@@ -501,40 +457,40 @@ func (c *change) finish(name string) error {
 	return c.installed.renameSynced(newPrefix+name, c.installed, name)
 }
 
-// undo takes back a change that was decided but could not be finished. It leaves hidden names, which
-// settle removes.
+// undo takes back a change that was decided but could not be finished. It leaves hidden names,
+// which settle removes.
 func (c *change) undo(backup string) error {
 	if gone := gonePrefix + c.name; c.installed.has(gone) {
 		if err := c.installed.rename(gone, c.installed, c.name); err != nil {
 			return err
 		}
 	}
-	if err := c.discard(newPrefix + c.name); err != nil || backup == "" || !c.backups.has(backup) {
+	if err := c.discard(newPrefix, c.name); err != nil || backup == "" || !c.backups.has(backup) {
 		return err
 	}
 	return c.backups.renameSynced(backup, c.backups, "."+backup)
 }
 
 // awaitRuns waits for the runs that are in the version that gave way: they keep their directory. It
-// reports whether they have ended before ctx.
-func (c *change) awaitRuns(ctx context.Context) bool {
+// reports whether they have ended before the change must.
+func (c *change) awaitRuns() bool {
 	select {
 	case <-c.sensors.retire(c.name):
-	case <-ctx.Done():
+	case <-c.ctx.Done():
 		return false
 	}
 	for end := time.Now().Add(otherRuns); c.inUse(gonePrefix+c.name) && time.Now().Before(end); {
 		select {
 		case <-time.After(10 * time.Millisecond):
-		case <-ctx.Done():
+		case <-c.ctx.Done():
 			return false
 		}
 	}
 	return true
 }
 
-// inUse reports whether any process is in a directory among the sensors, as a run of the agent is while
-// picket install changes its sensor.
+// inUse reports whether any process is in a directory among the sensors, as a run of the agent is
+// while picket install changes its sensor.
 func (c *change) inUse(name string) bool {
 	sensors, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", c.installed.Fd()))
 	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
@@ -563,7 +519,7 @@ func (c *change) settle() error {
 		switch {
 		case !ok:
 		case isOld && c.installed.has(name) && !c.installed.has(oldPrefix+name): // it had not begun to swap
-			errs = append(errs, c.discard(file))
+			errs = append(errs, c.discard(newPrefix, name))
 		default:
 			errs = append(errs, c.finish(name))
 		}
@@ -580,8 +536,8 @@ func (c *change) settle() error {
 	return errors.Join(errs...)
 }
 
-// settleOld makes a backup of a version that gave way in an older picket, or puts it back where nothing
-// is in its place.
+// settleOld makes a backup of a version that gave way in an older picket, or puts it back where
+// nothing is in its place.
 func (c *change) settleOld(name string) error {
 	old := oldPrefix + name
 	if !c.installed.has(name) {
@@ -594,24 +550,23 @@ func (c *change) settleOld(name string) error {
 	if c.installed.renameSynced(old, c.backups, backup) == nil {
 		return c.installed.sync()
 	}
-	if err := c.copy(c.installed, old, c.backups, "."+backup); err != nil {
+	if backup, err = c.backUp(name, old); err != nil { // on another file system
 		return err
 	}
 	if err := c.backups.renameSynced("."+backup, c.backups, backup); err != nil {
 		return err
 	}
-	return c.discard(old)
+	return c.discard(oldPrefix, name)
 }
 
-// discard makes rubbish of the new or the old version of a sensor: half removed, it must not be taken
-// for whole.
-func (c *change) discard(file string) error {
-	name := strings.TrimPrefix(strings.TrimPrefix(file, newPrefix), oldPrefix)
-	return c.installed.renameSynced(file, c.installed, gonePrefix+name)
+// discard makes rubbish of the new or the old version of a sensor: half removed, it must not be
+// taken for whole.
+func (c *change) discard(prefix, name string) error {
+	return c.installed.renameSynced(prefix+name, c.installed, gonePrefix+name)
 }
 
-// removeRubbish removes staging directories and all hidden names among the sensors that stand for no
-// version, but not a directory that runs are still in.
+// removeRubbish removes staging directories and all hidden names among the sensors that stand for
+// no version, but not a directory that runs are still in.
 func (c *change) removeRubbish() error {
 	var errs []error
 	for _, d := range []dir{c.beside, c.installed} {
@@ -659,8 +614,8 @@ func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
 	}), err
 }
 
-// parseBackup returns the sensor of which a directory is the backup, and whether it is hidden: it is
-// then being made or removed.
+// parseBackup returns the sensor of which a directory is the backup, and whether it is hidden: it
+// is then being made or removed.
 func parseBackup(file string) (name string, isHidden, ok bool) {
 	file, isHidden = strings.CutPrefix(file, ".")
 	i := len(file) - len("_"+backupLayout)
@@ -671,8 +626,8 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// nextBackup returns the name of a new backup: the local time, or where the clock is behind the newest
-// backup a second after that, so that order is kept.
+// nextBackup returns the name of a new backup: the local time, or where the clock is behind the
+// newest backup a second after that, so that order is kept.
 func (c *change) nextBackup(name string) (string, error) {
 	backups, err := c.backupsOf(name, false)
 	if err != nil {
@@ -713,8 +668,8 @@ func (c *change) removeBackup(backup string) error {
 	return c.backups.remove("." + backup)
 }
 
-// copy copies a sensor, or part of one, with its owner; the copy is on the disk when copy returns nil.
-// Files are linked where that can be, which takes no space.
+// copy copies a sensor, or part of one, with its owner; the copy is on the disk when copy returns
+// nil. Files are linked where that can be, which takes no space.
 func (c *change) copy(from dir, name string, to dir, as string) error {
 	info, err := os.Lstat(from.at(name))
 	if err != nil {
@@ -780,16 +735,16 @@ func (c *change) copyDir(from dir, name string, to dir, as string) error {
 }
 
 // A dir is an open directory. What is done in it is done there and nowhere else, whatever its owner
-// exchanges meanwhile: the names are single path elements, and no link is followed. Each change that is
-// made in it is asked for first (see updater.step).
+// exchanges meanwhile: the names are single path elements, and no link is followed. Each change
+// that is made in it is asked for first (see updater.step).
 type dir struct {
 	*os.File
 	depth int // below a directory that was opened by its path
 	step  func(what string) error
 }
 
-// at returns a path to a name, by which the directory itself is found although it was moved. Calls with
-// it must not follow links. Without /proc the path is the usual one.
+// at returns a path to a name, by which the directory itself is found although it was moved. Calls
+// with it must not follow links. Without /proc the path is the usual one.
 func (d dir) at(name string) string {
 	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
 		return filepath.Join(open, name)
@@ -860,8 +815,8 @@ func (d dir) sync() error {
 	return nil
 }
 
-// mkdir makes a directory, with this mode whatever the umask, and opens it. It fails where the owner of
-// the outer one has put another in its place.
+// mkdir makes a directory, with this mode whatever the umask, and opens it. It fails where the
+// owner of the outer one has put another in its place.
 func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	if err := d.do("mkdir", name, func(path string) error { return os.Mkdir(path, 0o700) }); err != nil {
 		return dir{}, err
@@ -904,40 +859,30 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 	if _, err := io.Copy(f, from); err != nil {
 		return err
 	}
-	if owner != nil {
-		if err := chown(f.File, owner); err != nil {
-			return err
-		}
-	}
 	if err := d.step("sync " + f.Name()); err != nil {
 		return err
 	}
-	if err := f.Chmod(mode); err != nil {
-		return err
-	}
-	return f.Sync()
+	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
-// each calls visit for all that is in a directory, however deep, and for the directory last.
-func (d dir) each(visit func(*os.File) error) error {
-	names, err := d.names()
+// each calls visit for a file, or for all that is in a directory, however deep, and then for the
+// directory itself. It leaves out links, which a trial may have made.
+func (d dir) each(name string, visit func(*os.File) error) error {
+	f, err := d.open(name, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	names, err := f.names()
 	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
 		return err
 	}
 	for _, name := range names {
-		inner, err := d.open(name, 0)
-		if errors.Is(err, syscall.ELOOP) { // a link that the trial has made
-			continue
-		}
-		if err == nil {
-			err = inner.each(visit)
-			inner.Close()
-		}
-		if err != nil {
+		if err := f.each(name, visit); err != nil && !errors.Is(err, syscall.ELOOP) {
 			return err
 		}
 	}
-	return visit(d.File)
+	return visit(f.File)
 }
 
 // remove removes a name, with all that is in it.
@@ -980,8 +925,7 @@ func (d dir) removeAll(name string) error {
 	return nil
 }
 
-// enoughSpace returns an error where size more bytes would not leave the
-// reserve free.
+// enoughSpace returns an error where size more bytes would not leave the reserve free.
 func (d dir) enoughSpace(size int64) error {
 	var s syscall.Statfs_t
 	if err := syscall.Fstatfs(int(d.Fd()), &s); err != nil {
@@ -996,24 +940,22 @@ func (d dir) enoughSpace(size int64) error {
 	return nil
 }
 
-// fetch writes the package to the staging directory. It takes nothing that was
-// fetched before: the directory is new.
-func (c *change) fetch(ctx context.Context, from source) (*os.File, error) {
+// fetch writes the package to the staging directory. Nothing of an earlier fetch is there.
+func (c *change) fetch() error {
 	f, err := c.staging.create("package")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := from.archive(ctx, &packageWriter{c, f.File, 0}); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("fetch: %w", err)
+	c.archive = f.File
+	if err := c.from.archive(c.ctx, &packageWriter{c, 0}); err != nil {
+		return fmt.Errorf("fetch: %w", err)
 	}
-	return f.File, nil
+	return nil
 }
 
 // A packageWriter writes a package as it arrives, and no more than is allowed.
 type packageWriter struct {
 	*change
-	file    *os.File
 	written int64
 }
 
@@ -1024,15 +966,14 @@ func (w *packageWriter) Write(p []byte) (int, error) {
 	if err := w.staging.enoughSpace(int64(len(p))); err != nil {
 		return 0, err
 	}
-	n, err := w.file.Write(p)
+	n, err := w.archive.Write(p)
 	w.written += int64(n)
 	w.progress(fmt.Sprintf("fetch %d bytes", w.written))
 	return n, err
 }
 
-// verify checks the signature of the package, before anything in it is read as
-// more than bytes.
-func (c *change) verify(ctx context.Context, archive *os.File, from source) error {
+// verify checks the signature of the package, before anything in it is read as more than bytes.
+func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
 	}
@@ -1041,7 +982,7 @@ func (c *change) verify(ctx context.Context, archive *os.File, from source) erro
 	if err != nil {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
-	text, err := from.signature(ctx)
+	text, err := c.from.signature(c.ctx)
 	if err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
@@ -1053,15 +994,15 @@ func (c *change) verify(ctx context.Context, archive *os.File, from source) erro
 	if !ok {
 		return fmt.Errorf("verify: signed with key %x, which is not known", number)
 	}
-	info, err := archive.Stat()
+	info, err := c.archive.Stat()
 	if err != nil {
 		return err
 	}
 	var message []byte
 	if info.Size() > 0 { // mapped, the package takes no memory of the heap
-		message, err = syscall.Mmap(int(archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
+		message, err = syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
 		if err != nil {
-			return &os.PathError{Op: "mmap", Path: archive.Name(), Err: err}
+			return &os.PathError{Op: "mmap", Path: c.archive.Name(), Err: err}
 		}
 		defer syscall.Munmap(message)
 	}
@@ -1106,9 +1047,8 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	return keys, nil
 }
 
-// parseSignify reads a file of signify's: a comment, and base64 of "Ed", the
-// key number and a key or signature of so many bytes. Nothing else may be
-// in it.
+// parseSignify reads a file of signify's: a comment, and base64 of "Ed", the key number and a key
+// or signature of so many bytes. Nothing else may be in it.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
 	comment, rest, ok := strings.Cut(string(text), "\n")
 	switch {
@@ -1133,13 +1073,14 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	return string(data[2:10]), data[10:], nil
 }
 
-// unpack unpacks the package into the staging directory, where the directory of
-// the sensor is complete and on the disk when it returns nil.
-func (c *change) unpack(archive *os.File) error {
-	if _, err := archive.Seek(0, io.SeekStart); err != nil {
+// unpack unpacks the package into the staging directory, where the directory of the sensor is
+// complete and on the disk when it returns nil.
+func (c *change) unpack() error {
+	c.progress("unpack")
+	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	contents, err := uncompressed(bufio.NewReader(archive))
+	contents, err := uncompressed(bufio.NewReader(c.archive))
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
@@ -1163,15 +1104,11 @@ func (c *change) unpack(archive *os.File) error {
 	if _, err := io.Copy(io.Discard, limited); err != nil { // at the very end checksums are compared
 		return fmt.Errorf("unpack: %w", err)
 	}
-	top, err := c.staging.open(c.name, syscall.O_DIRECTORY)
+	err = c.staging.each(c.name, (*os.File).Sync)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
-	if err != nil {
-		return err
-	}
-	defer top.Close()
-	return top.each((*os.File).Sync)
+	return err
 }
 
 // uncompressed recognises bzip2, gzip and plain tar by what they begin with.
@@ -1190,8 +1127,8 @@ func uncompressed(r *bufio.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// A limitedReader fails where there is more than it may read: a package of 785
-// bytes can unpack to 1 GiB.
+// A limitedReader fails where there is more than it may read: a package of 785 bytes can unpack to
+// 1 GiB.
 type limitedReader struct {
 	r           io.Reader
 	left, limit int64
@@ -1226,18 +1163,18 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	if own || known && h.Typeflag != tar.TypeDir {
 		return errors.New("twice in the package")
 	}
-	parent, err := p.directory(path.Dir(name))
+	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
+	if h.Typeflag == tar.TypeDir {
+		d, err := p.directory(name, mode|0o700)
+		d.Close()
+		p.seen[name] = true
+		return err
+	}
+	parent, err := p.directory(path.Dir(name), 0)
 	if err != nil {
 		return err
 	}
 	defer parent.Close()
-	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
-	if h.Typeflag == tar.TypeDir {
-		made, err := p.makeDir(parent, name, mode|0o700)
-		made.Close()
-		p.seen[name] = true
-		return err
-	}
 	if err := p.count(name, true); err != nil {
 		return err
 	}
@@ -1250,8 +1187,8 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
-// entryName returns the name of an entry that may be unpacked: a plain path in
-// the sensor's directory.
+// entryName returns the name of an entry that may be unpacked: a plain path in the sensor's
+// directory.
 func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	name := strings.TrimPrefix(h.Name, "./")
 	switch h.Typeflag {
@@ -1291,32 +1228,23 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	return name, nil
 }
 
-// directory opens a directory of the package, and makes those that have no
-// entry of their own before what is in them.
-func (p *unpacking) directory(name string) (dir, error) {
+// directory opens a directory of the package, which it makes where it is missing. The mode is that
+// of its entry; without one it is 0, and the directory gets 755.
+func (p *unpacking) directory(name string, mode fs.FileMode) (dir, error) {
 	if name == "." {
 		return p.staging.open(".", syscall.O_DIRECTORY)
 	}
-	parent, err := p.directory(path.Dir(name))
+	parent, err := p.directory(path.Dir(name), 0)
 	if err != nil {
 		return dir{}, err
 	}
 	defer parent.Close()
 	if _, known := p.seen[name]; known {
-		return parent.open(path.Base(name), syscall.O_DIRECTORY)
-	}
-	return p.makeDir(parent, name, 0o755)
-}
-
-// makeDir makes a directory, or sets the mode of one that is there because of
-// what is in it.
-func (p *unpacking) makeDir(parent dir, name string, mode fs.FileMode) (dir, error) {
-	if _, known := p.seen[name]; known {
-		made, err := parent.open(path.Base(name), syscall.O_DIRECTORY)
-		if err == nil {
-			err = made.Chmod(mode)
+		d, err := parent.open(path.Base(name), syscall.O_DIRECTORY)
+		if err == nil && mode != 0 {
+			err = d.Chmod(mode)
 		}
-		return made, err
+		return d, err
 	}
 	if err := p.count(name, false); err != nil {
 		return dir{}, err
@@ -1324,11 +1252,14 @@ func (p *unpacking) makeDir(parent dir, name string, mode fs.FileMode) (dir, err
 	if err := parent.enoughSpace(dirSpace); err != nil {
 		return dir{}, err
 	}
+	if mode == 0 {
+		mode = 0o755
+	}
 	return parent.mkdir(path.Base(name), mode)
 }
 
-// count counts an entry, including directories that appear only in the path of
-// a file, and fails where there are too many.
+// count counts an entry, including directories that appear only in the path of a file, and fails
+// where there are too many.
 func (p *unpacking) count(name string, own bool) error {
 	p.seen[name] = own
 	if len(p.seen) > maxEntries {
@@ -1337,9 +1268,8 @@ func (p *unpacking) count(name string, own bool) error {
 	return nil
 }
 
-// checkVersion refuses a version older than the installed one and its
-// backups: whoever sits on the wire may send an old package again, though it is
-// signed, also after a roll-back.
+// checkVersion refuses a version older than the installed one and its backups: whoever sits on the
+// wire may send an old package again, though it is signed, also after a roll-back.
 func (c *change) checkVersion() error {
 	offered, err := c.staging.version(c.name)
 	if err != nil {
@@ -1349,34 +1279,28 @@ func (c *change) checkVersion() error {
 	if err != nil {
 		return err
 	}
-	check := func(in dir, name string) error {
-		known, err := in.version(name)
+	installed, _ := c.installed.version(c.name) // without one, it says nothing that could be compared
+	known := [][]uint64{installed}
+	for _, backup := range backups {
+		version, _ := c.backups.version(backup)
+		known = append(known, version)
+	}
+	for _, known := range known {
 		switch {
-		case err != nil || known == nil: // it says nothing that could be compared
-			return nil
+		case known == nil:
 		case offered == nil:
 			return fmt.Errorf("version: none in the package; %s is known here", versionText(known))
 		case slices.Compare(offered, known) < 0:
 			return fmt.Errorf("version: %s is older than %s, which is known here", versionText(offered), versionText(known))
 		}
-		return nil
 	}
-	err = check(c.installed, c.name)
-	for _, backup := range backups {
-		if err == nil {
-			err = check(c.backups, backup)
-		}
-	}
-	return err
+	return nil
 }
 
-// version reads the file version of a sensor: decimal numbers with dots between
-// them. Without the file it returns nil.
-func (d dir) version(name string) ([]uint64, error) {
+// version reads the file version of a sensor: decimal numbers with dots between them. Without the
+// file it returns nil.
+func (d dir) version(name string) (version []uint64, err error) {
 	sensor, err := d.open(name, syscall.O_DIRECTORY)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -1389,19 +1313,14 @@ func (d dir) version(name string) ([]uint64, error) {
 		return nil, err
 	}
 	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxVersion))
+	text, err := io.ReadAll(io.LimitReader(f, maxVersion+1))
 	if err != nil {
 		return nil, err
 	}
-	return parseVersion(string(text))
-}
-
-func parseVersion(text string) ([]uint64, error) {
-	var version []uint64
-	for _, part := range strings.Split(strings.TrimSpace(text), ".") {
+	for _, part := range strings.Split(strings.TrimSpace(string(text)), ".") {
 		n, err := strconv.ParseUint(part, 10, 64)
-		if err != nil {
-			return nil, fmt.Errorf("%s is not a version such as 1.4.2", cut(text))
+		if err != nil || len(text) > maxVersion {
+			return nil, fmt.Errorf("%s is not a version such as 1.4.2", cut(string(text)))
 		}
 		version = append(version, n)
 	}
@@ -1411,16 +1330,13 @@ func parseVersion(text string) ([]uint64, error) {
 	return version, nil
 }
 
+// versionText writes a version with dots.
 func versionText(version []uint64) string {
-	var parts []string
-	for _, n := range version {
-		parts = append(parts, strconv.FormatUint(n, 10))
-	}
-	return strings.Join(parts, ".")
+	return strings.ReplaceAll(strings.Trim(fmt.Sprint(version), "[]"), " ", ".")
 }
 
-// nextMonitor asks the monitor where to move to, and returns a URL at which a
-// monitor answers. The check turns what was answered into a URL, or refuses it.
+// nextMonitor asks the monitor where to move to, and returns a URL at which a monitor answers. The
+// check turns what was answered into a URL, or refuses it.
 func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, error)) (*url.URL, error) {
 	host, err := os.Hostname()
 	if err != nil {
