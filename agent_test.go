@@ -4457,6 +4457,230 @@ func TestInstallLocked(t *testing.T) {
 	}
 }
 
+// asUser calls work in a thread of its own, which has the rights of a user.
+func asUser(t *testing.T, uid int, work func()) (done chan struct{}) {
+	done = make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		id := uintptr(uid)
+		_, _, err := syscall.RawSyscall(syscall.SYS_SETGROUPS, 0, 0, 0)
+		_, _, err2 := syscall.RawSyscall(syscall.SYS_SETRESGID, id, id, id)
+		_, _, err3 := syscall.RawSyscall(syscall.SYS_SETRESUID, id, id, id)
+		if err != 0 || err2 != 0 || err3 != 0 {
+			t.Error(err, err2, err3)
+			return
+		}
+		work()
+	}()
+	return done
+}
+
+// plant does what the owner of a directory of sensors can to lead root
+// elsewhere: it puts something in the place of a file or directory, and that back
+// again, many times.
+func plant(random *mathrand.Rand, dir, elsewhere string) {
+	names := []string{".picket-lock", ".picket-new-demo", ".picket-gone-demo", ".picket-old-demo", "demo"}
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	inner := []string{"", "lib", "check", "version", "lib/data", "demo", "demo/lib"}
+	outer, name := names[random.Intn(len(names))], inner[random.Intn(len(inner))]
+	if random.Intn(2) == 0 {
+		outer, name = "demo", "lib"
+	}
+	file := filepath.Join(dir, outer, name)
+	if os.MkdirAll(filepath.Join(dir, "demo/lib"), 0o755) == nil { // something to exchange
+		os.WriteFile(filepath.Join(dir, "demo/lib/data"), nil, 0o644)
+	}
+	aside, trap := filepath.Join(dir, "aside"), filepath.Join(dir, "trap")
+	if random.Intn(5) == 0 {
+		syscall.Mkfifo(trap, 0o666)
+	} else {
+		os.Symlink(filepath.Join(elsewhere, strings.TrimPrefix(name, "demo")), trap)
+	}
+	for i := random.Intn(200); i >= 0; i-- {
+		os.Rename(file, aside)
+		os.Rename(trap, file)
+		if i > 0 || random.Intn(3) > 0 {
+			os.Rename(file, trap)
+			os.Rename(aside, file)
+		}
+	}
+	os.RemoveAll(aside)
+	os.Remove(trap)
+}
+
+// TestHostile: whatever the owner of the directory of sensors plants and
+// exchanges there, root reads, writes, gives away and removes nothing elsewhere,
+// and what it installs is his.
+func TestHostile(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can be led to do what another user cannot")
+	}
+	const uid = 1234
+	for name, his := range map[string][]string{
+		"his sensors": {"box/sensors"}, "his sensors and backups": {"box/sensors", "box/backup"},
+		"all his": {"box", "box/sensors", "box/backup"}, "no backups yet": {"box/sensors"},
+	} {
+		dir := t.TempDir()
+		chmodUp(t, dir)
+		u := testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"})
+		if name == "no backups yet" {
+			os.Remove(u.backup)
+		}
+		elsewhere := filepath.Join(dir, "elsewhere")
+		writeTree(t, elsewhere, map[string]string{"check": "secret", "version": "99", "lib/data": "secret"})
+		owned := []string{"box/sensors/demo", "box/sensors/demo/check", "box/sensors/demo/lib", "box/sensors/demo/lib/data"}
+		for _, file := range append(owned, his...) {
+			if err := os.Chown(filepath.Join(dir, file), uid, uid); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, file := range []string{"", "check", "version", "lib", "lib/data"} {
+			if err := os.Chmod(filepath.Join(elsewhere, file), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := describe(t, elsewhere)
+		var over atomic.Bool
+		done := asUser(t, uid, func() {
+			random := mathrand.New(mathrand.NewSource(1))
+			for !over.Load() {
+				plant(random, u.sensors.path, elsewhere)
+				if random.Intn(4) == 0 {
+					plant(random, u.backup, elsewhere)
+				}
+			}
+		})
+		ctx, from := context.Background(), demo(t, 2, entry("demo/lib/data", "2"))
+		for i := 0; i < 20; i++ { // each may fail
+			u.install(ctx, "demo", from)
+			u.rollback(ctx, "demo")
+			u.recover(ctx)
+			filepath.WalkDir(filepath.Join(dir, "box"), func(file string, e fs.DirEntry, err error) error {
+				if err == nil && e.Type().IsRegular() {
+					if text, _ := os.ReadFile(file); strings.Contains(string(text), "secret") {
+						t.Errorf("%s: %s holds what root alone can read", name, file)
+					}
+				}
+				return nil
+			})
+		}
+		over.Store(true)
+		receive(t, "the end of the exchanges", done)
+		if after := describe(t, elsewhere); after != before {
+			t.Errorf("%s: got %s; want %s", name, after, before)
+		}
+		total("changes while their directories were exchanged", 3*20)
+	}
+}
+
+// TestOwner: what root installs among another user's sensors is his, so that
+// his agent can change it, whatever he had planted there.
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can install for another user")
+	}
+	const uid = 1234
+	dir := t.TempDir()
+	chmodUp(t, dir)
+	u := testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1)})
+	writeTree(t, dir, map[string]string{"elsewhere/check": "secret"})
+	before := describe(t, filepath.Join(dir, "elsewhere"))
+	if err := os.Remove(u.backup); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{u.sensors.path, u.at("demo"), u.at("demo", "check")} {
+		if err := os.Chown(file, uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, to := range map[string]string{".picket-lock": "check", ".picket-staging": "", ".picket-new-x": "", "y": "new"} {
+		if err := os.Symlink(filepath.Join(dir, "elsewhere", to), u.at(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx := context.Background()
+	for _, name := range []string{"demo", "x", "y"} {
+		archive := packageOf(t, entry(name+"/check", printing(2)), entry(name+"/lib/data", ""))
+		if err := u.install(ctx, name, fromBytes(archive, "")); err != nil {
+			t.Error(err)
+		}
+	}
+	if after := describe(t, filepath.Join(dir, "elsewhere")); after != before {
+		t.Errorf("got %s; want %s", after, before)
+	}
+	if left := leftovers(t, filepath.Dir(u.backup), u.sensors.path, u.backup); len(left) > 0 {
+		t.Errorf("left %q", left)
+	}
+	his := describe(t, u.sensors.path) + describe(t, u.backup)
+	his = regexp.MustCompile(`.* L.*\n`).ReplaceAllString(his, "") // links are nobody's
+	if n := strings.Count(his, fmt.Sprintf(" %d ", uid)); n != strings.Count(his, "\n") {
+		t.Errorf("got %s; want all to be his", his)
+	}
+	receive(t, "his own changes", asUser(t, uid, func() {
+		if err := u.install(ctx, "demo", demo(t, 3)); err != nil {
+			t.Error(err)
+		}
+		if err := u.rollback(ctx, "demo"); err != nil {
+			t.Error(err)
+		}
+	}))
+	if got := u.ownerWarning(); got != "" {
+		t.Errorf("got %q; want no warning", got)
+	}
+
+	// As tar left it where a user had packed it, and the backups are root's.
+	if err := os.Chown(u.backup, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := u.ownerWarning(); !strings.Contains(got, "chown -R 0:0 "+u.sensors.path) {
+		t.Errorf("got %q; want the chown to type", got)
+	}
+	if err := u.install(ctx, "demo", demo(t, 4)); err != nil {
+		t.Error(err)
+	}
+	if err := u.rollback(ctx, "demo"); err != nil {
+		t.Error(err)
+	}
+}
+
+// chmodUp lets other users reach a temporary directory.
+func chmodUp(t *testing.T, dir string) {
+	t.Helper()
+	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// describe tells all that there is in a directory, with owners, modes and contents.
+func describe(t *testing.T, dir string) (text string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		content := ""
+		if info.Mode().IsRegular() {
+			content = string(readFile(t, file))
+		}
+		text += fmt.Sprintf("%s %v %d %d %q\n", file, info.Mode(), ownerOf(info).Uid, ownerOf(info).Nlink, content)
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	return text
+}
+
 func TestInstallNoSpace(t *testing.T) {
 	f, err := os.Open(t.TempDir())
 	if err != nil {
