@@ -4311,6 +4311,7 @@ func TestInstall(t *testing.T) {
 				"backup/demo_TIME/check": one, "backup/demo_TIME/version": "1.9\n"},
 			demo(t, 2, entry("demo/version", "1.10"))},
 		{"left by a power cut", tree{
+			"sensors/.picket-new-../x": "z", "sensors/.picket-old-./x": "z", "sensors/.picket-new-/x": "z", // no sensors
 			"sensors/.sensors.picket-staging-1/x/y": "z", ".sensors.picket-staging-2/x": "z",
 			".sensors2.picket-staging-3/x": "of sensors2", "sensors/.picket-gone-x/y": "z",
 			"backup/.x_2026-01-01T00:00:00/y": "z", "backup/.profile": "mine",

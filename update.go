@@ -184,10 +184,9 @@ func (u *updater) recover(ctx context.Context) error {
 	}
 	c := &change{updater: u, ctx: ctx}
 	defer c.close()
-	switch err := c.begin(0); {
-	case errors.Is(err, context.DeadlineExceeded):
+	if err := c.begin(0); errors.Is(err, context.DeadlineExceeded) {
 		return nil
-	case err != nil:
+	} else if err != nil {
 		return err
 	}
 	return errors.Join(c.settle(), c.prune())
@@ -266,7 +265,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 	}
 	c.beside = c.installed
 	if real, err := filepath.EvalSymlinks(c.sensors.path); err == nil {
-		if f, err := os.Open(filepath.Dir(real)); err == nil {
+		if f, err := os.OpenFile(filepath.Dir(real), syscall.O_DIRECTORY, 0); err == nil {
 			c.beside = dir{File: f, step: c.step}
 		}
 	}
@@ -363,7 +362,7 @@ func (c *change) stagingPrefix() string {
 // try runs the staged version once, for its help text.
 func (c *change) try() error {
 	c.progress("try")
-	s, dir := c.sensors, filepath.Join(c.staging.Name(), c.name)
+	s, dir := c.sensors, c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
 	case 0:
 		return nil
@@ -380,7 +379,7 @@ func (c *change) giveAway() error {
 	if os.Geteuid() != 0 || c.owner.Uid == 0 {
 		return nil
 	}
-	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), f.Sync()) })
+	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), syncFile(f)) })
 }
 
 // replace puts the staged version in the place of the sensor, and the installed one among the
@@ -515,7 +514,7 @@ func (c *change) settle() error {
 		}
 	}
 	for _, file := range files {
-		name, ok := strings.CutPrefix(file, newPrefix)
+		name, ok := versionOf(file, newPrefix)
 		switch {
 		case !ok:
 		case isOld && c.installed.has(name) && !c.installed.has(oldPrefix+name): // it had not begun to swap
@@ -525,7 +524,7 @@ func (c *change) settle() error {
 		}
 	}
 	for _, file := range files {
-		if name, ok := strings.CutPrefix(file, oldPrefix); ok && !c.installed.has(newPrefix+name) {
+		if name, ok := versionOf(file, oldPrefix); ok && !c.installed.has(newPrefix+name) {
 			errs = append(errs, c.settleOld(name))
 		}
 	}
@@ -565,20 +564,30 @@ func (c *change) discard(prefix, name string) error {
 	return c.installed.renameSynced(prefix+name, c.installed, gonePrefix+name)
 }
 
+// versionOf returns the sensor of which a hidden name with this prefix is a version.
+func versionOf(file, prefix string) (name string, ok bool) {
+	name, ok = strings.CutPrefix(file, prefix)
+	_, err := sensorName(name) // above all it is not ".."
+	return name, ok && err == nil
+}
+
 // removeRubbish removes staging directories and all hidden names among the sensors that stand for
 // no version, but not a directory that runs are still in.
 func (c *change) removeRubbish() error {
-	var errs []error
-	for _, d := range []dir{c.beside, c.installed} {
-		names, err := d.names()
-		errs = append(errs, err)
-		for _, name := range names {
-			isVersion := strings.HasPrefix(name, newPrefix) || strings.HasPrefix(name, oldPrefix)
-			isOurs := strings.HasPrefix(name, ".picket-") && d.File == c.installed.File && name != lockName && !isVersion
-			inUse := c.keepGone && name == gonePrefix+c.name
-			if (isOurs || strings.HasPrefix(name, c.stagingPrefix())) && !inUse {
-				errs = append(errs, d.remove(name))
-			}
+	beside, err := c.beside.names()
+	installed, err2 := c.installed.names()
+	errs := []error{err, err2}
+	for _, file := range beside {
+		if strings.HasPrefix(file, c.stagingPrefix()) {
+			errs = append(errs, c.beside.remove(file))
+		}
+	}
+	for _, file := range installed {
+		_, isNew := versionOf(file, newPrefix)
+		_, isOld := versionOf(file, oldPrefix)
+		keep := isNew || isOld || file == lockName || c.keepGone && file == gonePrefix+c.name
+		if !keep && (strings.HasPrefix(file, ".picket-") || strings.HasPrefix(file, c.stagingPrefix())) {
+			errs = append(errs, c.installed.remove(file))
 		}
 	}
 	return errors.Join(errs...)
@@ -686,7 +695,7 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 		}
 		return to.do("link", as, func(path string) error { return os.Symlink(target, path) })
 	case !kind.IsRegular():
-		return fmt.Errorf("copy %s: neither a file nor a directory", filepath.Join(from.Name(), name))
+		return fmt.Errorf("copy %s: neither a file nor a directory", from.path(name))
 	case to.do("link", as, link) == nil:
 		return nil
 	}
@@ -701,6 +710,7 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	if err := to.enoughSpace(info.Size()); err != nil {
 		return err
 	}
+	// Where a pipe has been put in its place, the size is 0 and nothing is read.
 	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 }
 
@@ -749,7 +759,7 @@ func (d dir) at(name string) string {
 	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
 		return filepath.Join(open, name)
 	}
-	return filepath.Join(d.Name(), name)
+	return d.path(name)
 }
 
 // has reports whether there is anything with this name.
@@ -770,6 +780,9 @@ func (d dir) names() ([]string, error) {
 	return names, err
 }
 
+// path returns the usual path of a name.
+func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
+
 // open opens a file or directory for reading, without waiting for a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if d.depth == maxNesting {
@@ -778,19 +791,18 @@ func (d dir) open(name string, flags int) (dir, error) {
 	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
 	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
 	if err != nil {
-		return dir{}, &os.PathError{Op: "open", Path: filepath.Join(d.Name(), name), Err: err}
+		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
 	}
-	return dir{os.NewFile(uintptr(fd), filepath.Join(d.Name(), name)), d.depth + 1, d.step}, nil
+	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
 }
 
 // do makes a change after it was asked for. An error has the usual path.
 func (d dir) do(what, name string, change func(path string) error) error {
-	shown := filepath.Join(d.Name(), name)
-	if err := d.step(what + " " + shown); err != nil {
+	if err := d.step(what + " " + d.path(name)); err != nil {
 		return err
 	}
 	if err := change(d.at(name)); err != nil {
-		return &os.PathError{Op: what, Path: shown, Err: errors.Unwrap(err)}
+		return &os.PathError{Op: what, Path: d.path(name), Err: errors.Unwrap(err)}
 	}
 	return nil
 }
@@ -808,8 +820,11 @@ func (d dir) renameSynced(name string, to dir, newName string) error {
 }
 
 // sync writes the names in the directory to the disk.
-func (d dir) sync() error {
-	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // a file system that cannot
+func (d dir) sync() error { return syncFile(d.File) }
+
+// syncFile writes an open file or directory to the disk, on a file system that can.
+func syncFile(f *os.File) error {
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
 		return err
 	}
 	return nil
@@ -843,7 +858,7 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 
 // create makes a file that is not there yet, to write and read it.
 func (d dir) create(name string) (dir, error) {
-	if err := d.step("create " + filepath.Join(d.Name(), name)); err != nil {
+	if err := d.step("create " + d.path(name)); err != nil {
 		return dir{}, err
 	}
 	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
@@ -887,40 +902,46 @@ func (d dir) each(name string, visit func(*os.File) error) error {
 
 // remove removes a name, with all that is in it.
 func (d dir) remove(name string) error {
-	if err := d.step("remove " + filepath.Join(d.Name(), name)); err != nil {
+	if err := d.step("remove " + d.path(name)); err != nil {
 		return err
 	}
 	return d.removeAll(name)
 }
 
 func (d dir) removeAll(name string) error {
-	first := os.Remove(d.at(name))
-	if first == nil || errors.Is(first, fs.ErrNotExist) {
+	err := os.Remove(d.at(name))
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if os.Geteuid() != 0 { // a trial may have left a directory that its owner cannot enter; root can
 		os.Chmod(d.at(name), 0o700)
 	}
-	inner, err := d.open(name, syscall.O_DIRECTORY)
-	if err != nil {
-		return first
+	if inner, err := d.open(name, syscall.O_DIRECTORY); err == nil {
+		defer inner.Close()
+		if err := inner.empty(); err != nil {
+			return err
+		}
+		if os.Remove(d.at(name)) == nil {
+			return nil
+		}
 	}
-	defer inner.Close()
-	for removed := 0; removed < maxRemoved; { // somebody may add to it as fast as it is emptied
-		inner.Seek(0, io.SeekStart)
-		names, _ := inner.Readdirnames(256)
+	return &os.PathError{Op: "remove", Path: d.path(name), Err: errors.Unwrap(err)}
+}
+
+// empty removes what is in a directory. Somebody may add to it as fast, so there is a limit.
+func (d dir) empty() error {
+	for removed := 0; removed < maxRemoved; {
+		d.Seek(0, io.SeekStart)
+		names, _ := d.Readdirnames(256)
 		if len(names) == 0 {
 			break
 		}
 		for _, name := range names {
-			if err := inner.removeAll(name); err != nil {
+			if err := d.removeAll(name); err != nil {
 				return err
 			}
 		}
 		removed += len(names)
-	}
-	if err := os.Remove(d.at(name)); err != nil {
-		return &os.PathError{Op: "remove", Path: filepath.Join(d.Name(), name), Err: errors.Unwrap(err)}
 	}
 	return nil
 }
@@ -1104,7 +1125,7 @@ func (c *change) unpack() error {
 	if _, err := io.Copy(io.Discard, limited); err != nil { // at the very end checksums are compared
 		return fmt.Errorf("unpack: %w", err)
 	}
-	err = c.staging.each(c.name, (*os.File).Sync)
+	err = c.staging.each(c.name, syncFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
@@ -1148,9 +1169,8 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 // An unpacking is the state of one unpack.
 type unpacking struct {
 	*change
-	entries int
-	left    int64           // bytes that may still come
-	seen    map[string]bool // the entries so far; false: a directory that was made for one in it
+	left int64           // bytes that may still come
+	seen map[string]bool // the entries so far; false: a directory that was made for one in it
 }
 
 // entry unpacks one entry of the package, if it is one that belongs there.
@@ -1313,6 +1333,13 @@ func (d dir) version(name string) (version []uint64, err error) {
 		return nil, err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() { // reading a pipe could take for ever
+		err = fmt.Errorf("%s: not a regular file", f.Name())
+	}
+	if err != nil {
+		return nil, err
+	}
 	text, err := io.ReadAll(io.LimitReader(f, maxVersion+1))
 	if err != nil {
 		return nil, err
