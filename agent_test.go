@@ -4711,105 +4711,86 @@ func signify(t testing.TB, number string) (public string, sign func([]byte) stri
 
 func TestVerify(t *testing.T) {
 	dir := t.TempDir()
-	u := testUpdater(t, dir, nil)
 	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)))
 	public, sign := signify(t, "keynum_1")
 	public2, sign2 := signify(t, "keynum_2")
 	_, impostor := signify(t, "keynum_1")
-	u.keys = filepath.Join(dir, "keys")
-	writeTree(t, u.keys, map[string]string{"a.pub": public, "b.pub": public2, "README": "no key"})
-	install := func(name string, archive []byte, signature string) string {
-		return fmt.Sprint(u.install(context.Background(), name, fromBytes(archive, signature)))
-	}
-	for i, signature := range []string{sign(archive), sign2(archive), strings.TrimSuffix(sign(archive), "\n")} {
-		if got := install("demo", archive, signature); got != "<nil>" {
-			t.Errorf("%d: %s", i, got)
-		}
-	}
 	_, stranger := signify(t, "keynum_3")
-	line := strings.Split(sign(archive), "\n")[1]
-	tests := []struct{ name, signature, want string }{
-		{"demo", stranger(archive), "verify: signed with key 6b65796e756d5f33, which is not known"},
-		{"demo", impostor(archive), "verify: the signature does not fit the package"},
-		{"demo", sign(archive[1:]), "verify: the signature does not fit the package"},
-		{"other", sign(archive), `unpack "demo/": not in the directory "other", the sensor that the package is for`},
-		{"demo", "", "verify: signature: its first line is no untrusted comment"},
-		{"demo", "untrusted comment: x", "verify: signature: it has one line only"},
-		{"demo", "trusted comment: x\n" + line + "\n", "verify: signature: its first line is no untrusted comment"},
-		{"demo", sign(archive) + "\n", "verify: signature: it has more than two lines"},
-		{"demo", sign(archive) + line, "verify: signature: it has more than two lines"},
-		{"demo", "untrusted comment: x\r\n" + line + "\r\n", "verify: signature: it has more than two lines"},
-		{"demo", "untrusted comment: x\n" + line[4:] + "\n", "verify: signature: .*"},
-		{"demo", "untrusted comment: x\n!" + line[1:] + "\n", "verify: signature: its second line is not base64: .*"},
-		{"demo", "untrusted comment: x\n" + base64.StdEncoding.EncodeToString([]byte("RS"+strings.Repeat("x", 72))) + "\n", `verify: signature: its algorithm is "RS"; want "Ed"`},
-		{"demo", public, "verify: signature: its second line holds 42 bytes; want 74"},
+	writeTree(t, dir, map[string]string{
+		"keys/a.pub": public, "keys/b.pub": public2, "keys/README": "no key", "bad/a.pub": "rubbish", "none/": "",
+	})
+	signature := sign(archive)
+	line := strings.Split(signature, "\n")[1]
+	other := base64.StdEncoding.EncodeToString([]byte("RS" + strings.Repeat("x", 72)))
+	tests := []struct{ keys, name, signature, want string }{
+		{"keys", "demo", signature, "<nil>"},
+		{"keys", "demo", strings.TrimSuffix(signature, "\n"), "<nil>"},
+		{"keys", "demo", sign2(archive), "<nil>"},
+		{"keys/b.pub", "demo", sign2(archive), "<nil>"},
+		{"keys", "demo", stranger(archive), "signed with key 6b65796e756d5f33, which is not known"},
+		{"keys", "demo", impostor(archive), "the signature does not fit the package"},
+		{"keys", "demo", sign(archive[1:]), "the signature does not fit the package"},
+		{"keys", "other", signature, `unpack "demo/": not in the directory "other", .*`},
+		{"keys", "demo", "", "signature: its first line is no untrusted comment"},
+		{"keys", "demo", "untrusted comment: x", "signature: it has one line only"},
+		{"keys", "demo", "trusted comment: x\n" + line + "\n", "signature: its first line is no untrusted comment"},
+		{"keys", "demo", signature + "\n", "signature: it has more than two lines"},
+		{"keys", "demo", signature + line, "signature: it has more than two lines"},
+		{"keys", "demo", "untrusted comment: x\r\n" + line + "\r\n", "signature: it has more than two lines"},
+		{"keys", "demo", "untrusted comment: x\n" + line[4:] + "\n", "signature: .*"},
+		{"keys", "demo", "untrusted comment: x\n!" + line[1:] + "\n", "signature: its second line is not base64: .*"},
+		{"keys", "demo", "untrusted comment: x\n" + other + "\n", `signature: its algorithm is "RS"; want "Ed"`},
+		{"keys", "demo", public, "signature: its second line holds 42 bytes; want 74"},
+		{"bad", "demo", signature, "public key: .*a.pub: its first line is no untrusted comment"},
+		{"none", "demo", signature, `public key: no \*.pub in .*`},
+		{"nowhere", "demo", signature, "public key: .*no such file or directory"},
 	}
 	for _, test := range tests {
-		if got := install(test.name, archive, test.signature); !regexp.MustCompile("^" + test.want + "$").MatchString(got) {
+		u := testUpdater(t, dir, nil)
+		u.keys = filepath.Join(dir, test.keys)
+		got := fmt.Sprint(u.install(context.Background(), test.name, fromBytes(archive, test.signature)))
+		if !regexp.MustCompile("^(verify: )?" + test.want + "$").MatchString(got) {
 			t.Errorf("got %s; want %s", got, test.want)
 		}
 	}
+}
 
-	// One flipped bit anywhere.
+// TestVerifyFlipped flips each bit of a signature and of a key behind the
+// comment, which is not trusted, and one in each byte of a package.
+func TestVerifyFlipped(t *testing.T) {
+	dir := t.TempDir()
+	archive := packageOf(t, entry("demo/check", printing(1)))
+	public, sign := signify(t, "keynum_1")
+	good := map[string]string{"package": string(archive), "signature": sign(archive), "key": public}
 	file, err := os.Create(filepath.Join(dir, "package"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	flipped := 0
-	verify := func(archive []byte, signature string) error {
-		if _, err := file.WriteAt(archive, 0); err != nil {
-			t.Fatal(err)
-		}
-		flipped++
-		c := &change{updater: u, ctx: context.Background(), from: fromBytes(nil, signature), archive: file}
+	verify := func(texts map[string]string) error {
+		writeTree(t, dir, texts)
+		c := &change{updater: testUpdater(t, dir, nil), ctx: context.Background(), archive: file}
+		c.from = fromBytes(nil, texts["signature"])
+		c.keys = filepath.Join(dir, "key")
 		return c.verify()
 	}
-	signature := sign(archive)
-	if err := verify(archive, signature); err != nil {
+	if err := verify(good); err != nil {
 		t.Fatal(err)
 	}
-	start := strings.Index(signature, "\n") + 1 // the comment is not trusted, nor is it used
-	for i := 8 * start; i < 8*(len(signature)-1); i++ {
-		bad := []byte(signature)
-		bad[i/8] ^= 1 << (i % 8)
-		if err := verify(archive, string(bad)); err == nil {
-			t.Errorf("bit %d of the signature flipped: taken", i)
+	for what, text := range good {
+		first, step := 8*(strings.Index(text, "\n")+1), 1
+		if what == "package" {
+			first, step = 0, 9
 		}
-	}
-	for i := range archive {
-		bad := slices.Clone(archive)
-		bad[i] ^= 1 << (i % 8)
-		if err := verify(bad, signature); err == nil {
-			t.Errorf("bit flipped in byte %d of the package: taken", i)
+		for i := first; i < 8*(len(text)-1); i += step {
+			bad := []byte(text)
+			bad[i/8] ^= 1 << (i % 8)
+			texts := maps.Clone(good)
+			if texts[what] = string(bad); verify(texts) == nil {
+				t.Errorf("bit %d of the %s flipped: taken", i, what)
+			}
+			total("flipped bits refused by verification", 1)
 		}
-	}
-	for i := 8 * (strings.Index(public, "\n") + 1); i < 8*(len(public)-1); i++ {
-		bad := []byte(public)
-		bad[i/8] ^= 1 << (i % 8)
-		writeTree(t, u.keys, map[string]string{"a.pub": string(bad)})
-		if err := verify(archive, signature); err == nil {
-			t.Errorf("bit %d of the key flipped: taken", i)
-		}
-	}
-	total("flipped bits refused by verification", flipped-1)
-
-	writeTree(t, u.keys, map[string]string{"a.pub": "rubbish"})
-	if got := install("demo", archive, sign(archive)); !regexp.MustCompile("^verify: public key: .*a.pub: its first line is no untrusted comment$").MatchString(got) {
-		t.Errorf("got %s", got)
-	}
-	u.keys = filepath.Join(dir, "keys", "b.pub")
-	if got := install("demo", archive, sign2(archive)); got != "<nil>" {
-		t.Errorf("a key that is a file: %s", got)
-	}
-	for keys, want := range map[string]string{dir: "verify: public key: no \\*.pub in .*", dir + "/none": "verify: public key: .*no such file or directory"} {
-		u.keys = keys
-		if got := install("demo", archive, sign2(archive)); !regexp.MustCompile("^" + want + "$").MatchString(got) {
-			t.Errorf("%s: got %s; want %s", keys, got, want)
-		}
-	}
-	if left := leftovers(t, u.sensors.path, u.backup); len(left) > 0 {
-		t.Errorf("left %q", left)
 	}
 }
 
@@ -5386,7 +5367,7 @@ func TestUpdateUnderLoad(t *testing.T) {
 			t.Errorf("got %+v", got)
 		}
 	}
-	t.Logf("%d readings during 100 updates", n)
+	total("readings during 100 updates", n)
 }
 
 // raceDetector reports whether it is built into this binary.
@@ -5441,7 +5422,7 @@ func TestUpdateBesideAgent(t *testing.T) {
 			t.Errorf("got %+v", got)
 		}
 	}
-	t.Logf("%d readings during 10 updates by another process", n)
+	total("readings during 10 updates by another process", n)
 }
 
 // largePackage makes demo.tar.bz2, of nearly 4 MiB.
