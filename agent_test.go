@@ -824,15 +824,19 @@ func FuzzINI(f *testing.F) {
 }
 
 func TestSensorName(t *testing.T) {
-	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", strings.Repeat("x", 234)} {
+	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", strings.Repeat("x", maxName)} {
 		if got, err := sensorName(good); got != good || err != nil {
 			t.Errorf("%q: got %q, %v", good, got, err)
 		}
 	}
-	for _, bad := range []any{"", ".", "..", "a/b", "/", "../x", ".hidden", "a\x00", "a\nb", "\xff", strings.Repeat("x", 235), 7, nil, []any{"disk"}} {
+	bad := []any{"", ".", "..", "a/b", "/", "../x", ".hidden", "a\x00", "a\nb", "\xff", strings.Repeat("x", maxName+1), 7, nil, []any{"disk"}}
+	for _, bad := range bad {
 		if got, err := sensorName(bad); err == nil {
 			t.Errorf("%q: got %q; want an error", bad, got)
 		}
+	}
+	if backup := "." + strings.Repeat("x", maxName) + "_2010-03-07T21:24:33"; len(backup) != 255 {
+		t.Errorf("a backup's name has %d bytes; want the 255 that fit", len(backup))
 	}
 }
 
@@ -841,19 +845,33 @@ func TestArguments(t *testing.T) {
 		v    any
 		want []string
 	}{
-		{nil, []string{}},
-		{"", []string{}},
+		{nil, nil},
+		{"", nil},
 		{"percent /", []string{"percent", "/"}},
-		{[]any{}, []string{}},
+		{[]any{}, nil},
 		{[]any{"used /", "", " x "}, []string{"used /", "", " x "}},
-		{[]any{7, int64(-5e9), 2.5, true, false, dateTime("20261122T20:43:21"), []byte("abc")}, []string{"7", "-5000000000", "2.5", "1", "0", "20261122T20:43:21", "abc"}},
+		{
+			[]any{7, int64(-5e9), 2.5, true, false, dateTime("20261122T20:43:21"), []byte("abc")},
+			[]string{"7", "-5000000000", "2.5", "1", "0", "20261122T20:43:21", "abc"},
+		},
+		{strings.Repeat("'' ", 512), make([]string, 512)},
+		{[]any{strings.Repeat("x", maxArguments-16)}, []string{strings.Repeat("x", maxArguments-16)}},
 	}
 	for _, test := range good {
 		if got, err := arguments(test.v); err != nil || !slices.Equal(got, test.want) {
 			t.Errorf("%v: got %q, %v; want %q", test.v, got, err, test.want)
 		}
 	}
-	for _, bad := range []any{7, true, map[string]any{}, []any{nil}, []any{[]any{}}, []any{[]byte{0}}, "'", strings.Repeat("x", maxArguments), []any{strings.Repeat("x", maxArguments)}} {
+	var tooMany []any
+	for i := 0; i < 513; i++ {
+		tooMany = append(tooMany, "")
+	}
+	bad := []any{
+		7, true, map[string]any{}, []any{nil}, []any{[]any{}}, []any{[]byte{0}}, "'",
+		strings.Repeat("x", maxArguments-15), strings.Repeat(" ", maxArguments+1), strings.Repeat("'' ", 513),
+		[]any{strings.Repeat("x", maxArguments-15)}, tooMany,
+	}
+	for _, bad := range bad {
 		if got, err := arguments(bad); err == nil {
 			t.Errorf("%v: got %q; want an error", bad, got)
 		}
@@ -861,28 +879,14 @@ func TestArguments(t *testing.T) {
 }
 
 func TestSplitWords(t *testing.T) {
-	tests := []struct {
-		in   string
-		want []string
-	}{
-		{" a  b\tc\nd ", []string{"a", "b", "c", "d"}},
-		{`'a b' "c d" e\ f`, []string{"a b", "c d", "e f"}},
-		{`a'b'"c"\d`, []string{"abcd"}},
-		{`'' ""`, []string{"", ""}},
-		{`'a\b"' "a\b\"'\$"`, []string{`a\b"`, `a\b"'$`}},
-		{"a\\\nb \"c\\\nd\"", []string{"ab", "cd"}},
-		{"\\\n", []string{}},
-		{`$(reboot) *.x ~ ${x} ;|&<>` + "`x`", []string{"$(reboot)", "*.x", "~", "${x}", ";|&<>`x`"}},
-		{"ü 'ß'", []string{"ü", "ß"}},
-	}
-	for _, test := range tests {
-		if got, err := splitWords(test.in); err != nil || !slices.Equal(got, test.want) {
-			t.Errorf("%q: got %q, %v; want %q", test.in, got, err, test.want)
+	for _, c := range cases(t, "testdata/sensors/words.txt") {
+		words, err := splitWords(strings.TrimSuffix(c.text, "\n"))
+		got := fmt.Sprintf("%q", words)
+		if err != nil {
+			got = "error"
 		}
-	}
-	for _, bad := range []string{`'`, `"`, `a\`, `'\'`[:2], `"\"`} {
-		if got, err := splitWords(bad); err == nil {
-			t.Errorf("%q: got %q; want an error", bad, got)
+		if got != c.name {
+			t.Errorf("%q: got %s; want %s", c.text, got, c.name)
 		}
 	}
 }
@@ -890,24 +894,20 @@ func TestSplitWords(t *testing.T) {
 // TestSplitWordsShell compares with the shell itself, where it expands nothing.
 func TestSplitWordsShell(t *testing.T) {
 	const letters = "ab '\"\\ \t"
-	var inputs []string
+	compared := 0
 	for n := 0; n < 500; n++ { // every length up to 7, the same each time
 		var b strings.Builder
 		for i, x := 0, uint32(n)*2654435761; i < n%8; i++ {
 			b.WriteByte(letters[x%uint32(len(letters))])
 			x /= uint32(len(letters))
 		}
-		inputs = append(inputs, b.String())
-	}
-	compared := 0
-	for _, in := range inputs {
-		got, err := splitWords(in)
+		got, err := splitWords(b.String())
 		if err != nil || len(got) == 0 {
 			continue // the shell waits for more, or takes set -- without words
 		}
-		out, err := exec.Command("/bin/sh", "-c", "set -- "+in+"\nprintf '<%s>' \"$@\"").Output()
+		out, err := exec.Command("/bin/sh", "-c", "set -- "+b.String()+"\nprintf '<%s>' \"$@\"").Output()
 		if want := "<" + strings.Join(got, "><") + ">"; err != nil || string(out) != want {
-			t.Errorf("%q: got %q; the shell has %q, %v", in, want, out, err)
+			t.Errorf("%q: got %q; the shell has %q, %v", b.String(), want, out, err)
 		}
 		compared++
 	}
@@ -917,54 +917,13 @@ func TestSplitWordsShell(t *testing.T) {
 }
 
 func TestReading(t *testing.T) {
-	tests := []struct {
-		script string
-		code   int
-		value  string
-		reason string
-	}{
-		{"echo 42", 0, "42", ""},
-		{"echo; echo ' -0.50 '; echo", 0, "-0.50", ""},
-		{"printf 1e6", 0, "1e6", ""},
-		{"echo +.5", 0, "+.5", ""},
-		{"echo 00012345678901234567890", 0, "00012345678901234567890", ""},
-		{"echo 7; echo oops >&2", 0, "7", ""},
-		{"echo 7; exit 2", 2, "7", ""},
-		{"echo 7 x; exit 2", 2, "", ""},
-		{"echo no such thing >&2; exit 3", 3, "", `"no such thing"`},
-		{"echo 'a\tb\"' >&2; echo c >&2; exit 255", 255, "", `"a b\" c"`},
-		{"exit 65", 65, "", ""},
-		{"kill -TERM $$", -15, "", "ended by terminated"},
-		{"echo 7; kill -KILL $$", -9, "", "ended by killed"},
-		{"echo hello", 65, "", `not a number: "hello"`},
-		{"echo 12 KB", 65, "", `not a number: "12 KB"`},
-		{"echo 0x1A", 65, "", `not a number: "0x1A"`},
-		{"echo nan", 65, "", `not a number: "nan"`},
-		{"echo inf", 65, "", `not a number: "inf"`},
-		{"echo 1_000", 65, "", `not a number: "1_000"`},
-		{"echo 1,5", 65, "", `not a number: "1,5"`},
-		{"echo 1e999", 65, "", `not a number: "1e999"`},
-		{"echo 1; echo 2", 65, "", `not a number: "1\n2"`},
-		{"echo -", 65, "", `not a number: "-"`},
-		{"echo e5", 65, "", `not a number: "e5"`},
-		{"true", 65, "", `not a number: ""`},
-		{"echo 7; head -c 4095 /dev/zero | tr '\\0' ' '", 65, "", "more than 4096 bytes of output"},
-		{"echo 7; head -c 4094 /dev/zero | tr '\\0' ' '", 0, "7", ""},
-		{"head -c 300000 /dev/zero; exit 4", 4, "", ""},
-		{"{ head -c 70000 /dev/zero | tr '\\0' ' '; echo end; } >&2; exit 5", 5, "", `"end"`},
-		{"head -c 300000 /dev/zero >&2; exit 5", 5, "", strconv.Quote(strings.Repeat("\x00", 1024))},
-		{"printf 4; echo a >&2; sleep 0.05; printf 2; echo b >&2; exit 6", 6, "42", `"a b"`}, // slow enough to be read while it runs
-		{"(sleep 60; printf 42) & exit 0", 65, "", `not a number: ""`},                       // nobody waits for who is left
-		{"pwd | grep -c \"/s$\"", 0, "1", ""},
-		{"echo $#", 0, "2", ""},
-		{"echo $1 | tr -d ' '", 0, "12", ""},
-		{"[ \"$LC_NUMERIC\" = C ] && cat && echo 5", 0, "5", ""},
-	}
-	for _, test := range tests {
-		s := testSensors(t, test.script)
-		r := s.read(context.Background(), "s", []string{"1 2", "*"}, nil)
-		if r.code != test.code || r.value != test.value || r.reason != test.reason {
-			t.Errorf("%q: got %d %q %q; want %d %q %q", test.script, r.code, r.value, r.reason, test.code, test.value, test.reason)
+	for _, c := range cases(t, "testdata/sensors/readings.txt") {
+		r := testSensors(t, c.text).read(context.Background(), "s", []string{"1 2", "*"}, nil)
+		if r.value == "" {
+			r.value = "nan"
+		}
+		if got := strings.TrimSpace(fmt.Sprint(r.code, " ", r.value, " ", r.reason)); got != c.name {
+			t.Errorf("%s: got %s; want %s", c.text, got, c.name)
 		}
 	}
 }
@@ -985,61 +944,99 @@ func TestReadingNotStarted(t *testing.T) {
 	}
 	for _, test := range []struct{ got, want string }{
 		{read("none"), "127 no such sensor"},
-		{put("#!/bin/sh\necho 1\n", 0o644), "126 .*permission denied"},
-		{put("#!/no/such/interpreter\n", 0o755), "126 .*interpreter not found"},
-		{put("echo 1\n", 0o755), "126 .*exec format error"},
-		{put("\x7fELF\x02\x01\x01", 0o755), "126 .*exec format error"},
-		{put("", 0o755), "126 .*exec format error"},
+		{put("#!/bin/sh\necho 1\n", 0o644), "126 start " + file + ": permission denied"},
+		{put("#!/bin/sh\r\necho 1\r\n", 0o755), "126 start " + file + ": interpreter not found: does the file have Windows line ends?"},
+		{put("echo 1\n", 0o755), "126 start " + file + ": exec format error"},
+		{put("\x7fELF\x02\x01\x01", 0o755), "126 start " + file + ": exec format error"},
+		{put("", 0o755), "126 start " + file + ": exec format error"},
 	} {
-		if !regexp.MustCompile("^" + test.want).MatchString(test.got) {
+		if test.got != test.want {
 			t.Errorf("got %q; want %q", test.got, test.want)
 		}
 	}
 	os.Remove(file)
-	if err := os.Mkdir(file, 0o755); err != nil {
-		t.Fatal(err)
+	writeTree(t, s.path, map[string]string{"s/check/": "", "empty/": "", "file": ""})
+	for name, want := range map[string]string{"s": "126 ", "empty": "127 no such sensor", "file": "127 no such sensor"} {
+		if got := read(name); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: got %q; want %q", name, got, want)
+		}
 	}
-	if got := read("s"); !strings.HasPrefix(got, "126 ") {
-		t.Errorf("a directory: got %q", got)
-	}
-	os.Remove(file)
-	if got := read("s"); got != "127 no such sensor" {
-		t.Errorf("no executable: got %q", got)
-	}
-	if err := os.WriteFile(filepath.Join(s.path, "file"), nil, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if got := read("file"); got != "127 no such sensor" {
-		t.Errorf("a file: got %q", got)
+	if s.running() != 0 {
+		t.Errorf("%d run; want none", s.running())
 	}
 }
 
-// TestReadingQuick: whether a sensor's output is read while it runs or afterwards
-// is decided after 10 ms; nothing is lost, and no file left open, wherever it ends.
+// TestReadingQuick: nothing that a sensor writes is lost, whenever it ends, and
+// no file is left open.
 func TestReadingQuick(t *testing.T) {
 	s := testSensors(t, "printf 1; sleep $1; printf 2; echo x >&2; exit 3")
 	files := openFiles(t)
-	for i := 0; i < 60; i++ {
-		r := s.read(context.Background(), "s", []string{fmt.Sprintf("0.%03d", i/3)}, nil)
+	for i := 0; i < 40; i++ {
+		r := s.read(context.Background(), "s", []string{fmt.Sprintf("0.%03d", i/2)}, nil)
 		if r.code != 3 || r.value != "12" || r.reason != `"x"` {
-			t.Errorf("%d ms: got %+v", i/3, r)
+			t.Errorf("%d ms: got %+v", i/2, r)
 		}
 	}
 	await(t, "all files are closed", func() bool { return openFiles(t) <= files })
 }
 
-// TestReadingTextFileBusy: a sensor that is still open for writing is tried
-// again until it is closed.
-func TestReadingTextFileBusy(t *testing.T) {
+// TestReadingMeanwhile: a sensor that is still open for writing is tried again
+// until it is closed, and one that is away while a new version is there until
+// that is in its place.
+func TestReadingMeanwhile(t *testing.T) {
 	s := testSensors(t, "echo 1")
 	f, err := os.OpenFile(filepath.Join(s.path, "s", "check"), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	time.AfterFunc(50*time.Millisecond, func() { f.Close() })
-	if r := s.read(context.Background(), "s", nil, nil); r.code != 0 || r.value != "1" {
+	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
 		t.Errorf("got %+v", r)
 	}
+	next := filepath.Join(s.path, newPrefix+"s")
+	if err := os.Rename(filepath.Join(s.path, "s"), next); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(50*time.Millisecond, func() { os.Rename(next, filepath.Join(s.path, "s")) })
+	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
+		t.Errorf("got %+v", r)
+	}
+}
+
+// TestReadingOneVersion: a script is read from the directory that it was started
+// in, although another has its name by then.
+func TestReadingOneVersion(t *testing.T) {
+	s := testSensors(t, ". ./lib; echo $n; exit 1\n"+strings.Repeat("#\n", 8<<10)) // of more than one page
+	writeTree(t, s.path, map[string]string{"s/lib": "mv ../s ../moved; mkdir ../s; echo n=2 >../s/lib; . ./number", "s/number": "n=1"})
+	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
+		t.Errorf("got %+v", r)
+	}
+}
+
+// TestRetire: who replaces a sensor waits for the runs of the version before,
+// and for no others.
+func TestRetire(t *testing.T) {
+	s := testSensors(t, "until [ -e $1 ]; do sleep 0.01; done; echo 1")
+	receive(t, "nothing runs", s.retire("s"))
+	read := func(gate string) <-chan reading {
+		before, done := s.running(), make(chan reading, 1)
+		go func() { done <- s.read(context.Background(), "s", []string{gate}, nil) }()
+		await(t, "it runs", func() bool { return s.running() > before })
+		return done
+	}
+	first := read("1")
+	over := s.retire("s")
+	second := read("2")
+	writeTree(t, s.path, map[string]string{"s/2": ""})
+	receive(t, "the second", second)
+	select {
+	case <-over:
+		t.Error("the first run is not over")
+	default:
+	}
+	writeTree(t, s.path, map[string]string{"s/1": ""})
+	receive(t, "the first", first)
+	receive(t, "the end of the version", over)
 }
 
 // TestReadingLeavesNothing: whatever a sensor starts, its reading does not
@@ -1049,20 +1046,20 @@ func TestReadingLeavesNothing(t *testing.T) {
 	tests := []struct {
 		script  string
 		timeout time.Duration
-		code    int
-		value   string
+		want    string
 	}{
-		{"sleep 300 & echo 1", patience, 0, "1"},
-		{"setsid sleep 300 & echo 1", patience, 0, "1"},
-		{"(sleep 300 &) ; echo 1; exit 3", patience, 3, "1"},
-		{"trap '' HUP TERM; sleep 300 & sleep 300 & echo 1", patience, 0, "1"},
-		{"sleep 300; true", 100 * time.Millisecond, -15, ""},
-		{"(sleep 300)", 100 * time.Millisecond, -15, ""},
-		{"sleep 300 | cat", 100 * time.Millisecond, -15, ""},
-		{"echo 1; exec >&- 2>&-; sleep 300", 100 * time.Millisecond, -15, ""},
-		{"trap 'echo 1; exit 0' TERM; sleep 300 & wait", 500 * time.Millisecond, -15, ""},
-		{"exec yes", 100 * time.Millisecond, -15, ""},
-		{"trap '' TERM; while :; do sleep 300; done", 500 * time.Millisecond, -9, ""},
+		{"sleep 300 & echo 1", patience, "0 1"},
+		{"setsid sleep 300 & echo 1", patience, "0 1"},
+		{"(sleep 300 &) ; echo 1; exit 3", patience, "3 1"},
+		{"trap '' HUP TERM; sleep 300 & sleep 300 & echo 1", patience, "0 1"},
+		{"sleep 300; true", 100 * time.Millisecond, "-15 "},
+		{"(sleep 300)", 100 * time.Millisecond, "-15 "},
+		{"sleep 300 | cat", 100 * time.Millisecond, "-15 "},
+		{"echo 1; exec >&- 2>&-; sleep 300", 100 * time.Millisecond, "-15 "},
+		{"trap 'echo 1; exit 0' TERM; sleep 300 & wait", 500 * time.Millisecond, "-15 "},
+		{"exec yes", 100 * time.Millisecond, "-15 "},
+		{"trap '' TERM; while :; do sleep 300; done", 500 * time.Millisecond, "-9 "},
+		{"exec " + program(t, "perl") + " -e 'setpgrp(0, getpgrp(getppid())); sleep 300'", 500 * time.Millisecond, "-15 "},
 	}
 	var done sync.WaitGroup
 	for _, test := range tests {
@@ -1074,8 +1071,8 @@ func TestReadingLeavesNothing(t *testing.T) {
 			defer done.Done()
 			begun := time.Now()
 			r := s.read(context.Background(), "s", nil, nil)
-			if r.code != test.code || r.value != test.value {
-				t.Errorf("%q: got %+v; want %d %q", test.script, r, test.code, test.value)
+			if got := fmt.Sprint(r.code, " ", r.value); got != test.want {
+				t.Errorf("%q: got %s, %s; want %s", test.script, got, r.reason, test.want)
 			}
 			if took := time.Since(begun); took > patience {
 				t.Errorf("%q: took %v", test.script, took)
@@ -1091,25 +1088,27 @@ func TestReadingLeavesNothing(t *testing.T) {
 	await(t, "all processes have ended", func() bool { return len(marked(t, word)) == 0 })
 }
 
-// TestReadingCancelled: what ends the agent ends a sensor.
-func TestReadingCancelled(t *testing.T) {
-	s := testSensors(t, "echo started >&2; sleep 300")
-	ctx, cancel := context.WithCancel(context.Background())
-	r, w, err := os.Pipe()
+// TestReadingInterrupted: what ends the agent ends a sensor. What it says goes
+// through a pipe, although a file would do.
+func TestReadingInterrupted(t *testing.T) {
+	s := testSensors(t, "[ -p /proc/self/fd/2 ] && echo started >&2; sleep 300")
+	said, err := os.Create(filepath.Join(t.TempDir(), "said"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
-	defer w.Close()
+	defer said.Close()
+	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
-		bufio.NewReader(r).ReadString('\n')
+		await(t, "the sensor says it", func() bool {
+			text, err := os.ReadFile(said.Name())
+			return err != nil || string(text) == "started\n"
+		})
 		cancel()
 	}()
-	if r := s.read(ctx, "s", nil, w); r.code != -15 {
-		t.Errorf("got %+v", r)
-	}
-	if r := s.read(ctx, "s", nil, nil); r.code != -15 {
-		t.Errorf("got %+v", r)
+	for _, stderr := range []io.Writer{said, nil} {
+		if r := s.read(ctx, "s", nil, stderr); r.code != -15 || r.reason != "interrupted" {
+			t.Errorf("got %+v", r)
+		}
 	}
 }
 
@@ -1117,50 +1116,195 @@ func TestReadingCancelled(t *testing.T) {
 // sensor is not started again.
 func TestReadingStuck(t *testing.T) {
 	s := testSensors(t, "echo 1")
-	s.setChild(-1, "s")
+	p := s.begin("s")
+	p.stuck = true
 	if r := s.read(context.Background(), "s", nil, nil); r.code != codeNotStarted || !strings.Contains(r.reason, "cannot be killed") {
 		t.Errorf("got %+v", r)
 	}
-	delete(s.children, -1)
+	s.remove(p)
 	if r := s.read(context.Background(), "s", nil, nil); r.code != 0 {
 		t.Errorf("got %+v", r)
 	}
 }
 
-// TestReadingLeavesGroup: a sensor that leaves its process group is ended at
-// its time-out like any other.
-func TestReadingLeavesGroup(t *testing.T) {
-	word := mark(t)
-	s := testSensors(t, "exec "+program(t, "perl")+" -e 'setpgrp(0, getpgrp(getppid())); sleep 300'")
-	s.timeout = 500 * time.Millisecond
-	if r := s.read(context.Background(), "s", nil, nil); r.code != -15 {
-		t.Errorf("got %+v", r)
-	}
-	await(t, "it has ended", func() bool { return len(marked(t, word)) == 0 })
-}
-
-// TestReadingUser: sensors run as somebody else, with his groups only.
+// TestReadingUser: sensors run as somebody else, with his groups only and with
+// his home.
 func TestReadingUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can run sensors as another user")
 	}
-	for _, test := range []struct{ user, want string }{{"daemon", "1 1 1"}, {"1", "1 1 1"}, {"54321", "54321 54321 54321"}} {
-		user, err := credential(test.user)
+	const daemon, nobodys = "1 1 1 daemon daemon his", "54321 54321 54321 54321 54321 /"
+	for name, want := range map[string]string{"daemon": daemon, "1": daemon, "54321": nobodys} {
+		user, err := credential(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := testSensors(t, "echo $(id -u) $(id -g) $(id -G) >&2; exit 1")
-		for dir := s.path; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
-			if err := os.Chmod(dir, 0o755); err != nil {
-				t.Fatal(err)
-			}
-		}
-		s.credential = user.credential
-		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(test.want) {
-			t.Errorf("%s: got %+v; want %s", test.user, r, test.want)
+		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his; echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
+		forEverybody(t, s.path)
+		s.credential, s.env = user.credential, sensorEnv(user)
+		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(want) {
+			t.Errorf("%s: got %+v; want %s", name, r, want)
 		}
 	}
 }
+
+// forEverybody lets other users into a temporary directory.
+func forEverybody(t *testing.T, dir string) {
+	t.Helper()
+	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestReadingLocale: a decimal point is a point, and all else is as it was.
+func TestReadingLocale(t *testing.T) {
+	for _, test := range []struct{ all, want string }{
+		{"", "LANG=xx LC_NUMERIC=C LC_TIME=tt "},
+		{"aa", "LANG=aa LC_NUMERIC=C "},
+	} {
+		t.Setenv("LANG", "xx")
+		t.Setenv("LC_TIME", "tt")
+		t.Setenv("LC_NUMERIC", "nn")
+		t.Setenv("LC_ALL", test.all)
+		s := testSensors(t, "env | grep -E '^(LANG|LC_[A-Z]*)=.' | sort | tr '\\n' ' ' >&2; exit 1")
+		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(strings.TrimSpace(test.want)) {
+			t.Errorf("LC_ALL=%s: got %s; want %s", test.all, r.reason, test.want)
+		}
+	}
+}
+
+// TestOrphans: as process 1 the agent reaps what sensors leave, and no reading
+// gets the exit code of an orphan.
+func TestOrphans(t *testing.T) {
+	unshare := program(t, "unshare")
+	if os.Geteuid() != 0 {
+		t.Skip("not root")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	m := newRecorder(t)
+	writeSensor(t, filepath.Join(dir, "sensors"), "s", "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done; echo $1; exit $2")
+	writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf("[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", m.url)})
+	cmd := exec.Command(unshare, "--pid", "--fork", "--kill-child", self)
+	c, _ := awaitServing(t, startChild(t, dir, cmd))
+	const n = 60
+	for i := 0; i < n; i++ {
+		mustCall(t, c, "cmd_submit_reading", i, "s", []any{i, i % 2 * 3})
+	}
+	for i := 0; i < n; i++ {
+		s := receive(t, "reading", m.readings)
+		if got, want := fmt.Sprint(s.code, " ", s.value), fmt.Sprint(s.ticket.(int)%2*3, " ", s.ticket); got != want {
+			t.Errorf("got %s; want %s", got, want)
+		}
+	}
+	agent := childrenOf(t, cmd.Process.Pid)
+	if len(agent) != 1 {
+		t.Fatalf("unshare has %d children; want the agent", len(agent))
+	}
+	await(t, "all orphans are reaped", func() bool { return len(childrenOf(t, agent[0])) == 0 })
+}
+
+// childrenOf lists the children of a process, zombies too.
+func childrenOf(t *testing.T, parent int) (pids []int) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		text, _ := os.ReadFile(file) // it may have ended
+		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+		if len(fields) > 1 && fields[1] == strconv.Itoa(parent) {
+			pid, _ := strconv.Atoi(strings.Split(file, "/")[2])
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// TestProcessLimit: a sensor uses up all processes that the agent's user may
+// have. The agent, which needs threads, goes on; sensors start again afterwards.
+func TestProcessLimit(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("not root")
+	}
+	const uid = 54321
+	word := mark(t)
+	dir := t.TempDir()
+	m := newRecorder(t)
+	sensors := filepath.Join(dir, "sensors")
+	writeSensor(t, sensors, "s", "echo 1")
+	writeSensor(t, sensors, "greedy", "(while sleep 300 & do :; done); : >full; exec sleep 300")
+	writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf("[sensor]\nconcurrency = 8\ntimeout = 3s\n[monitor]\nurl = %s\nspool = spool\n[agent]\nlisten = 127.0.0.1:0\n", m.url)})
+	for _, d := range []string{dir, filepath.Join(sensors, "greedy")} {
+		if err := os.Chown(d, uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forEverybody(t, filepath.Join(sensors, "greedy"))
+	self, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer self.Close()
+	cmd := exec.Command("/proc/self/fd/3") // whose directory is not for everybody
+	cmd.ExtraFiles = []*os.File{self}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(rlimitProcesses, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setrlimit(rlimitProcesses, &syscall.Rlimit{Cur: 60, Max: before.Max}); err != nil {
+		t.Fatal(err)
+	}
+	lines := startChild(t, dir, cmd)
+	syscall.Setrlimit(rlimitProcesses, &before)
+	c, logged := awaitServing(t, lines)
+	defer func() {
+		for _, pid := range marked(t, word) {
+			syscall.Kill(pid, syscall.SIGKILL) // which the agent would have done
+		}
+		if t.Failed() {
+			t.Log(logged)
+		}
+	}()
+	mustCall(t, c, "cmd_submit_reading", 0, "greedy")
+	await(t, "no process is left", func() bool { _, err := os.Stat(filepath.Join(sensors, "greedy", "full")); return err == nil })
+	var callers sync.WaitGroup
+	for i := 1; i <= 20; i++ {
+		callers.Add(1)
+		go func(i int) {
+			defer callers.Done()
+			c := newClient(c.url, patience, nil)
+			defer c.close()
+			for k := 0; k < 5; k++ {
+				_, err := c.call(context.Background(), "cmd_submit_reading", 100*k+i, "s")
+				if _, err2 := c.call(context.Background(), "cmd_list_sensors"); err != nil || err2 != nil {
+					t.Error(err, err2)
+				}
+			}
+		}(i)
+	}
+	callers.Wait()
+	codes := make(map[int]int)
+	for i := 0; i < 101; i++ {
+		codes[receive(t, "reading", m.readings).code]++
+	}
+	if codes[codeNotStarted] == 0 || codes[-int(syscall.SIGTERM)] != 1 {
+		t.Errorf("got these codes %v; want 126 while no process could be made, and -15 of the greedy one", codes)
+	}
+	mustCall(t, c, "cmd_submit_reading", 999, "s")
+	if got := receive(t, "reading", m.readings); got.code != 0 {
+		t.Errorf("afterwards: got %+v", got)
+	}
+}
+
+const rlimitProcesses = 6 // RLIMIT_NPROC, which package syscall does not have
 
 func TestHelpTexts(t *testing.T) {
 	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
@@ -6426,6 +6570,12 @@ func child(t *testing.T, dir string, args ...string) (*exec.Cmd, *bufio.Reader) 
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, args...)
+	return cmd, startChild(t, dir, cmd)
+}
+
+// startChild starts a command that becomes the program, and returns its log.
+func startChild(t *testing.T, dir string, cmd *exec.Cmd) *bufio.Reader {
+	t.Helper()
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "PICKET_TEST_MAIN=1")
 	stderr, err := cmd.StderrPipe()
@@ -6436,7 +6586,7 @@ func child(t *testing.T, dir string, args ...string) (*exec.Cmd, *bufio.Reader) 
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	return cmd, bufio.NewReader(stderr)
+	return bufio.NewReader(stderr)
 }
 
 // servingChild starts the program in dir and waits until it takes commands. The
@@ -6444,6 +6594,13 @@ func child(t *testing.T, dir string, args ...string) (*exec.Cmd, *bufio.Reader) 
 func servingChild(t *testing.T, dir string, args ...string) (*exec.Cmd, *client, *lockedBuffer) {
 	t.Helper()
 	cmd, lines := child(t, dir, args...)
+	c, logged := awaitServing(t, lines)
+	return cmd, c, logged
+}
+
+// awaitServing waits until the program takes commands. The buffer gets what it logs.
+func awaitServing(t *testing.T, lines *bufio.Reader) (*client, *lockedBuffer) {
+	t.Helper()
 	var logged lockedBuffer
 	for {
 		line, err := lines.ReadString('\n')
@@ -6458,7 +6615,7 @@ func servingChild(t *testing.T, dir string, args ...string) (*exec.Cmd, *client,
 		go io.Copy(&logged, lines)
 		c := newClient(&url.URL{Scheme: "http", Host: match[1], Path: "/"}, patience, nil)
 		t.Cleanup(c.close)
-		return cmd, c, &logged
+		return c, &logged
 	}
 }
 

@@ -65,12 +65,13 @@ import (
 )
 
 const (
-	acceptTime  = 10 * time.Second // that a command waits for room in the queue
-	sensorsTime = 5 * time.Second  // that running sensors get when the agent ends
-	deliverTime = 5 * time.Second  // that undelivered readings get then
-	maxTicket   = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
-	maxPackage  = 4 << 20          // bytes of a package that the stand-in monitor serves
-	initTime    = 30 * time.Second // that an agent which init started waits before it ends with an error
+	acceptTime   = 10 * time.Second // that a command waits for room in the queue
+	sensorsTime  = 5 * time.Second  // that running sensors get when the agent ends
+	deliverTime  = 5 * time.Second  // that undelivered readings get then
+	maxTicket    = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
+	maxPackage   = 4 << 20          // bytes of a package that the stand-in monitor serves
+	spareThreads = 8                // beside those that run Go code: for files, names, signals
+	initTime     = 30 * time.Second // that an agent which init started waits before it ends with an error
 )
 
 // Exit codes of the process.
@@ -390,6 +391,7 @@ func runAgent(ctx context.Context, in invocation) error {
 		return err
 	}
 	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog); limitMemory(s) }
+	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads)
 	a.settle(ctx)
 	defer time.AfterFunc(time.Second, func() { limitMemory(a.setup.Load().settings) }).Stop() // it stops the program for a moment
 	return a.run(ctx)
@@ -733,6 +735,9 @@ func (a *agent) settle(ctx context.Context) {
 func (a *agent) run(ctx context.Context) error {
 	s := a.setup.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), s.path, s.monitor.Redacted())
+	if os.Getpid() == 1 {
+		go a.setup.Load().sensors.reapOrphans(ctx)
+	}
 	a.advise()
 	a.listen(a.listener)
 	err := a.await(ctx)

@@ -42,9 +42,9 @@ import (
 )
 
 const (
-	maxName      = 234                    // bytes of a sensor's name: that of a backup is 21 longer, and fits 255
-	maxArguments = 8 << 10                // bytes of a command's arguments; see arguments
-	argumentCost = 16                     // bytes that an argument takes beside its own, on a box of 64 bits
+	maxName      = 234                    // bytes of a sensor's name: its backup's is 21 longer, and fits 255
+	maxArguments = 8 << 10                // bytes of a command's arguments, as arguments counts them
+	argumentCost = 16                     // bytes of memory that an argument takes beside its own
 	maxOutput    = 4 << 10                // bytes of standard output: a number has twenty, a help text a few hundred
 	maxReason    = 1 << 10                // bytes of standard error that are kept, the last ones
 	freeOutput   = 64 << 10               // bytes that are read at full speed, then slowRead a millisecond
@@ -56,6 +56,11 @@ const (
 	startTries   = 100                    // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond  // between two of them
 	orphanTime   = time.Second            // before orphans are looked for without a signal
+)
+
+const (
+	noHelp      = "no help: "   // begins the text of a sensor that did not give one
+	interrupted = "interrupted" // why a run ended that went on when the agent had to end
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -77,25 +82,24 @@ type sensors struct {
 
 // A runState is what sensors do at present. It stays when the settings change.
 type runState struct {
-	listing chan struct{}        // holds an element while somebody uses helps
-	helps   map[string]helpEntry // by sensor
+	listing  chan struct{}        // holds an element while somebody uses helps
+	helps    map[string]helpEntry // by sensor
+	watch    sync.Once            // has signals sent
+	signals  chan os.Signal       // SIGCHLD
+	starting sync.RWMutex         // held for reading while a process starts and its number is not known yet
 
-	watch   sync.Once
-	signals chan os.Signal // SIGCHLD, from the first run on
-
-	starting sync.RWMutex // is held to read while a process starts and is not yet among children
-
-	mu          sync.Mutex // guards what is below
-	generations map[string]*generation
-	signalled   chan struct{}     // closed, and made anew, at a SIGCHLD
-	children    map[int]string    // by process id: "", or the sensor that it belongs to where SIGKILL did not end it
-	inUse       map[string]*usage // sensors that run or change
+	mu        sync.Mutex // guards what is below
+	processes map[*process]bool
+	signalled chan struct{}     // closed, and made anew, at a SIGCHLD
+	inUse     map[string]*usage // sensors that run or change
 }
 
-// A generation of a sensor has runs under way.
-type generation struct {
-	runs  int
-	ended chan struct{} // closed when there are no more
+// A process runs a sensor.
+type process struct {
+	sensor string
+	pid    int           // 0 before it has started
+	stuck  bool          // SIGKILL did not end it
+	ended  chan struct{} // closed when its run is over
 }
 
 // A helpEntry is a help text that need not be asked for again.
@@ -112,9 +116,8 @@ func newSensors(path, executable, help string, timeout time.Duration, user *acco
 	s := &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
 		runState: &runState{
-			signals: make(chan os.Signal, 1), signalled: make(chan struct{}),
-			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry),
-			generations: make(map[string]*generation), children: make(map[int]string), inUse: make(map[string]*usage),
+			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry), signals: make(chan os.Signal, 1),
+			processes: make(map[*process]bool), signalled: make(chan struct{}), inUse: make(map[string]*usage),
 		},
 	}
 	if user != nil {
@@ -195,19 +198,13 @@ func arguments(v any) (args []string, err error) {
 // argument returns a scalar as one argument: numbers in decimal, booleans as
 // 1 and 0.
 func argument(v any) (string, error) {
-	text := ""
+	text := fmt.Sprint(v)
 	switch v := v.(type) {
-	case string:
-		text = v
-	case int, int64, dateTime:
-		text = fmt.Sprint(v)
+	case string, int, int64, dateTime:
 	case float64:
 		text = strconv.FormatFloat(v, 'f', -1, 64)
 	case bool:
-		text = "0"
-		if v {
-			text = "1"
-		}
+		text = map[bool]string{true: "1", false: "0"}[v]
 	case []byte:
 		text = string(v)
 	default:
@@ -322,9 +319,6 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	return texts, nil
 }
 
-// noHelp begins the text of a sensor that did not give one.
-const noHelp = "no help: "
-
 // isOf reports whether the text was given by the file, as it is now.
 func (h helpEntry) isOf(now os.FileInfo) bool {
 	return h.file != nil && os.SameFile(h.file, now) && h.file.ModTime().Equal(now.ModTime()) &&
@@ -333,9 +327,9 @@ func (h helpEntry) isOf(now os.FileInfo) bool {
 
 // helpText asks a sensor what it can be asked.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, helpTime)
-	defer cancel()
-	o := s.run(ctx, name, []string{s.help}, nil)
+	quick := *s
+	quick.timeout = min(s.timeout, helpTime)
+	o := quick.run(ctx, name, []string{s.help}, nil)
 	text := strings.TrimSpace(string(o.output))
 	switch {
 	case o.code != 0:
@@ -462,92 +456,26 @@ func (s *sensors) lock(ctx context.Context, how int, wait time.Duration) (*os.Fi
 
 // run runs a sensor.
 func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) outcome {
-	defer s.began(name)()
 	return s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
-}
-
-// began counts a run of a sensor; the function that it returns ends it.
-func (r *runState) began(name string) (ended func()) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	v := r.generations[name]
-	if v == nil {
-		v = &generation{ended: make(chan struct{})}
-		r.generations[name] = v
-	}
-	v.runs++
-	return func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if v.runs--; v.runs > 0 {
-			return
-		}
-		close(v.ended)
-		if r.generations[name] == v {
-			delete(r.generations, name)
-		}
-	}
-}
-
-// retire returns a channel that is closed when all runs of a sensor have ended
-// that are under way now. Runs that begin later are not waited for.
-func (r *runState) retire(name string) <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	v := r.generations[name]
-	if v == nil {
-		v = &generation{ended: make(chan struct{})}
-		close(v.ended)
-	}
-	delete(r.generations, name)
-	return v.ended
-}
-
-// running returns how many sensors run, without those that SIGKILL did not end.
-func (r *runState) running() (n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, stuck := range r.children {
-		if stuck == "" {
-			n++
-		}
-	}
-	return n
-}
-
-// isStuck reports whether a process of a sensor is left that SIGKILL did not end.
-func (r *runState) isStuck(name string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, stuck := range r.children {
-		if stuck == name {
-			return true
-		}
-	}
-	return false
-}
-
-// setChild notes a child, and which sensor is stuck with it.
-func (r *runState) setChild(pid int, stuck string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.children[pid] = stuck
 }
 
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
-// left the group and holds the pipes open delays the end by 0.2 s at most.
+// left the group and holds a pipe open delays the end by 0.2 s at most.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) outcome {
 	if ctx.Err() != nil {
-		return outcome{code: -int(syscall.SIGTERM), why: s.whyEnded(ctx)}
+		return outcome{code: -int(syscall.SIGTERM), why: interrupted}
 	}
-	if s.isStuck(name) {
+	p := s.begin(name)
+	if p == nil {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
+	defer close(p.ended)
 	output, said := &capture{limit: maxOutput}, &capture{limit: maxReason, tail: true, copy: stderr}
-	cmd, err := s.start(dir, name, args, output, said)
+	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
+		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
 	}
 	o, ended := s.await(ctx, cmd)
@@ -555,18 +483,107 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		// It waits in the kernel, perhaps for a dead disk or network. It must neither
 		// hold up other sensors nor be joined by another like it. It may still write,
 		// so what was captured is left alone.
-		s.setChild(cmd.Process.Pid, name)
+		s.mu.Lock()
+		p.stuck = true
+		s.mu.Unlock()
 		go func() {
-			s.waitEnded(context.Background(), cmd.Process.Pid)
-			s.reap(cmd)
+			s.waitEnded(context.Background(), p.pid)
+			reap(cmd)
+			s.remove(p)
 		}()
 		return o
 	}
+	s.remove(p)
 	o.output, o.tooLong = output.kept, output.total > maxOutput
 	if stderr == nil {
 		o.said = said.kept
 	}
 	return o
+}
+
+// begin notes that a sensor runs, or returns nil where a process of it is stuck.
+func (r *runState) begin(name string) *process {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for p := range r.processes {
+		if p.sensor == name && p.stuck {
+			return nil
+		}
+	}
+	p := &process{sensor: name, ended: make(chan struct{})}
+	r.processes[p] = true
+	return p
+}
+
+func (r *runState) remove(p *process) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.processes, p)
+}
+
+// running returns how many sensors run. A process that SIGKILL did not end counts.
+func (r *runState) running() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.processes)
+}
+
+// retire returns a channel that is closed when all runs of a sensor are over
+// that are under way now. Runs that begin later are not waited for.
+func (r *runState) retire(name string) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var runs []chan struct{}
+	for p := range r.processes {
+		if p.sensor == name {
+			runs = append(runs, p.ended)
+		}
+	}
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		for _, ended := range runs {
+			<-ended
+		}
+	}()
+	return over
+}
+
+// start starts the executable in dir. It is named relative to dir, so that it
+// and its interpreter see one version even while the directory is replaced.
+//
+// Where the sensor is just being replaced it is tried again, for a second at
+// most. So is a file that is open for writing: one just written still is for a
+// moment, in a process that another goroutine is starting.
+func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
+	file := filepath.Join(dir, s.executable)
+	for try := 0; ; try++ {
+		cmd := &exec.Cmd{
+			Path:        "./" + s.executable,
+			Args:        append([]string{file}, args...),
+			Dir:         dir,
+			Env:         s.env,
+			Stdin:       nil, // /dev/null
+			Stdout:      stdout,
+			Stderr:      stderr,
+			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
+			WaitDelay:   pipeTime,
+		}
+		s.starting.RLock()
+		err := cmd.Start()
+		if err == nil {
+			s.mu.Lock()
+			p.pid = cmd.Process.Pid
+			s.mu.Unlock()
+		}
+		s.starting.RUnlock()
+		again := errors.Is(err, syscall.ETXTBSY) || errors.Is(err, syscall.ENOENT) &&
+			(exists(filepath.Join(s.path, newPrefix+p.sensor)) || try < 3 && exists(file)) // it was away just now
+		if !again || try == startTries {
+			return cmd, err
+		}
+		time.Sleep(startPause)
+	}
 }
 
 // notStarted returns the outcome of a run whose executable could not be started.
@@ -577,51 +594,10 @@ func notStarted(file string, err error) outcome {
 		}
 		err = errors.New("interpreter not found: does the file have Windows line ends?")
 	}
-	var cause *os.PathError // names the file by its last element only
-	if errors.As(err, &cause) {
-		err = cause.Err
+	if cause := (*os.PathError)(nil); errors.As(err, &cause) {
+		err = cause.Err // without the file's relative name
 	}
 	return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
-}
-
-// start starts the executable in dir. It is named relative to dir, so that it
-// and its interpreter have one version even while the directory is replaced.
-//
-// The start is tried again for a second at most where the sensor is just being
-// replaced, or where the file is open for writing: a file just written is so for
-// a moment in a process that another goroutine is starting.
-func (s *sensors) start(dir, name string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
-	for try := 0; ; try++ {
-		cmd := &exec.Cmd{
-			Path:        "./" + s.executable,
-			Args:        append([]string{filepath.Join(dir, s.executable)}, args...),
-			Dir:         dir,
-			Env:         s.env,
-			Stdin:       nil, // /dev/null
-			Stdout:      stdout,
-			Stderr:      stderr,
-			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
-			WaitDelay:   pipeTime,
-		}
-		err := s.startChild(cmd)
-		again := errors.Is(err, syscall.ETXTBSY) || errors.Is(err, syscall.ENOENT) &&
-			(exists(filepath.Join(s.path, newPrefix+name)) || try < 3 && exists(filepath.Join(dir, s.executable)))
-		if !again || try == startTries {
-			return cmd, err
-		}
-		time.Sleep(startPause)
-	}
-}
-
-// startChild starts a process and notes that it is a child of ours.
-func (r *runState) startChild(cmd *exec.Cmd) error {
-	r.starting.RLock()
-	defer r.starting.RUnlock()
-	err := cmd.Start()
-	if err == nil {
-		r.setChild(cmd.Process.Pid, "")
-	}
-	return err
 }
 
 // await waits until a process ends, and ends it at the time-out or when ctx
@@ -631,45 +607,35 @@ func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (o outcome, ended bo
 	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	if s.waitEnded(limited, pid) {
-		return outcome{code: s.reap(cmd)}, true
+		return outcome{code: reap(cmd)}, true
 	}
-	why := s.whyEnded(ctx)
+	o.why = fmt.Sprintf("timed out after %v", s.timeout)
+	if ctx.Err() != nil {
+		o.why = interrupted
+	}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		o.code = -int(sig)
 		syscall.Kill(-pid, sig)
 		syscall.Kill(pid, sig) // it may have left its group
 		patient, cancel := context.WithTimeout(context.Background(), killTime)
-		ended := s.waitEnded(patient, pid)
-		cancel()
-		if ended {
-			s.reap(cmd)
-			return outcome{code: -int(sig), why: why}, true
+		defer cancel()
+		if s.waitEnded(patient, pid) {
+			reap(cmd)
+			return o, true
 		}
 	}
-	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}, false
-}
-
-// whyEnded says why the agent ends a run.
-func (s *sensors) whyEnded(ctx context.Context) string {
-	switch {
-	case errors.Is(ctx.Err(), context.Canceled):
-		return "interrupted"
-	case ctx.Err() != nil:
-		return fmt.Sprintf("timed out after %v", helpTime)
-	}
-	return fmt.Sprintf("timed out after %v", s.timeout)
+	o.why += ", but still there"
+	return o, false
 }
 
 // reap kills what is left of the process group of a child that has ended, reaps
 // the child and returns its exit code, or minus the signal that ended it. In this
-// order: until the child is reaped, the number of its group can be nobody else's.
-func (r *runState) reap(cmd *exec.Cmd) (code int) {
+// order: until the child is reaped, nobody else can get the number of its group.
+func reap(cmd *exec.Cmd) (code int) {
 	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	cmd.Wait() // its error is in the state, or says that somebody still holds a pipe
-	r.mu.Lock()
-	delete(r.children, cmd.Process.Pid)
-	r.mu.Unlock()
-	if cmd.ProcessState == nil { // nobody knows: not a success
-		return -int(syscall.SIGKILL)
+	if cmd.ProcessState == nil {
+		return -int(syscall.SIGKILL) // nobody knows: not a success
 	}
 	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
 	if status.Signaled() {
@@ -679,15 +645,15 @@ func (r *runState) reap(cmd *exec.Cmd) (code int) {
 }
 
 // waitEnded waits until a child has ended, and leaves it to be reaped. It
-// reports false where ctx ends first. It blocks no thread: the child is looked at
-// at each SIGCHLD, of which whoever receives one tells all others that wait.
+// reports false where ctx ends first. It blocks no thread, but looks at the child
+// at each SIGCHLD. Of all that wait, one receives the signal and tells the others.
 func (r *runState) waitEnded(ctx context.Context, pid int) bool {
 	r.watch.Do(func() { signal.Notify(r.signals, syscall.SIGCHLD) })
 	for {
 		r.mu.Lock()
 		signalled := r.signalled
 		r.mu.Unlock()
-		if ended, err := endedChild(pid); ended == pid || err != nil {
+		if ended, err := endedChild(pPid, pid); ended == pid || err != nil {
 			return true
 		}
 		select {
@@ -703,70 +669,67 @@ func (r *runState) waitEnded(ctx context.Context, pid int) bool {
 	}
 }
 
-// endedChild returns the process id of a child that has ended and is not reaped
-// yet: pid or, where that is 0, any. It returns 0 if there is none, and an error
-// if there is no such child at all.
-func endedChild(pid int) (int, error) {
-	const pAll, pPid = 0, 1 // idtype_t of <sys/wait.h>
-	kind := pPid
-	if pid == 0 {
-		kind = pAll
+// endedChild returns the number of a child that has ended and is not reaped yet:
+// of one (pPid) or any (pAll). It returns 0 if none has ended, and an error if
+// there is no such child.
+func endedChild(which, pid int) (int, error) {
+	var info [32]int32                   // siginfo_t
+	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
+	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(which), uintptr(pid),
+		uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+	if errno != 0 {
+		return 0, os.NewSyscallError("waitid", errno)
 	}
-	var info [32]int32                   // a siginfo_t
-	const siPid = 3 + strconv.IntSize/64 // the place of si_pid: behind three ints, in a union of words
-	for {
-		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(kind), uintptr(pid), uintptr(unsafe.Pointer(&info)),
-			syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
-		switch errno {
-		case 0:
-			return int(info[siPid]), nil
-		case syscall.EINTR:
-		default:
-			return 0, os.NewSyscallError("waitid", errno)
-		}
-	}
+	return int(info[siPid]), nil
 }
 
+// What endedChild looks at, from <sys/wait.h>.
+const (
+	pAll = 0
+	pPid = 1
+)
+
 // reapOrphans reaps the processes that end up as children of process 1, until
-// ctx ends. Children of runs are left to their runs.
+// ctx ends. The processes of runs are left to their runs.
 func (r *runState) reapOrphans(ctx context.Context) {
-	changed := make(chan os.Signal, 1)
-	signal.Notify(changed, syscall.SIGCHLD)
-	defer signal.Stop(changed)
-	again := time.NewTicker(orphanTime) // a run's child may have been in the way
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGCHLD)
+	defer signal.Stop(signals)
+	again := time.NewTicker(orphanTime) // the process of a run may have come first
 	defer again.Stop()
 	for ctx.Err() == nil {
-		for r.reapOrphan() {
+		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
 		select {
-		case <-changed:
+		case <-signals:
 		case <-again.C:
 		case <-ctx.Done():
 		}
 	}
 }
 
-// reapOrphan reaps the first child that has ended, and reports whether there was
-// one. It does nothing while that may be the child of a run.
-func (r *runState) reapOrphan() bool {
+// endedOrphan returns the number of a child that has ended and is to be reaped,
+// as no run does that; 0 if there is none or if that is not known.
+func (r *runState) endedOrphan() int {
 	if !r.starting.TryLock() {
-		return false
+		return 0
 	}
 	defer r.starting.Unlock()
-	pid, err := endedChild(0)
 	r.mu.Lock()
-	_, ofRun := r.children[pid]
-	r.mu.Unlock()
-	if pid == 0 || err != nil || ofRun {
-		return false
+	defer r.mu.Unlock()
+	pid, _ := endedChild(pAll, 0)
+	for p := range r.processes {
+		if p.pid == pid {
+			return 0
+		}
 	}
-	_, err = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
-	return err == nil
+	return pid
 }
 
-// reserveThreads makes the runtime have n threads more than it needs now. They
-// stay: a box where no process and no thread can be made any more, as a sensor
-// has used up the limit, would otherwise end the agent when it needs one.
+// reserveThreads makes the runtime have threads for n goroutines that block at
+// the same time. They stay. Where a sensor has used up the limit of processes the
+// agent would otherwise end when it needs one more.
 func reserveThreads(n int) {
 	var all sync.WaitGroup
 	release := make(chan struct{})
@@ -792,23 +755,8 @@ type capture struct {
 	total int
 }
 
-// Write is for what os/exec wants to have; it calls ReadFrom.
-func (c *capture) Write(p []byte) (int, error) {
-	c.total += len(p)
-	c.kept = append(c.kept, p...)
-	if over := len(c.kept) - c.limit; over > 0 && c.tail {
-		c.kept = c.kept[over:]
-	} else if over > 0 {
-		c.kept = c.kept[:c.limit]
-	}
-	if c.copy != nil {
-		return c.copy.Write(p)
-	}
-	return len(p), nil
-}
-
-// ReadFrom reads to the end of r, as os/exec would with a buffer of 32 KiB. A
-// process that writes for ever must not cost the processor.
+// ReadFrom is what os/exec calls. It begins with a small buffer, as most sensors
+// write a number. One that writes for ever must not cost the processor.
 func (c *capture) ReadFrom(r io.Reader) (int64, error) {
 	buf := make([]byte, 512)
 	for {
@@ -824,6 +772,20 @@ func (c *capture) ReadFrom(r io.Reader) (int64, error) {
 			time.Sleep(time.Millisecond)
 		}
 	}
+}
+
+func (c *capture) Write(p []byte) (int, error) {
+	c.total += len(p)
+	c.kept = append(c.kept, p...)
+	if over := len(c.kept) - c.limit; over > 0 && c.tail {
+		c.kept = c.kept[over:]
+	} else if over > 0 {
+		c.kept = c.kept[:c.limit]
+	}
+	if c.copy != nil {
+		c.copy.Write(p) // who does not want it does not end the run
+	}
+	return len(p), nil
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
