@@ -90,8 +90,7 @@ type runState struct {
 
 	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
-	signalled chan struct{}     // closed, and made anew, at a SIGCHLD
-	inUse     map[string]*usage // sensors that run or change
+	signalled chan struct{} // closed, and made anew, at a SIGCHLD
 }
 
 // A process runs a sensor.
@@ -117,7 +116,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *acco
 		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
 		runState: &runState{
 			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry), signals: make(chan os.Signal, 1),
-			processes: make(map[*process]bool), signalled: make(chan struct{}), inUse: make(map[string]*usage),
+			processes: make(map[*process]bool), signalled: make(chan struct{}),
 		},
 	}
 	if user != nil {
@@ -398,60 +397,6 @@ func (o outcome) reason() string {
 		return "ended by " + syscall.Signal(-o.code).String()
 	}
 	return o.why
-}
-
-// A usage lets any number of runs of a sensor, or one that replaces it, go on.
-type usage struct {
-	sync.RWMutex
-	users int // of this usage, waiting ones included
-}
-
-// use returns the usage of a sensor, which done gives back.
-func (s *sensors) use(name string) (u *usage, done func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	u = s.inUse[name]
-	if u == nil {
-		u = &usage{}
-		s.inUse[name] = u
-	}
-	u.users++
-	return u, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if u.users--; u.users == 0 {
-			delete(s.inUse, name)
-		}
-	}
-}
-
-// whileUnused calls replace while no run of the sensor goes on in this
-// process, and none begins in any.
-func (s *sensors) whileUnused(ctx context.Context, name string, replace func() error) error {
-	u, done := s.use(name)
-	defer done()
-	u.Lock()
-	defer u.Unlock()
-	dir, err := s.lock(ctx, syscall.LOCK_EX, lockTime)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return replace()
-}
-
-// lock locks the directory of sensors until it is closed, or fails where that
-// takes too long.
-func (s *sensors) lock(ctx context.Context, how int, wait time.Duration) (*os.File, error) {
-	dir, err := os.Open(s.path)
-	if err != nil {
-		return nil, err
-	}
-	if err := flockWithin(ctx, dir, how, wait); err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("lock %s: %w", s.path, err)
-	}
-	return dir, nil
 }
 
 // run runs a sensor.
