@@ -26,8 +26,8 @@ package main
 //	sensors/.picket-gone-disk                  the installed version, out of the way; runs may still be in it
 //	sensors/disk                               the new version
 //
-// All other names that are hidden are worth nothing, and recover removes them. It also knows what
-// older versions left: .picket-lock, .picket-old-disk.
+// The other hidden ones are worth nothing, and recover removes them. It also knows what older versions
+// left: .picket-lock, .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -64,7 +64,6 @@ const (
 	maxPadding   = 1 << 20         // bytes behind the last entry: tar pads to 10 KiB
 	maxKeyFile   = 4 << 10         // bytes of a public key or signature: they have about 150
 	maxVersion   = 256             // bytes that are read of a file named version
-	maxRemoved   = 1 << 20         // names that are removed from one directory
 	spaceReserve = 256 << 10       // bytes of a file system that an update leaves free
 	dirSpace     = 4 << 10         // bytes that a directory is taken to need
 	lockTime     = time.Minute     // to wait for another process that changes sensors
@@ -115,16 +114,14 @@ func fromMonitor(c *client, name string, limit int64) source {
 		},
 		signature: func(ctx context.Context) ([]byte, error) {
 			v, err := c.call(ctx, "cmd_get_sensor_signature", name)
-			switch v := v.(type) {
-			case []byte:
-				return v, err
-			case string:
-				return []byte(v), err
+			if text, ok := v.(string); ok {
+				return []byte(text), err
 			}
-			if err == nil {
+			text, ok := v.([]byte)
+			if err == nil && !ok {
 				err = fmt.Errorf("got %s; want base64 or string", typeName(v))
 			}
-			return nil, err
+			return text, err
 		},
 	}
 }
@@ -220,7 +217,7 @@ type change struct {
 	beside    dir // the directory that holds the one of the sensors
 	staging   dir
 	archive   *os.File // the package
-	tooLate   bool     // the installed version is half removed: there is no way back
+	tooLate   bool     // to undo it: the installed version is half removed
 	keepGone  bool     // runs are still in the version that gave way
 }
 
@@ -285,7 +282,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 	if mode := backups.Mode().Perm(); isNew {
 		err = chown(c.backups.File, c.owner)
 	} else if c.name != "" && mode&0o077 != 0 {
-		c.backups.Chmod(mode &^ 0o077) // as older versions made it; whose it is not cannot change it
+		c.backups.Chmod(mode &^ 0o077) // older versions made it open; only its owner can close it
 	}
 	if err != nil {
 		return err
@@ -374,7 +371,7 @@ func (c *change) try() error {
 }
 
 // giveAway gives the staged version to the owner of the directory of sensors, so that his agent can
-// replace it. He cannot reach it yet.
+// replace it. It goes from the inside out, and so touches nothing that he can already exchange.
 func (c *change) giveAway() error {
 	if os.Geteuid() != 0 || c.owner.Uid == 0 {
 		return nil
@@ -401,7 +398,7 @@ func (c *change) replace() error {
 	if err == nil {
 		err = c.finish(c.name)
 	}
-	if err != nil && c.tooLate {
+	if err != nil && c.tooLate { // to undo it
 		err = c.finish(c.name)
 	}
 	if err != nil && c.installed.has(newPrefix+c.name) {
@@ -753,8 +750,8 @@ type dir struct {
 	step  func(what string) error
 }
 
-// at returns a path to a name, by which the directory itself is found although it was moved. Calls
-// with it must not follow links. Without /proc the path is the usual one.
+// at returns a path that leads to a name in this very directory, wherever that was moved. Only calls
+// that follow no link may use it. Where there is no /proc it is the usual path.
 func (d dir) at(name string) string {
 	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
 		return filepath.Join(open, name)
@@ -796,7 +793,7 @@ func (d dir) open(name string, flags int) (dir, error) {
 	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
 }
 
-// do makes a change after it was asked for. An error has the usual path.
+// do asks step and then makes a change. Its error shows the usual path, not the one through /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
 	if err := d.step(what + " " + d.path(name)); err != nil {
 		return err
@@ -918,32 +915,17 @@ func (d dir) removeAll(name string) error {
 	}
 	if inner, err := d.open(name, syscall.O_DIRECTORY); err == nil {
 		defer inner.Close()
-		if err := inner.empty(); err != nil {
-			return err
+		names, _ := inner.names()
+		for _, name := range names {
+			if err := inner.removeAll(name); err != nil {
+				return err
+			}
 		}
 		if os.Remove(d.at(name)) == nil {
 			return nil
 		}
 	}
 	return &os.PathError{Op: "remove", Path: d.path(name), Err: errors.Unwrap(err)}
-}
-
-// empty removes what is in a directory. Somebody may add to it as fast, so there is a limit.
-func (d dir) empty() error {
-	for removed := 0; removed < maxRemoved; {
-		d.Seek(0, io.SeekStart)
-		names, _ := d.Readdirnames(256)
-		if len(names) == 0 {
-			break
-		}
-		for _, name := range names {
-			if err := d.removeAll(name); err != nil {
-				return err
-			}
-		}
-		removed += len(names)
-	}
-	return nil
 }
 
 // enoughSpace returns an error where size more bytes would not leave the reserve free.
@@ -1035,10 +1017,12 @@ func (c *change) verify() error {
 
 // readKeys reads a public key, or all NAME.pub of a directory, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
-	files := []string{file}
-	if info, err := os.Stat(file); err != nil {
+	info, err := os.Stat(file)
+	if err != nil {
 		return nil, err
-	} else if info.IsDir() {
+	}
+	files := []string{file}
+	if info.IsDir() {
 		entries, err := os.ReadDir(file)
 		if err != nil {
 			return nil, err
