@@ -1254,7 +1254,7 @@ func TestProcessLimit(t *testing.T) {
 	defer self.Close()
 	cmd := exec.Command("/proc/self/fd/3") // whose directory is not for everybody
 	cmd.ExtraFiles = []*os.File{self}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: otherUser, Gid: otherUser}}
 	var before syscall.Rlimit
 	if err := syscall.Getrlimit(rlimitProcesses, &before); err != nil {
 		t.Fatal(err)
@@ -4657,42 +4657,46 @@ func plant(random *mathrand.Rand, dir, elsewhere string) {
 	os.Remove(trap)
 }
 
-// TestHostile: whatever the owner of the directory of sensors plants and
-// exchanges there, root reads, writes, gives away and removes nothing elsewhere,
-// and what it installs is his.
-func TestHostile(t *testing.T) {
+// otherUser is a user whom nobody knows.
+const otherUser = 1234
+
+// otherUsersBox returns an updater for root of sensors that belong to another
+// user, as do more files of the box, and a directory that only root can read.
+func otherUsersBox(t *testing.T, more ...string) (u *updater, elsewhere string) {
+	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("only root can be led to do what another user cannot")
+		t.Skip("only root changes the sensors of another user")
 	}
-	const uid = 1234
-	for name, his := range map[string][]string{
-		"his sensors": {"box/sensors"}, "his sensors and backups": {"box/sensors", "box/backup"},
-		"all his": {"box", "box/sensors", "box/backup"}, "no backups yet": {"box/sensors"},
-	} {
-		dir := t.TempDir()
-		chmodUp(t, dir)
-		u := testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"})
-		if name == "no backups yet" {
-			os.Remove(u.backup)
+	dir := t.TempDir()
+	chmodUp(t, dir)
+	u = testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"})
+	if !slices.Contains(more, "backup") {
+		os.Remove(u.backup)
+	}
+	for _, file := range append(more, "sensors", "sensors/demo", "sensors/demo/check", "sensors/demo/lib", "sensors/demo/lib/data") {
+		if err := os.Chown(filepath.Join(dir, "box", file), otherUser, otherUser); err != nil {
+			t.Fatal(err)
 		}
-		elsewhere := filepath.Join(dir, "elsewhere")
-		writeTree(t, elsewhere, map[string]string{"check": "secret", "version": "99", "lib/data": "secret"})
-		owned := []string{"box/sensors/demo", "box/sensors/demo/check", "box/sensors/demo/lib", "box/sensors/demo/lib/data"}
-		for _, file := range append(owned, his...) {
-			if err := os.Chown(filepath.Join(dir, file), uid, uid); err != nil {
-				t.Fatal(err)
-			}
+	}
+	elsewhere = filepath.Join(dir, "elsewhere")
+	writeTree(t, elsewhere, map[string]string{"check": "secret", "version": "99", "lib/data": "secret"})
+	for _, file := range []string{"", "check", "version", "lib", "lib/data"} {
+		if err := os.Chmod(filepath.Join(elsewhere, file), 0o700); err != nil {
+			t.Fatal(err)
 		}
-		for _, file := range []string{"", "check", "version", "lib", "lib/data"} {
-			if err := os.Chmod(filepath.Join(elsewhere, file), 0o700); err != nil {
-				t.Fatal(err)
-			}
-		}
+	}
+	return u, elsewhere
+}
+
+// TestHostile: whatever the owner of the directory of sensors plants and
+// exchanges there, root reads, writes, gives away and removes nothing elsewhere.
+func TestHostile(t *testing.T) {
+	for _, his := range [][]string{{}, {"backup"}, {".", "backup"}} {
+		u, elsewhere := otherUsersBox(t, his...)
 		before := describe(t, elsewhere)
 		var over atomic.Bool
-		done := asUser(t, uid, func() {
-			random := mathrand.New(mathrand.NewSource(1))
-			for !over.Load() {
+		done := asUser(t, otherUser, func() {
+			for random := mathrand.New(mathrand.NewSource(1)); !over.Load(); {
 				plant(random, u.sensors.path, elsewhere)
 				if random.Intn(4) == 0 {
 					plant(random, u.backup, elsewhere)
@@ -4704,21 +4708,67 @@ func TestHostile(t *testing.T) {
 			u.install(ctx, "demo", from)
 			u.rollback(ctx, "demo")
 			u.recover(ctx)
-			filepath.WalkDir(filepath.Join(dir, "box"), func(file string, e fs.DirEntry, err error) error {
+			filepath.WalkDir(filepath.Dir(u.backup), func(file string, e fs.DirEntry, err error) error {
 				if err == nil && e.Type().IsRegular() {
 					if text, _ := os.ReadFile(file); strings.Contains(string(text), "secret") {
-						t.Errorf("%s: %s holds what root alone can read", name, file)
+						t.Errorf("%q: %s holds what root alone can read", his, file)
 					}
 				}
 				return nil
 			})
+			total("changes while their directories were exchanged", 3)
 		}
 		over.Store(true)
 		receive(t, "the end of the exchanges", done)
 		if after := describe(t, elsewhere); after != before {
-			t.Errorf("%s: got %s; want %s", name, after, before)
+			t.Errorf("%q: got %s; want %s", his, after, before)
 		}
-		total("changes while their directories were exchanged", 3*20)
+	}
+}
+
+// TestDir: an open directory is the same one wherever it is moved, and nothing
+// that is done in it follows a link or waits for a pipe.
+func TestDir(t *testing.T) {
+	top := t.TempDir()
+	writeTree(t, top, map[string]string{"d/": "", "elsewhere/file": "x", "elsewhere/lib/file": "x"})
+	f, err := os.Open(filepath.Join(top, "d"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	d := dir{File: f, step: func(string) error { return nil }}
+	elsewhere := filepath.Join(top, "elsewhere")
+	before := describe(t, elsewhere)
+	if err := errors.Join(os.Rename(filepath.Join(top, "d"), filepath.Join(top, "moved")), os.Symlink(elsewhere, filepath.Join(top, "d"))); err != nil {
+		t.Fatal(err)
+	}
+	inner, err := d.mkdir("inner", 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer inner.Close()
+	if err := inner.write("new", strings.NewReader("y"), 0o644, nil); err != nil {
+		t.Error(err)
+	}
+	for name, make := range map[string]func(path string) error{
+		"file": func(path string) error { return os.Symlink(filepath.Join(elsewhere, "file"), path) },
+		"lib":  func(path string) error { return os.Symlink(filepath.Join(elsewhere, "lib"), path) },
+		"pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
+	} {
+		if err := make(filepath.Join(top, "moved/inner", name)); err != nil {
+			t.Fatal(err)
+		}
+		opened, err := inner.open(name, 0)
+		if name != "pipe" && err == nil {
+			t.Errorf("a link was followed: %s", name)
+		}
+		opened.Close()
+	}
+	if err := d.remove("inner"); err != nil || exists(filepath.Join(top, "moved/inner")) {
+		t.Errorf("got %v; want inner removed", err)
+	}
+	if after := describe(t, elsewhere); after != before {
+		t.Errorf("got %s; want %s", after, before)
 	}
 }
 
@@ -4726,30 +4776,15 @@ func TestHostile(t *testing.T) {
 // his agent can change it, whatever he had planted there. A trial runs with his
 // rights, and they are not enough to change the package.
 func TestOwner(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can install for another user")
-	}
-	const uid = 1234
-	dir := t.TempDir()
-	chmodUp(t, dir)
-	u := testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1)})
-	writeTree(t, dir, map[string]string{"elsewhere/check": "secret"})
-	before := describe(t, filepath.Join(dir, "elsewhere"))
-	if err := os.Remove(u.backup); err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range []string{u.sensors.path, u.at("demo"), u.at("demo", "check")} {
-		if err := os.Chown(file, uid, uid); err != nil {
-			t.Fatal(err)
-		}
-	}
+	u, elsewhere := otherUsersBox(t)
+	before := describe(t, elsewhere)
 	for name, to := range map[string]string{".picket-lock": "check", ".picket-staging": "", ".picket-new-x": "", "y": "new"} {
-		if err := os.Symlink(filepath.Join(dir, "elsewhere", to), u.at(name)); err != nil {
+		if err := os.Symlink(filepath.Join(elsewhere, to), u.at(name)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	ctx := context.Background()
-	u.sensors.credential = &syscall.Credential{Uid: uid, Gid: uid}
+	u.sensors.credential = &syscall.Credential{Uid: otherUser, Gid: otherUser}
 	tried := "#!/bin/sh\n[ $(id -u) = 1234 ] || exit 8\n{ echo >new || echo >>check || mv lib new; } 2>/dev/null && exit 9\necho 2\n"
 	for _, name := range []string{"demo", "x", "y"} {
 		archive := packageOf(t, entry(name+"/check", tried), entry(name+"/lib/data", ""))
@@ -4757,7 +4792,7 @@ func TestOwner(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if after := describe(t, filepath.Join(dir, "elsewhere")); after != before {
+	if after := describe(t, elsewhere); after != before {
 		t.Errorf("got %s; want %s", after, before)
 	}
 	if left := leftovers(t, filepath.Dir(u.backup), u.sensors.path, u.backup); len(left) > 0 {
@@ -4769,7 +4804,7 @@ func TestOwner(t *testing.T) {
 		t.Errorf("got %s; want all to be his", his)
 	}
 	u.sensors.credential = nil
-	receive(t, "his own changes", asUser(t, uid, func() {
+	receive(t, "his own changes", asUser(t, otherUser, func() {
 		if err := u.install(ctx, "demo", demo(t, 3)); err != nil {
 			t.Error(err)
 		}
