@@ -6231,6 +6231,37 @@ func TestStoryQueueFull(t *testing.T) {
 	}
 }
 
+// TestStoryHanging: sensors that hang make a dispatcher slower, but none of his
+// tickets is refused, however long his list.
+func TestStoryHanging(t *testing.T) {
+	b := newBox(t, "[sensor]\ntimeout = 200ms\n", map[string]string{
+		"sensors/good/check": printing(1), "sensors/one/check": "#!/bin/sh\nsleep 60", "sensors/two/check": "#!/bin/sh\nsleep 60",
+	})
+	b.run(t)
+	const n = 330 // more than running and waiting ones together
+	want := func(i int) (sensor, outcome string) {
+		switch i % 20 {
+		case 0:
+			return "one", "-15 nan"
+		case 1:
+			return "two", "-15 nan"
+		}
+		return "good", "0 1"
+	}
+	for i := 0; i < n; i++ {
+		sensor, _ := want(i)
+		mustCall(t, b.client, "cmd_submit_reading", i, sensor)
+	}
+	seen := make(map[any]bool)
+	for len(seen) < n {
+		got := receive(t, "reading", b.readings)
+		if _, outcome := want(got.ticket.(int)); fmt.Sprint(got.code, " ", got.value) != outcome || seen[got.ticket] {
+			t.Errorf("got %+v; want %s, once", got, outcome)
+		}
+		seen[got.ticket] = true
+	}
+}
+
 // TestStoryTerm: SIGTERM ends the process with code 0, and every ticket that
 // was acknowledged has its reading.
 func TestStoryTerm(t *testing.T) {
