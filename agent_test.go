@@ -5317,7 +5317,13 @@ func TestCommandLine(t *testing.T) {
 	dir := t.TempDir()
 	lines := cases(t, "testdata/commands.txt")
 	chdir(t, dir)
-	writeSensor(t, filepath.Join(dir, "sensors"), "s", `case $1 in options) echo "x  what x is";; fail) echo oops >&2; exit 4;; hang) kill -9 $$;; text) echo text;; *) echo 42;; esac`)
+	writeSensor(t, filepath.Join(dir, "sensors"), "s", `case $1 in
+		options) echo "x  what x is";;
+		fail) echo oops >&2; exit 4;;
+		hang) kill -9 $$;;
+		text) echo text;;
+		*) echo 42;;
+		esac`)
 	stderr, err := os.Create(filepath.Join(dir, "stderr"))
 	if err != nil {
 		t.Fatal(err)
@@ -5419,7 +5425,9 @@ func TestMonitorStores(t *testing.T) {
 	defer c.close()
 	at := dateTime("20261122T20:43:21")
 	mustCall(t, c, "cmd_store_probe_data", 1, []any{0, "1"}, at)
-	for _, params := range [][]any{{1, []any{0, 0.5}, at}, {1, []any{0, "1"}, string(at)}, {1, []any{0, "1"}}, {1.5, []any{0, "1"}, at}} {
+	for _, params := range [][]any{
+		{1, []any{0, 0.5}, at}, {1, []any{0, "1"}, string(at)}, {1, []any{0, "1"}}, {1.5, []any{0, "1"}, at},
+	} {
 		wantFault(t, c, "cmd_store_probe_data", params...)
 	}
 }
@@ -5559,6 +5567,9 @@ func TestTLS(t *testing.T) {
 		return func(c *tls.Config) { c.Time = func() time.Time { return certificateTime(clock, built) } }
 	}
 	plain := func(*tls.Config) {}
+	trusting := func(c *tls.Config) { c.RootCAs = box.pool }
+	old := func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS11, tls.VersionTLS11 }
+	const invalid = "expired or is not yet valid"
 	for _, test := range []struct {
 		name           string
 		server, client tlsFiles
@@ -5571,16 +5582,16 @@ func TestTLS(t *testing.T) {
 		{"pinned to another", pinned, ours.valid(t, "somebody"), plain, "certificate"},
 		{"wrong CA of the server", theirs.valid(t, "box"), monitorFiles, plain, "unknown authority"},
 		{"not of the system's CAs", alone, tlsFiles{}, plain, "unknown authority"},
-		{"wrong CA of the client", box, theirs.valid(t, "monitor"), func(c *tls.Config) { c.RootCAs = box.pool }, "certificate"},
+		{"wrong CA of the client", box, theirs.valid(t, "monitor"), trusting, "certificate"},
 		{"no client certificate", box, none, plain, "certificate"},
 		{"wrong name", alone, none, func(c *tls.Config) { c.ServerName = "elsewhere" }, "not elsewhere|valid for"},
-		{"server expired", ours.files(t, "box", now.Add(-2*hour), now.Add(-hour)), monitorFiles, plain, "expired or is not yet valid"},
-		{"server not valid yet", ours.files(t, "box", now.Add(hour), now.Add(2*hour)), monitorFiles, plain, "expired or is not yet valid"},
+		{"server expired", ours.files(t, "box", now.Add(-2*hour), now.Add(-hour)), monitorFiles, plain, invalid},
+		{"server not valid yet", ours.files(t, "box", now.Add(hour), now.Add(2*hour)), monitorFiles, plain, invalid},
 		{"client expired", box, ours.files(t, "monitor", now.Add(-2*hour), now.Add(-hour)), plain, "certificate"},
 		{"clock in 1970", alone, none, at(time.Unix(300, 0), now), ""},
 		{"clock in 1970, built before", alone, none, at(time.Unix(300, 0), now.Add(-2*hour)), "not yet valid"},
 		{"expired once the clock is right", alone, none, at(now.Add(2*hour), now), "expired"},
-		{"TLS 1.1", alone, none, func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS11, tls.VersionTLS11 }, "protocol version"},
+		{"TLS 1.1", alone, none, old, "protocol version"},
 		{"TLS 1.2", box, monitorFiles, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, ""},
 	} {
 		_, u := serveTLS(t, &monitor{}, test.server)
@@ -5681,7 +5692,7 @@ func (b *box) ask(t testing.TB, method string, params ...any) stored {
 	return receive(t, "the outcome of "+method, b.readings)
 }
 
-// read has a sensor read, without arguments.
+// read runs a sensor without arguments.
 func (b *box) read(t testing.TB, ticket any, sensor string) stored {
 	t.Helper()
 	return b.ask(t, "cmd_submit_reading", ticket, sensor)
@@ -5712,9 +5723,9 @@ type child struct {
 	log    lockedBuffer
 	serves chan string   // gets each line of the log that names the address where it serves
 	ended  chan struct{} // is closed when it has ended
-	err    error         // of Wait, then
 }
 
+// servesAt matches the line with which a program says where it serves.
 var servesAt = regexp.MustCompile(`(?:on|listening) (?:http://)?(127\.0\.0\.1:\d+)[,/]`)
 
 // start starts a program and kills it when the test ends.
@@ -5740,7 +5751,7 @@ func start(t testing.TB, cmd *exec.Cmd) *child {
 				c.serves <- line
 			}
 		}
-		c.err = c.Wait()
+		c.Wait() // whose error is in ProcessState
 	}()
 	t.Cleanup(func() { c.Process.Kill(); <-c.ended })
 	return c
@@ -5830,8 +5841,9 @@ func build(t testing.TB, dir string) string {
 
 func goBuild(t testing.TB, file, source string) string {
 	t.Helper()
-	flags := "-s -w -buildid= -X main.built=1 -X main.release=test"
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-tags", "nethttpomithttp2", "-ldflags", flags, "-o", file, source)
+	flags := []string{"build", "-trimpath", "-buildvcs=false", "-tags", "nethttpomithttp2"}
+	linker := "-s -w -buildid= -X main.built=1 -X main.release=test"
+	cmd := exec.Command("go", append(flags, "-ldflags", linker, "-o", file, source)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -5922,7 +5934,8 @@ func TestHealth(t *testing.T) {
 	p.signal(t, syscall.SIGUSR1)
 	wantLog(t, &p.log, "health: … last_delivery_age …\n")
 	line := regexp.MustCompile(`health: (.*)\n`).FindStringSubmatch(p.log.String())[1]
-	want := `^uptime \d+ queued 0 running 0 undelivered [01] delivered [01] dropped 0 refused 0 rss_kb \d{4,} spool_bytes 0 last_delivery_age (\d+|-)$`
+	want := `^uptime \d+ queued 0 running 0 undelivered [01] delivered [01] dropped 0 refused 0 ` +
+		`rss_kb \d{4,} spool_bytes 0 last_delivery_age (\d+|-)$`
 	if !regexp.MustCompile(want).MatchString(line) {
 		t.Errorf("got %s; want %s", line, want)
 	}
@@ -6068,13 +6081,15 @@ func TestStoryTLS(t *testing.T) {
 	_, plain, _ := servingChild(t, dir)
 	_, port, _ := net.SplitHostPort(plain.url.Host)
 	call := func(flags ...string) string {
-		return picket(append(append([]string{"call"}, flags...), "https://localhost:"+port+"/", "cmd_submit_reading", "7", "s")...)
+		args := append(append([]string{"call"}, flags...), "https://localhost:"+port+"/")
+		return picket(append(args, "cmd_submit_reading", "7", "s")...)
 	}
 	if got := call("-cert", files.certificate, "-key", files.key, "-ca", files.ca); got != "exit 0\nOK\n" {
 		t.Fatal(got)
 	}
 	wants(t, receive(t, "reading", m.readings), "ticket 7: exit 0, value 1")
-	for _, flags := range [][]string{{"-ca", files.ca}, {"-ca", files.ca, "-cert", path("box.crt"), "-key", path("box.key")}, {}} {
+	notOurs := []string{"-ca", files.ca, "-cert", path("box.crt"), "-key", path("box.key")}
+	for _, flags := range [][]string{{"-ca", files.ca}, notOurs, {}} {
 		if got := call(flags...); !strings.HasPrefix(got, "exit 1\n") {
 			t.Errorf("%v: got %s", flags, got)
 		}
@@ -6205,7 +6220,9 @@ func fromJSON(t *testing.T, text string) []any {
 // TestStory: what is acknowledged is stored once, whichever way it is asked for,
 // and then nothing is left.
 func TestStory(t *testing.T) {
-	b := newBox(t, "", map[string]string{"sensors/words/check": "#!/bin/sh\necho $#", "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 2"})
+	b := newBox(t, "", map[string]string{
+		"sensors/words/check": "#!/bin/sh\necho $#", "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 2",
+	})
 	b.run(t)
 	wantFault(t, b.client, "cmd_submit_reading", strings.Repeat("x", maxTicket+1), "words")
 	helps := map[string]any{"picket": ownHelp(), "words": "1", "fail": `no help: fail options: exit 2: "broken"`}
@@ -6279,8 +6296,12 @@ func TestStoryHanging(t *testing.T) {
 	seen := make(map[any]bool)
 	for len(seen) < n {
 		got := receive(t, "reading", b.readings)
-		if hangs := sensors[got.ticket.(int)%20] != ""; hangs != (got.code == -15) || !hangs && got.code != 0 || seen[got.ticket] {
-			t.Errorf("got %+v", got)
+		want := 0
+		if sensors[got.ticket.(int)%20] != "" {
+			want = -15
+		}
+		if got.code != want || seen[got.ticket] {
+			t.Errorf("got %+v; want exit %d, once", got, want)
 		}
 		seen[got.ticket] = true
 	}
@@ -6356,7 +6377,8 @@ func TestStoryUpdate(t *testing.T) {
 // TestStoryMove: the agent moves when, and only when, all is well.
 func TestStoryMove(t *testing.T) {
 	healthy := newRecorder(t)
-	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", func(request, []any) (any, error) { return "ILL", nil }}}))
+	ill := func(request, []any) (any, error) { return "ILL", nil }
+	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", ill}}))
 	b := newBox(t, "", map[string]string{"sensors/s/check": printing(1)})
 	old := b.url.String()
 	b.config = "# top\r\n[monitor]\r\nurl : " + old + " ; the monitor\r\n[agent]\r\nlisten = 127.0.0.1:0 ; here"
@@ -6406,8 +6428,9 @@ func TestStoryMove(t *testing.T) {
 	_, u := serveTLS(t, &monitor{next: "http://127.0.0.1:1/"}, files)
 	c := newClient(u, patience, clientTLS(files))
 	defer c.close()
-	if _, err := nextMonitor(context.Background(), c, httpURL); err == nil || !strings.Contains(err.Error(), "from https to http://127.0.0.1:1/") {
-		t.Errorf("got %v", err)
+	_, err := nextMonitor(context.Background(), c, httpURL)
+	if want := "from https to http://127.0.0.1:1/"; !strings.Contains(fmt.Sprint(err), want) {
+		t.Errorf("got %v; want %s", err, want)
 	}
 }
 
@@ -6444,7 +6467,8 @@ func TestStoryDisk(t *testing.T) {
 	t.Run("limited file size", func(t *testing.T) {
 		testScarce(t, newBox(t, scarceConfig, nil), "file too large", func(pid int, bytes int64) error {
 			limit := syscall.Rlimit{Cur: uint64(bytes), Max: math.MaxUint64}
-			_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_FSIZE, uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
+			_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_FSIZE,
+				uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
 			if errno != 0 {
 				return errno
 			}
@@ -6464,7 +6488,9 @@ func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes i
 	next := newRecorder(t)
 	b.packages, b.next = t.TempDir(), next.url.String()
 	writeTree(t, b.packages, map[string]string{"demo.tar.bz2": archive})
-	writeTree(t, b.dir, map[string]string{"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": b.config})
+	writeTree(t, b.dir, map[string]string{
+		"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": b.config,
+	})
 	p := b.start(t)
 	set := func(bytes int64) {
 		t.Helper()
@@ -6599,7 +6625,9 @@ func readOnly(t *testing.T, dir string) {
 // one reading.
 func TestKill(t *testing.T) {
 	random := mathrand.New(mathrand.NewSource(1))
-	b := newBox(t, "[sensor]\nconcurrency = 4\n[monitor]\nspool = spool\n", map[string]string{"sensors/s/check": "#!/bin/sh\necho $1\n"})
+	b := newBox(t, "[sensor]\nconcurrency = 4\n[monitor]\nspool = spool\n", map[string]string{
+		"sensors/s/check": "#!/bin/sh\necho $1\n",
+	})
 	b.readings = make(chan stored, 1<<20)
 	spool := filepath.Join(b.dir, "spool")
 	sent, owed, damaged := 0, make(map[string]bool), 0
@@ -6611,7 +6639,8 @@ func TestKill(t *testing.T) {
 		p := b.start(t)
 		for i := random.Intn(30); i > 0; i-- {
 			sent++
-			b.client.call(context.Background(), "cmd_submit_reading", sent, "s", []any{sent}) // acknowledged or not: it is to be killed
+			// Acknowledged or not: the agent is to be killed.
+			b.client.call(context.Background(), "cmd_submit_reading", sent, "s", []any{sent})
 		}
 		time.Sleep(time.Duration(random.Intn(20)) * time.Millisecond) // any moment will do
 		p.signal(t, syscall.SIGKILL)
@@ -6639,7 +6668,8 @@ func TestKill(t *testing.T) {
 	for len(owed) > 0 {
 		got := receive(t, "a reading that was in the spool", b.readings)
 		text := fmt.Sprintf("%v=%s", got.ticket, got.value)
-		if ticket, ok := got.ticket.(int); !ok || ticket < 1 || ticket > sent || got.code == 0 && got.value != fmt.Sprint(ticket) {
+		ticket, ok := got.ticket.(int)
+		if !ok || ticket < 1 || ticket > sent || got.code == 0 && got.value != fmt.Sprint(ticket) {
 			t.Errorf("made up: %+v", got)
 		}
 		delivered[text]++
@@ -6917,8 +6947,8 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 	case dice < 205:
 		s.peer(t, func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() })
 	case dice < 208:
-		concurrency := fmt.Sprint(2 + random.Intn(4))
-		if got := picket("-c", filepath.Join(s.dir, "client.cfg"), "config", "set", "sensor", "concurrency", concurrency); got != "exit 0\n" {
+		file, concurrency := filepath.Join(s.dir, "client.cfg"), fmt.Sprint(2+random.Intn(4))
+		if got := picket("-c", file, "config", "set", "sensor", "concurrency", concurrency); got != "exit 0\n" {
 			t.Error(got)
 		}
 		s.agent.reload()
@@ -7020,7 +7050,8 @@ func TestInit(t *testing.T) {
 	writeTree(t, b.dir, shipped(t, "sensors/"))
 	writeTree(t, b.dir, map[string]string{
 		"client.cfg": b.config, "sensors/slow/check": "#!/bin/sh\nexec tail -f /dev/null\n",
-		"sensors/daemon/check": "#!/bin/sh\nsetsid sh -c ': >started; exec sleep 1000' >/dev/null 2>&1 &\nuntil [ -e started ]; do :; done; echo 5\n",
+		"sensors/daemon/check": "#!/bin/sh\nsetsid sh -c ': >started; exec sleep 1000' >/dev/null 2>&1 &\n" +
+			"until [ -e started ]; do :; done; echo 5\n",
 	})
 	build(t, b.dir)
 	script := `set -e; cd "$1"
@@ -7048,7 +7079,10 @@ func TestInit(t *testing.T) {
 		}
 	}
 	var sleeps []int
-	await(t, "init's sleep and that which the sensor left", func() bool { sleeps = named(t, root, "sleep"); return len(sleeps) == 2 })
+	await(t, "init's sleep and that which the sensor left", func() bool {
+		sleeps = named(t, root, "sleep")
+		return len(sleeps) == 2
+	})
 
 	// Killed, it is started again, and what it had not delivered is.
 	b.set(away)
@@ -7066,7 +7100,9 @@ func TestInit(t *testing.T) {
 	kill("picket", syscall.SIGKILL)
 	waits := func(times int) {
 		t.Helper()
-		await(t, "it waits", func() bool { return strings.Count(boot.log.String(), "; ends in 30s, or at a signal\n") == times })
+		await(t, "it waits", func() bool {
+			return strings.Count(boot.log.String(), "; ends in 30s, or at a signal\n") == times
+		})
 	}
 	waits(1)
 	kill("picket", syscall.SIGHUP)
@@ -7239,13 +7275,18 @@ func TestTinyBox(t *testing.T) {
 
 // memoryGroup makes a memory cgroup that ends with the test, where it can.
 func memoryGroup(t *testing.T, limit int64) (dir string, ok bool) {
-	for root, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
+	for root, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
+	} {
 		dir, err := os.MkdirTemp(root, "picket-test-")
 		if err != nil {
 			continue
 		}
 		t.Cleanup(func() {
-			await(t, "the cgroup is empty", func() bool { err := os.Remove(dir); return err == nil || errors.Is(err, fs.ErrNotExist) })
+			await(t, "the cgroup is empty", func() bool {
+				err := os.Remove(dir)
+				return err == nil || errors.Is(err, fs.ErrNotExist)
+			})
 		})
 		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
 			_, err = fmt.Fprint(f, limit)
@@ -7311,7 +7352,9 @@ func testPeer(t *testing.T, command ...string) {
 	if string(out) != want["caller"] {
 		t.Errorf("caller: got\n%s\nwant\n%s", out, want["caller"])
 	}
-	await(t, "all readings", func() bool { return strings.Count(p.log.String(), "\n") > strings.Count(want["monitor"], "\n") })
+	await(t, "all readings", func() bool {
+		return strings.Count(p.log.String(), "\n") > strings.Count(want["monitor"], "\n")
+	})
 	_, got, _ := strings.Cut(p.log.String(), "\n") // behind its address
 	got = regexp.MustCompile(`\d{8}T\d\d:\d\d:\d\d`).ReplaceAllString(sortedLines(got), "TIME")
 	if got != want["monitor"] {
@@ -7364,7 +7407,8 @@ func (b *bench) build() {
 	b.yardstick = goBuild(b, filepath.Join(b.dir, "yardstick"), "./testdata/bench")
 	b.sensor = filepath.Join(b.dir, "sensors/s/check")
 	writeTree(b, b.dir, map[string]string{"sensors/s/": ""})
-	if out, err := exec.Command(program(b, "cc"), "-Os", "-static", "-o", b.sensor, "testdata/sensor.c").CombinedOutput(); err != nil {
+	cc := exec.Command(program(b, "cc"), "-Os", "-static", "-o", b.sensor, "testdata/sensor.c")
+	if out, err := cc.CombinedOutput(); err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}
 }
@@ -7381,8 +7425,8 @@ func (b *bench) row(what string, picket, yardstick float64, budget string) {
 // startPicket starts the agent with a monitor and with more in its client.cfg.
 func (b *bench) startPicket(monitor, more string) (p *child, address string) {
 	b.Helper()
-	writeTree(b, b.dir, map[string]string{"client.cfg": fmt.Sprintf(
-		"[monitor]\nurl = http://%s/xmlrpc/\n%s[sensor]\nconcurrency = %d\n[agent]\nlisten = 127.0.0.1:0\n", monitor, more, benchConcurrency)})
+	const config = "[monitor]\nurl = http://%s/xmlrpc/\n%s[sensor]\nconcurrency = %d\n[agent]\nlisten = 127.0.0.1:0\n"
+	writeTree(b, b.dir, map[string]string{"client.cfg": fmt.Sprintf(config, monitor, more, benchConcurrency)})
 	return b.start(b.picket, "-c", filepath.Join(b.dir, "client.cfg"))
 }
 
@@ -7562,7 +7606,12 @@ func (b *bench) backlog() {
 // wireCall is a call as it is sent.
 func wireCall(method string, params ...any) []byte {
 	body := encodeCall(method, params...)
-	return []byte(fmt.Sprintf("POST /xmlrpc/ HTTP/1.1\r\nHost: x\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
+	return withLength("POST /xmlrpc/ HTTP/1.1\r\nHost: x\r\nContent-Type: text/xml", body)
+}
+
+// withLength is a message of these lines, of Content-Length and of the body.
+func withLength(lines string, body []byte) []byte {
+	return []byte(fmt.Sprintf("%s\r\nContent-Length: %d\r\n\r\n%s", lines, len(body), body))
 }
 
 // submitCalls are so many calls that ask for a reading, made before anything is measured.
@@ -7647,9 +7696,8 @@ func (b *bench) monitor() *wireMonitor {
 
 func (m *wireMonitor) answer(conn net.Conn) {
 	defer conn.Close()
-	body := encodeResponse(true, nil)
-	yes := []byte(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
-	no := []byte("HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+	yes := withLength("HTTP/1.1 200 OK\r\nContent-Type: text/xml", encodeResponse(true, nil))
+	no := withLength("HTTP/1.1 503 Service Unavailable", nil)
 	for r := bufio.NewReader(conn); ; {
 		if _, err := readMessage(r); err != nil {
 			return
