@@ -36,6 +36,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -7370,6 +7371,313 @@ func sortedLines(text string) string {
 	lines := strings.SplitAfter(text, "\n")
 	slices.Sort(lines)
 	return strings.Join(lines, "")
+}
+
+// TestFaultSurroundings: a sensor that runs as another user has no terminal, none
+// of the files that whoever started picket had open, and a home of its own,
+// whichever command runs it. ^C ends that command all the same.
+func TestFaultSurroundings(t *testing.T) {
+	nobody, err := user.Lookup("nobody")
+	if err != nil || os.Geteuid() != 0 {
+		t.Skip("not root, or no user nobody")
+	}
+	const sensor = `#!/bin/sh
+has=; (: <>/dev/tty) 2>/dev/null && has=/dev/tty
+for f in 0 1 2; do [ -t $f ] && has="$has $f"; done
+for f in /proc/$$/fd/*; do case $(readlink $f) in */secret) has="$has $f";; esac; done
+echo "has [$has] $HOME $USER $LOGNAME" >>$SEEN
+[ "$1" = hang ] && sleep 60
+echo 1
+`
+	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
+	for _, test := range []struct{ command, shell string }{ // picket leads the session, or a shell does
+		{"", ""}, {"check s", ""}, {"check s", "sh"}, {"check s hang", "sh"}, {"list", ""},
+		{"install demo.tar", ""}, {"update demo", ""}, {"selftest", ""},
+	} {
+		t.Run(test.shell+" picket "+test.command, func(t *testing.T) {
+			archive := string(packageOf(t, entry("demo/", ""), entry("demo/check", sensor)))
+			b := newBox(t, "[sensor]\nuser = nobody\n", map[string]string{
+				"sensors/s/check": sensor, "seen": "", "secret": "", "demo.tar": archive, "demo.tar.bz2": archive,
+			})
+			b.packages = b.dir
+			seen := filepath.Join(b.dir, "seen")
+			t.Setenv("SEEN", seen)
+			for file, mode := range map[string]fs.FileMode{filepath.Dir(b.dir): 0o755, seen: 0o666} {
+				if err := os.Chmod(file, mode); err != nil {
+					t.Fatal(err)
+				}
+			}
+			secret, err := os.Open(filepath.Join(b.dir, "secret"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer secret.Close()
+			cmd := self(t, b.dir, strings.Fields(test.command)...)
+			if test.shell != "" {
+				cmd = wrapped(cmd, test.shell, "-c", `"$@"; exit $?`, test.shell)
+			}
+			cmd.ExtraFiles = []*os.File{secret, secret}
+			keyboard := startOnTerminal(t, cmd)
+			says := bufio.NewReader(keyboard)
+			switch test.command {
+			case "":
+				line, _ := says.ReadString('\n')
+				match := servesAt.FindStringSubmatch(line)
+				if match == nil {
+					t.Fatalf("got %q", line)
+				}
+				b.client = clientOf(t, match[1])
+				b.read(t, 1, "s")
+				cmd.Process.Signal(syscall.SIGTERM)
+			case "check s hang":
+				await(t, "it runs", func() bool { return readTree(t, b.dir)["seen"] != "" })
+				io.WriteString(keyboard, "\x03")
+			}
+			said := make(chan string, 1)
+			go func() {
+				text, _ := io.ReadAll(says) // which fails at the end, as the terminal is hung up
+				said <- string(text)
+			}()
+			text := receive(t, "the end of picket", said)
+			if got := readTree(t, b.dir)["seen"]; got == "" || strings.ReplaceAll(got, want, "") != "" {
+				t.Errorf("got %q; want %q; picket says %s", got, want, text)
+			}
+		})
+	}
+}
+
+// startOnTerminal starts a program as the leader of a session on a pseudo terminal,
+// kills it when the test ends, and returns the other end of the terminal.
+func startOnTerminal(t *testing.T, cmd *exec.Cmd) *os.File {
+	t.Helper()
+	here, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { here.Close() })
+	var unlock, n int32
+	for request, value := range map[uintptr]*int32{syscall.TIOCSPTLCK: &unlock, syscall.TIOCGPTN: &n} {
+		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, here.Fd(), request, uintptr(unsafe.Pointer(value))); errno != 0 {
+			t.Skip(errno)
+		}
+	}
+	there, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer there.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = there, there, there
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	return here
+}
+
+// TestFaultReload: no reload takes away a protection that is in force, as one does
+// that meets a client.cfg which is empty or half written. SIGTERM does not wait for
+// a reload.
+func TestFaultReload(t *testing.T) {
+	files := newCA(t, "ca").valid(t, "monitor")
+	public, _ := signify(t, "keynum_1")
+	protections := "[agent]\ncertificate = " + files.certificate + "\nkey = " + files.key +
+		"\nallow = 127.0.0.1\nclient_ca = " + files.ca + "\nclient_name = monitor\n" +
+		"[monitor]\nca = " + files.ca + "\n[sensor]\nupdate = no\npublic_key = key.pub\n"
+	names := []string{"allow", "certificate", "client_ca", "client_name", "ca", "update", "public_key"}
+	if os.Geteuid() == 0 {
+		protections, names = protections+"user = nobody\n", append(names, "user")
+	}
+	b := newBox(t, protections, map[string]string{"key.pub": public})
+	p := b.start(t)
+	b.client.url.Scheme = "https"
+	c := newClient(b.client.url, patience, clientTLS(files))
+	defer c.close()
+	mustCall(t, c, "healthcheck")
+	reload := func(text string) string {
+		t.Helper()
+		before := len(p.log.String())
+		writeTree(t, b.dir, map[string]string{"client.cfg": text})
+		p.signal(t, syscall.SIGHUP)
+		const refused, taken = "the settings before stay in force\n", "is in force; on"
+		await(t, "the reload", func() bool {
+			log := p.log.String()[before:]
+			return strings.Contains(log, refused) || strings.Contains(log, taken)
+		})
+		return p.log.String()[before:]
+	}
+	texts := map[string]string{"": "", b.config[:strings.Index(b.config, "allow")]: "allow"} // with what is missed
+	for _, name := range names {
+		line := regexp.MustCompile(`(?m)^` + name + ` = .*\n`)
+		if name == "certificate" {
+			line = regexp.MustCompile(`(?m)^(certificate|key) = .*\n`)
+		}
+		texts[line.ReplaceAllString(b.config, "")] = name
+	}
+	for text, name := range texts {
+		if got := reload(text); strings.Contains(got, "is in force; on") || !strings.Contains(got, name) {
+			t.Errorf("without %q: got %s", name, got)
+		}
+	}
+	mustCall(t, c, "healthcheck")
+	if got := reload(b.config + "[agent]\nqueue = 100\n"); strings.Contains(got, "stay in force") {
+		t.Errorf("got %s", got)
+	}
+	before := strings.Count(p.log.String(), "in force")
+	p.signal(t, syscall.SIGHUP, syscall.SIGTERM)
+	if code := p.wait(t); code != 0 || strings.Count(p.log.String(), "in force") > before {
+		t.Errorf("SIGTERM after a SIGHUP: exit %d: %s", code, &p.log)
+	}
+}
+
+// TestFaultFIFO: a file that is none is refused where picket reads one. It waits
+// for nobody to write.
+func TestFaultFIFO(t *testing.T) {
+	files := newCA(t, "ca").valid(t, "box")
+	pair := "certificate = " + files.certificate + "\nkey = " + files.key + "\n"
+	fifo := func(t *testing.T, dir string) {
+		if err := syscall.Mkfifo(filepath.Join(dir, "fifo.tar"), 0o666); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, test := range []struct{ config, command string }{
+		{"", "-c fifo.tar"}, {"", "-c fifo.tar check s"}, {"", "install fifo.tar"},
+		{"certificate = fifo.tar\nkey = " + files.key, ""}, {"key = fifo.tar\ncertificate = " + files.certificate, ""},
+		{pair + "client_ca = fifo.tar", ""}, {"[monitor]\nca = fifo.tar", ""}, {"[sensor]\npublic_key = fifo.tar", "config"},
+		{"", "call -ca fifo.tar https://127.0.0.1:1/ x"},
+	} {
+		test := test
+		t.Run(test.config+" "+test.command, func(t *testing.T) {
+			t.Parallel()
+			b := newBox(t, test.config+"\n", nil)
+			fifo(t, b.dir)
+			p := start(t, self(t, b.dir, strings.Fields(test.command)...))
+			if code := p.wait(t); code <= 0 || !strings.Contains(p.log.String(), "fifo") {
+				t.Errorf("exit %d: %s", code, &p.log)
+			}
+		})
+	}
+	t.Run("reload", func(t *testing.T) {
+		t.Parallel()
+		b := newBox(t, "", nil)
+		fifo(t, b.dir)
+		p := b.start(t)
+		writeTree(t, b.dir, map[string]string{"client.cfg": b.config + "certificate = fifo.tar\nkey = fifo.tar\n"})
+		p.signal(t, syscall.SIGHUP)
+		wantLog(t, &p.log, "reload: …fifo…stay in force")
+		p.terminate(t)
+	})
+}
+
+// TestFaultLocked: whoever can open the directory of client.cfg or of the sensors
+// can lock it. The start, the end, a reload and runs do not wait for him.
+func TestFaultLocked(t *testing.T) {
+	for _, dir := range []string{".", "sensors"} {
+		for _, locked := range []string{"start", "run"} {
+			dir, locked := dir, locked
+			t.Run(dir+" at the "+locked, func(t *testing.T) {
+				t.Parallel()
+				b := newBox(t, "", map[string]string{"sensors/s/check": printing(1)})
+				b.next = newRecorder(t).url.String()
+				lock := func() {
+					f, err := os.Open(filepath.Join(b.dir, dir))
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() { f.Close() })
+					if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if locked == "start" {
+					lock()
+				}
+				p := b.start(t)
+				mustCall(t, b.client, "healthcheck")
+				if locked == "run" {
+					lock()
+				}
+				wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
+				mustCall(t, b.client, "cmd_update_sensor_code", "s") // which may wait for the lock
+				if dir == "." {
+					mustCall(t, b.client, "cmd_register_new_server") // so may that
+				}
+				p.signal(t, syscall.SIGHUP)
+				wantLog(t, &p.log, "is in force; on")
+				mustCall(t, b.client, "cmd_submit_reading", 2, "s")
+				p.terminate(t)
+			})
+		}
+	}
+}
+
+// TestFaultArguments: a queue full of commands with thousands of empty arguments
+// does not kill a box of 16 MiB, from the first moment on, and calls beside them
+// are answered.
+func TestFaultArguments(t *testing.T) {
+	for mode, arguments := range map[string]string{
+		"string": "<string>" + strings.Repeat("'' ", 8192) + "</string>",
+		"small":  "<string>" + strings.Repeat("'' ", 5300) + "</string>",
+		"array":  "<array><data>" + strings.Repeat("<value/>", 4090) + "</data></array>",
+	} {
+		t.Run(mode, func(t *testing.T) {
+			b := newBox(t, "queue = 256\n", map[string]string{"sensors/s/check": "#!/bin/sh\nsleep 2; echo 1"})
+			p, limited := b.startTiny(t)
+			if !limited {
+				t.Skip("no memory cgroups on this machine")
+			}
+			full := make(chan string, 1)
+			go func() {
+				n, answer := 0, "OK"
+				for ; n < 256 && strings.Contains(answer, "OK"); n++ { // till the queue is full, or one is refused
+					body := string(encodeCall("cmd_submit_reading", n, "s", "ARGS"))
+					body = strings.Replace(body, "<string>ARGS</string>", arguments, 1)
+					resp, err := http.Post(b.client.url.String(), "text/xml", strings.NewReader(body))
+					if err != nil {
+						answer = err.Error()
+						break
+					}
+					text, _ := io.ReadAll(resp.Body)
+					resp.Body.Close()
+					answer = string(text)
+				}
+				full <- fmt.Sprintf("%d commands, at last %.200s", n, answer)
+			}()
+			c := newClient(b.client.url, 10*time.Second, nil)
+			defer c.close()
+			for len(full) == 0 {
+				mustCall(t, c, "healthcheck")
+			}
+			mustCall(t, c, "healthcheck")
+			t.Logf("%s; peak of resident memory %d KiB", <-full, residentMemory(t, p.Process.Pid, "VmHWM"))
+		})
+	}
+}
+
+// TestFaultManySensors: a thousand sensors with long help texts are listed within
+// the limits of a message, in 16 MiB.
+func TestFaultManySensors(t *testing.T) {
+	files := map[string]string{"help": strings.Repeat("<&> what it can be asked\n", 100)}
+	for i := 0; i < 1000; i++ {
+		files[fmt.Sprintf("sensors/%060d/check", i)] = "#!/bin/sh\ncat ../../help"
+	}
+	b := newBox(t, "", files)
+	p, limited := b.startTiny(t)
+	listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
+	size := 0
+	for name, help := range listed {
+		text := len(encodeResponse(help, nil)) - len(encodeResponse("", nil))
+		if text > 1<<10 {
+			t.Errorf("the help of %s takes %d bytes", name, text)
+		}
+		size += len(name) + text
+	}
+	if size > 48<<10 || len(encodeResponse(listed, nil)) > 64<<10 || len(listed) < 100 {
+		t.Errorf("%d sensors take %d bytes, the answer %d", len(listed), size, len(encodeResponse(listed, nil)))
+	}
+	wantLog(t, &p.log, "left out")
+	t.Logf("%d sensors, limited: %v", len(listed), limited)
+	p.terminate(t)
 }
 
 // BenchmarkBudgets measures what the agent takes, each figure beside a yardstick
