@@ -2,10 +2,10 @@
 // too old or too odd for anything else.
 //
 // It is passive: the monitor sends a command over XML-RPC, with a ticket. The
-// agent acknowledges it at once, does the work (runs a sensor: any program
-// that prints one number) and hands in the reading, with the same ticket, over a
-// connection that it opens itself to the one monitor named in client.cfg.
-// Whoever merely asks gets an acknowledgement and no data.
+// agent acknowledges the command at once, does the work (most often it runs a
+// sensor: any program that prints one number) and hands in the reading, with
+// the same ticket, over a connection that it opens itself to the one monitor
+// named in client.cfg. Whoever merely asks gets an acknowledgement and no data.
 //
 //	picket [-c client.cfg] [command]
 //
@@ -17,12 +17,12 @@
 // # Trust
 //
 // The agent runs what is installed in its directory of sensors and nothing
-// else; only its monitor can change them, or with [sensor] public_key whoever
-// has the secret key. A command only chooses among them and gives them
-// arguments, which no shell ever sees. What it measured goes to the monitor of
-// client.cfg or nowhere. Who can reach its port, and is let in by [agent] allow
-// and client_ca, can have sensors run, at most [sensor] concurrency at once, but
-// not see what they print.
+// else; only its monitor can change that, or, with [sensor] public_key, whoever
+// has the secret key. A command only chooses a sensor and gives it arguments,
+// which no shell ever sees. What it measured goes to the monitor of client.cfg
+// or nowhere. Whoever can reach its port, and passes [agent] allow and
+// client_ca, can have sensors run, at most [sensor] concurrency at once, but
+// cannot see what they print.
 //
 // # What lasts
 //
@@ -33,7 +33,7 @@
 // # Files
 //
 // They depend downwards: main, update, sensors, rpc. The settings of config are
-// used by main alone, and what it knows of replacing a file by all.
+// used by main alone; its functions that read and replace files, by all.
 package main
 
 import (
@@ -47,6 +47,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"log/syslog"
 	"net"
 	"net/http"
 	"net/url"
@@ -65,29 +66,32 @@ import (
 )
 
 const (
-	acceptTime  = 10 * time.Second // that a command waits for room in the queue
-	sensorsTime = 5 * time.Second  // that running sensors get when the agent ends
-	deliverTime = 5 * time.Second  // that undelivered readings get then
-	maxTicket   = 1 << 10          // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
-	maxPackage  = 4 << 20          // bytes of a package that the stand-in monitor serves
-	initTime    = 30 * time.Second // that an agent which init started waits before it ends with an error
+	sensorsTime = 5 * time.Second  // for running sensors when the agent ends
+	deliverTime = 5 * time.Second  // for undelivered readings after that
+	reloadTime  = time.Second      // between the two reads of client.cfg that must be equal
+	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
+	lastLogTime = time.Second      // for the last lines of the log when the agent ends
+
+	maxServed = 4 << 20 // bytes of a package that the stand-in monitor serves
+	logLines  = 256     // lines of the log that wait to be written
+
+	spareThreads = 6 // beside those that run Go code: for files, names and signals
 )
 
-// Exit codes of the process.
+// Exit codes of the process. That of picket check is the sensor's.
 const (
 	exitFailed = 1
 	exitUsage  = 2 // or configuration
 )
 
-// What the linker writes into the binary; "" where only the toolchain's own stamp
-// tells.
+// The linker writes these into the binary. Without it the Go toolchain's own
+// stamp is used.
 var (
-	release string // as git describes it
-	built   string // the time of the source, in seconds since 1970
+	release string // as git describes the source
+	built   string // when the source was committed, in seconds since 1970
 )
 
 func main() {
-	growStack()
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1) // before anything else: an init may be quick
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -95,6 +99,8 @@ func main() {
 	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
 	log.SetFlags(0)
 	log.SetOutput(plainLog{os.Stderr})
+	closeOnExec()
+	time.Local = localZone()
 	out := &output{w: os.Stdout}
 	err := execute(ctx, signals, os.Args[1:], out)
 	if err == nil {
@@ -113,17 +119,35 @@ func main() {
 	}
 }
 
-// growStack has the stack of a goroutine grow while there is little on it. To move
-// a deep one the runtime looks up each function in tables of the binary, 64 KiB of
-// which come into memory each time: of an idle agent that was a tenth.
-//
-//go:noinline
-func growStack() byte {
-	var room [12 << 10]byte
-	return room[len(os.Args)%len(room)]
+// closeOnExec marks every file above 2 that picket's parent left open to be
+// closed when a sensor starts: it may be a lock or a secret.
+func closeOnExec() {
+	var limit syscall.Rlimit
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	files, err := os.ReadDir("/proc/self/fd")
+	for _, f := range files {
+		if fd, err := strconv.Atoi(f.Name()); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+		}
+	}
+	for fd := 3; err != nil && fd < int(min(limit.Cur, 1<<16)); fd++ { // there is no /proc
+		syscall.CloseOnExec(fd)
+	}
 }
 
-// An output remembers that it could not be written.
+// leaveTerminal gives up the controlling terminal, so that no sensor can open
+// /dev/tty, read what is typed there or type into it. ^C still arrives, unless
+// picket leads the session of the terminal; then the kernel also sends SIGHUP.
+func leaveTerminal() {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return // there is none
+	}
+	defer tty.Close()
+	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
+}
+
+// An output remembers that something could not be written to it.
 type output struct {
 	w   io.Writer
 	err error
@@ -151,89 +175,131 @@ func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
 
-// An invocation is one call of the program.
-type invocation struct {
-	config  string // -c
-	signals <-chan os.Signal
-	args    []string
-	out     io.Writer
-}
-
-// A subcommand is a word on the command line.
+// A subcommand is a command of the command line.
 type subcommand struct {
 	name, args, help string
+	least, most      int // arguments; most < 0: any number
+	needs            int // what execute does before
 	run              func(context.Context, invocation) error
 }
 
+// What a subcommand needs.
+const (
+	needsNothing  = iota
+	needsFile     // the path of client.cfg
+	needsNoTTY    // the terminal given up, as it runs sensors
+	needsSettings // all of these, and the settings
+)
+
 func subcommands() []subcommand {
+	const tlsArgs = "[-ca FILE] [-cert FILE -key FILE]"
 	return []subcommand{
-		{"", "", "run the agent until SIGTERM or SIGINT", runUnderInit},
-		{"check", "SENSOR [ARG...]", "run one sensor as the agent would", runCheck},
-		{"list", "", "the sensors, what they can be asked", runList},
-		{"config", "", "check client.cfg, print every option", runConfig},
-		{"config get", "SECTION OPTION", "print one value", nil},
-		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place", nil},
-		{"config unset", "SECTION [OPTION]", "remove an option or a section", nil},
-		{"update", "SENSOR", "fetch a package and install it", runUpdate},
-		{"rollback", "SENSOR", "put the newest backup back in place", runRollback},
-		{"install", "FILE.tar.bz2", "install a package that lies here", runInstall},
-		{"call", "[-ca FILE] [-cert FILE -key FILE] URL METHOD [ARG...]", "call an XML-RPC method", runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    [-cert FILE -key FILE [-ca FILE]]", "a stand-in that prints readings", runMonitor},
-		{"selftest", "", "prove that all works on this box", runSelftest},
-		{"version", "", "version, commit, Go, architecture", runVersion},
-		{"help", "", "this page", runHelp},
+		{"", "", "run the agent until SIGTERM or SIGINT", 0, 0, needsNoTTY, runUnderInit},
+		{"check", "SENSOR [ARG...]", "run one sensor as the agent would", 1, -1, needsSettings, runCheck},
+		{"list", "", "the sensors, what they can be asked", 0, 0, needsSettings, runList},
+		{"config", "", "check client.cfg, print every option", 0, 0, needsFile, runConfig},
+		{"config get", "SECTION OPTION", "print one value", 2, 2, needsFile, runConfigGet},
+		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place", 3, -1, needsFile, runConfigSet},
+		{"config unset", "SECTION [OPTION]", "remove an option or a section", 1, 2, needsFile, runConfigUnset},
+		{"update", "SENSOR", "fetch a package and install it", 1, 1, needsSettings, runUpdate},
+		{"rollback", "SENSOR", "put the newest backup back in place", 1, 1, needsSettings, runRollback},
+		{"install", "FILE.tar.bz2", "install a package that lies here", 1, 1, needsSettings, runInstall},
+		{"call", tlsArgs + " URL METHOD [ARG...]", "call an XML-RPC method", 2, -1, needsNothing, runCall},
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    " + tlsArgs, "a stand-in that prints readings", 0, -1, needsNothing, runMonitor},
+		{"selftest", "", "prove that all works on this box", 0, 0, needsNoTTY, runSelftest},
+		{"version", "", "version, commit, Go, architecture", 0, 0, needsNothing, runVersion},
+		{"help", "", "this page", 0, -1, needsNothing, runHelp},
 	}
 }
 
-// execute runs the program with the arguments of its command line.
+// An invocation is one call of the program.
+type invocation struct {
+	config   string // the -c of the command line
+	signals  <-chan os.Signal
+	usage    string
+	args     []string
+	out      io.Writer
+	file     string // client.cfg, where it is needed
+	settings settings
+}
+
+func (in invocation) usageError() error { return usagef("usage: %s", in.usage) }
+
+// execute runs the program with the arguments of its command line. Its error
+// shows no password.
 func execute(ctx context.Context, signals <-chan os.Signal, args []string, out io.Writer) error {
-	flags := newFlags("picket")
-	config := flags.String("c", "", "")
-	if err := flags.Parse(args); err != nil {
-		return flagError(err, out)
+	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
+	in := invocation{signals: signals, out: out}
+	flags.StringVar(&in.config, "c", "", "")
+	if err := in.parse(flags, args); err != nil {
+		return err
 	}
-	in := invocation{config: *config, signals: signals, out: out}
-	name := ""
-	if rest := flags.Args(); len(rest) > 0 {
-		name, in.args = rest[0], rest[1:]
-		signal.Reset(syscall.SIGHUP, syscall.SIGUSR1) // which mean something to an agent only
+	c, err := in.findSubcommand()
+	if err == nil && c.needs >= needsNoTTY {
+		leaveTerminal()
+	} else if err == nil { // signals that mean something to an agent only
+		signal.Reset(syscall.SIGHUP, syscall.SIGUSR1)
 	}
-	for _, c := range subcommands() {
-		if c.name == name && c.run != nil {
-			err := c.run(ctx, in)
-			var coded *exitError
-			switch {
-			case errors.As(err, &coded) && coded.err != nil:
-				return &exitError{coded.code, maskedError{err}}
-			case err != nil && coded == nil:
-				return maskedError{err}
-			}
-			return err
+	if err == nil && (c.needs == needsFile || c.needs == needsSettings) {
+		in.file, err = findConfig(in.config)
+	}
+	if err == nil && c.needs == needsSettings {
+		in.settings, err = readSettings(in.file)
+	}
+	if err == nil {
+		err = c.run(ctx, in)
+	}
+	if coded := (*exitError)(nil); errors.As(err, &coded) {
+		if coded.err == nil {
+			return coded
 		}
+		return &exitError{coded.code, maskedError{err}}
 	}
-	return usagef("unknown command %q; see picket help", name)
-}
-
-// newFlags returns a set of flags that leaves all printing to execute.
-func newFlags(name string) *flag.FlagSet {
-	flags := flag.NewFlagSet(name, flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	return flags
-}
-
-func flagError(err error, out io.Writer) error {
-	if errors.Is(err, flag.ErrHelp) {
-		return runHelp(context.Background(), invocation{out: out})
-	}
-	return usagef("%v; see picket help", err)
-}
-
-// takes checks the number of arguments.
-func (in invocation) takes(least, most int, usage string) error {
-	if n := len(in.args); n < least || n > most {
-		return usagef("usage: picket %s", usage)
+	if err != nil {
+		return maskedError{err}
 	}
 	return nil
+}
+
+// parse parses flags and keeps the other arguments. What there is to print is
+// printed by picket, not by the flag package.
+func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
+	flags.SetOutput(io.Discard)
+	err := flags.Parse(args)
+	in.args = flags.Args()
+	if errors.Is(err, flag.ErrHelp) {
+		runHelp(context.Background(), *in)
+		return &exitError{}
+	}
+	if err != nil {
+		return usagef("%v; see picket help", err)
+	}
+	return nil
+}
+
+// findSubcommand returns the subcommand that the arguments begin with, keeps
+// those behind its name and checks their number.
+func (in *invocation) findSubcommand() (subcommand, error) {
+	all := subcommands()
+	found := -1
+	for n := min(len(in.args), 2); n > 0 && found < 0; n-- {
+		name := strings.Join(in.args[:n], " ")
+		if found = slices.IndexFunc(all, func(c subcommand) bool { return c.name == name }); found >= 0 {
+			in.args = in.args[n:]
+		}
+	}
+	if found < 0 && len(in.args) > 0 {
+		return subcommand{}, usagef("unknown command %q; see picket help", in.args[0])
+	}
+	c := all[max(found, 0)]
+	if c.name == "config" && len(in.args) > 0 {
+		return c, usagef("unknown command %q; see picket help", "config "+in.args[0])
+	}
+	in.usage = strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
+	if n := len(in.args); n < c.least || c.most >= 0 && n > c.most {
+		return c, in.usageError()
+	}
+	return c, nil
 }
 
 func runHelp(_ context.Context, in invocation) error {
@@ -255,106 +321,61 @@ func runHelp(_ context.Context, in invocation) error {
 }
 
 func runVersion(_ context.Context, in invocation) error {
-	if err := in.takes(0, 0, "version"); err != nil {
-		return err
-	}
 	fmt.Fprintln(in.out, "picket", version())
 	return nil
 }
 
-// version describes the binary by what the Go toolchain wrote into it.
+// version describes the binary by what the linker or the toolchain wrote into it.
 func version() string {
-	name, commit, arch := "(devel)", "", runtime.GOARCH
-	if info, ok := debug.ReadBuildInfo(); ok {
-		if info.Main.Version != "" {
-			name = info.Main.Version
+	name, arch := release, runtime.GOARCH
+	if name == "" {
+		name = strings.TrimSpace("(devel) " + stamp("vcs.revision"))
+	}
+	for _, key := range []string{"GOARM", "GO386", "GOMIPS", "GOMIPS64"} {
+		if value := stamp(key); value != "" {
+			arch += "," + value
 		}
+	}
+	return fmt.Sprintf("%s %s %s/%s", name, runtime.Version(), runtime.GOOS, arch)
+}
+
+// buildTime returns when the program was built or, by the toolchain's stamp,
+// when its source was committed; zero where neither is known.
+func buildTime() time.Time {
+	if n, err := strconv.ParseInt(built, 10, 64); err == nil {
+		return time.Unix(n, 0)
+	}
+	t, _ := time.Parse(time.RFC3339, stamp("vcs.time"))
+	return t
+}
+
+// stamp returns what the toolchain noted of the build under a key, "" for nothing.
+func stamp(key string) string {
+	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
-			switch s.Key {
-			case "vcs.revision":
-				commit = " commit " + s.Value
-			case "vcs.modified":
-				if s.Value == "true" {
-					commit += "+changes"
-				}
-			case "GOARM", "GO386", "GOMIPS", "GOMIPS64":
-				arch += "," + s.Value
+			if s.Key == key {
+				return s.Value
 			}
 		}
 	}
-	if release != "" {
-		name, commit = release, ""
-	}
-	return fmt.Sprintf("%s%s %s %s/%s", name, commit, runtime.Version(), runtime.GOOS, arch)
+	return ""
 }
 
-// findConfig returns the path of client.cfg: the one that was named, else the
-// one in the working directory, else the one beside the program.
-func findConfig(named string) (string, error) {
-	if named != "" {
-		if _, err := os.Stat(named); err != nil {
-			return "", &exitError{exitUsage, err}
-		}
-		return filepath.Abs(named)
+// checkKeys returns an error where [sensor] public_key holds no key. An agent
+// starts all the same, but takes no packages.
+func checkKeys(c *ini, s settings) error {
+	if s.publicKey == "" {
+		return nil
 	}
-	var tried []string
-	for _, dir := range []func() (string, error){os.Getwd, programDir} {
-		where, err := dir()
-		if err != nil {
-			continue
-		}
-		file := filepath.Join(where, "client.cfg")
-		if _, err := os.Lstat(file); err == nil {
-			return file, nil
-		}
-		if !slices.Contains(tried, file) {
-			tried = append(tried, file)
-		}
+	if _, err := readKeys(s.publicKey); err != nil {
+		return c.errorAt("sensor", "public_key", err)
 	}
-	return "", usagef("no client.cfg: looked for %s; -c names another", strings.Join(tried, ", then "))
+	return nil
 }
 
-// programDir is the directory of the program itself, links followed.
-func programDir() (string, error) {
-	file, err := os.Executable()
-	if err != nil {
-		return "", err
-	}
-	file, err = filepath.EvalSymlinks(file)
-	return filepath.Dir(file), err
-}
-
-// loadSettings finds client.cfg and reads the settings.
-func loadSettings(named string) (settings, error) {
-	file, err := findConfig(named)
-	if err != nil {
-		return settings{}, err
-	}
-	_, s, err := readSettings(file)
-	return s, err
-}
-
-// readSettings reads the settings of a file and the text they come from, and
-// logs what the file warns of.
-func readSettings(file string) (*ini, settings, error) {
-	c, err := readINI(file)
-	if err != nil {
-		return nil, settings{}, &exitError{exitUsage, err}
-	}
-	s, warnings, err := c.settings(filepath.Dir(file))
-	for _, w := range warnings {
-		log.Print(warning + w)
-	}
-	if err != nil {
-		return nil, settings{}, &exitError{exitUsage, err}
-	}
-	s.file = file
-	return c, s, nil
-}
-
-// runUnderInit runs the agent. An init that respawns it would do that without end
-// and without pause where, say, client.cfg is wrong: so, started by process 1, it
-// waits before it ends with an error, 30 s or until a signal comes.
+// runUnderInit runs the agent. Process 1 would start an agent that ends with
+// an error, say for a wrong client.cfg, again without a pause: so under process
+// 1 it waits first, 30 s or until a signal comes.
 func runUnderInit(ctx context.Context, in invocation) error {
 	err := runAgent(ctx, in)
 	if err == nil || os.Getppid() != 1 {
@@ -374,31 +395,35 @@ func runUnderInit(ctx context.Context, in invocation) error {
 }
 
 func runAgent(ctx context.Context, in invocation) error {
-	// Noted and dropped: the end of whoever reads the log is not the agent's, nor
-	// is a file that may not grow. Ignored, they would be so in sensors, too.
+	// Caught and dropped: a reader of the log that ends, or a file that may not
+	// grow, must not end the agent. Ignored, they would be ignored in sensors too.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGXFSZ)
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
-	s, err := loadSettings(in.config)
+	file, err := findConfig(in.config)
 	if err != nil {
 		return err
 	}
-	logs.useSyslog(s.syslog)
+	s, err := readSettings(file)
+	if err != nil {
+		return err
+	}
 	a, err := newAgent(s)
 	if err != nil {
 		return err
 	}
-	a.signals, a.applied = in.signals, func(s settings) { logs.useSyslog(s.syslog); limitMemory(s) }
-	a.settle(ctx)
-	defer time.AfterFunc(time.Second, func() { limitMemory(a.setup.Load().settings) }).Stop() // it stops the program for a moment
+	a.signals = in.signals
+	a.applied = func(s settings) { logs.useSyslog.Store(s.syslog); limitMemory(s) }
+	a.applied(s)
+	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads)
+	a.recover(ctx)
 	return a.run(ctx)
 }
 
-// limitMemory has the garbage collector keep the agent small, which costs little
-// as little is alive: it collects when the heap has grown by a quarter, and harder
-// from 12 MiB on, and what a full queue and a full spool take. GOGC and
-// GOMEMLIMIT in the environment have precedence.
+// limitMemory keeps the agent small: garbage is collected when the heap has
+// grown by a quarter, and more often from 12 MiB on, plus what a full queue and
+// a full spool take. GOGC and GOMEMLIMIT in the environment have precedence.
 func limitMemory(s settings) {
 	limit := int64(12<<20) + int64(s.queue)<<10
 	if s.spool != "" {
@@ -412,18 +437,16 @@ func limitMemory(s settings) {
 	}
 }
 
-// splitSeverity takes the severity off the front of a line of the log: 3 is an
-// error, 6 information.
-func splitSeverity(line string) (severity int, text string) {
-	for _, mark := range []string{severe, warning, notice} {
-		if rest, ok := strings.CutPrefix(line, mark); ok {
-			return int(mark[1] - '0'), rest
-		}
+// splitSeverity returns a line of the log without its mark of severity, and
+// that mark, "" for information.
+func splitSeverity(line string) (mark, text string) {
+	if len(line) > len(severe) && slices.Contains([]string{severe, warning, notice}, line[:len(severe)]) {
+		return line[:len(severe)], line[len(severe):]
 	}
-	return 6, line
+	return "", line
 }
 
-// A plainLog writes lines of the log as people read them.
+// A plainLog writes lines of the log for people.
 type plainLog struct{ w io.Writer }
 
 func (p plainLog) Write(line []byte) (int, error) {
@@ -432,43 +455,27 @@ func (p plainLog) Write(line []byte) (int, error) {
 	return len(line), err
 }
 
-const (
-	logLines    = 256              // that wait to be written
-	repeatTime  = 10 * time.Second // before a line that was repeated is summed up
-	lastLogTime = time.Second      // to write what waits when the agent ends
-	syslogTime  = time.Second      // for syslog to take a line, else it counts as absent for 10 s
-)
-
-// A logWriter writes the log to standard error or, while there is one, to the
-// local syslog. Whoever logs does not wait for either: where neither takes the
-// lines, 256 wait, more are counted and lost. A line that is the same as the one
-// before is counted, and that logged in its place.
+// A logWriter writes the log to standard error or to the local syslog, from a
+// goroutine of its own: nobody who logs waits for either. While they take
+// nothing, 256 lines wait; further ones are counted and lost. Where there is no
+// syslog, lines go to standard error.
 type logWriter struct {
-	stderr io.Writer
-	dial   func() (net.Conn, error) // to syslog
-	lines  chan string
-	lost   atomic.Int64
-	syslog atomic.Bool // wanted
-	done   chan struct{}
+	stderr    io.Writer
+	lines     chan string
+	lost      atomic.Int64
+	useSyslog atomic.Bool
+	done      chan struct{}
 
-	// What run alone uses.
-	conn    net.Conn // to syslog
-	absent  bool     // it is
-	retryAt time.Time
-	before  string // the line before
-	again   int    // times that it came again
+	// Only the goroutine uses these.
+	syslog *syslog.Writer
+	absent bool // syslog is
 }
 
 func newLogWriter(stderr io.Writer) *logWriter {
-	w := &logWriter{
-		stderr: stderr, lines: make(chan string, logLines), done: make(chan struct{}),
-		dial: func() (net.Conn, error) { return dialSyslog("/dev/log", "/var/run/syslog", "/var/run/log") },
-	}
+	w := &logWriter{stderr: stderr, lines: make(chan string, logLines), done: make(chan struct{})}
 	go w.run()
 	return w
 }
-
-func (w *logWriter) useSyslog(wanted bool) { w.syslog.Store(wanted) }
 
 func (w *logWriter) Write(line []byte) (int, error) {
 	select {
@@ -479,8 +486,8 @@ func (w *logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// close writes what waits, if that is possible at once, and has the log written
-// straight to standard error from then on.
+// close writes what waits, but takes a second at most. Later lines are written
+// straight to standard error.
 func (w *logWriter) close() {
 	log.SetOutput(plainLog{w.stderr})
 	close(w.lines)
@@ -492,111 +499,47 @@ func (w *logWriter) close() {
 
 func (w *logWriter) run() {
 	defer close(w.done)
-	defer w.hangUp()
-	var repeated <-chan time.Time // when it is time to sum up
-	for {
-		select {
-		case line, more := <-w.lines:
-			if n := w.lost.Swap(0); n > 0 {
-				w.sumUp()
-				w.print(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
-			}
-			switch {
-			case !more:
-				w.sumUp()
-				return
-			case line == w.before:
-				if w.again++; repeated == nil {
-					repeated = time.After(repeatTime)
-				}
-			default:
-				w.sumUp()
-				w.print(line)
-				w.before = line
-			}
-		case <-repeated:
-			w.sumUp()
-			repeated = nil
+	for line := range w.lines {
+		if n := w.lost.Swap(0); n > 0 {
+			w.print(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
 		}
+		w.print(line)
 	}
 }
 
-func (w *logWriter) sumUp() {
-	if w.again > 0 {
-		w.print(fmt.Sprintf("the line before %s more\n", plural(w.again, "time")))
-	}
-	w.again = 0
-}
-
-// print writes a line where the log goes.
 func (w *logWriter) print(line string) {
-	if w.syslog.Load() {
-		err := w.toSyslog(line)
-		if err == nil {
+	var err error
+	if w.useSyslog.Load() {
+		if err = w.printSyslog(line); err == nil {
 			w.absent = false
 			return
 		}
 		if !w.absent {
-			w.absent = true
-			plainLog{w.stderr}.Write([]byte(fmt.Sprintf("log to syslog: %v; standard error instead\n", err)))
+			fmt.Fprintf(plainLog{w.stderr}, "log to syslog: %v; standard error instead\n", err)
 		}
-	} else {
-		w.absent = false
 	}
+	w.absent = err != nil
 	plainLog{w.stderr}.Write([]byte(line))
 }
 
-// toSyslog hands a line to syslog, in the format of RFC 3164, facility daemon.
-// It does not wait for long: the log/syslog package would.
-func (w *logWriter) toSyslog(line string) (err error) {
-	if w.conn == nil && time.Now().Before(w.retryAt) {
-		return os.ErrDeadlineExceeded
-	}
-	if w.conn == nil {
-		if w.conn, err = w.dial(); err != nil {
+func (w *logWriter) printSyslog(line string) (err error) {
+	if w.syslog == nil {
+		if w.syslog, err = syslog.New(syslog.LOG_DAEMON, "picket"); err != nil {
 			return err
 		}
 	}
-	severity, text := splitSeverity(line)
-	w.conn.SetWriteDeadline(time.Now().Add(syslogTime))
-	for _, part := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
-		_, err := fmt.Fprintf(w.conn, "<%d>%s picket[%d]: %s\n", 3<<3|severity, time.Now().Format(time.Stamp), os.Getpid(), part)
-		if err != nil {
-			w.hangUp()
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				w.retryAt = time.Now().Add(repeatTime)
-			}
-			return err
-		}
+	mark, text := splitSeverity(line)
+	print := map[string]func(string) error{
+		severe: w.syslog.Err, warning: w.syslog.Warning, notice: w.syslog.Notice, "": w.syslog.Info,
+	}[mark]
+	for _, text := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
+		err = errors.Join(err, print(text))
 	}
-	return nil
+	return err
 }
 
-func (w *logWriter) hangUp() {
-	if w.conn != nil {
-		w.conn.Close()
-		w.conn = nil
-	}
-}
-
-// dialSyslog connects to the first of these sockets that somebody listens on.
-func dialSyslog(paths ...string) (c net.Conn, err error) {
-	for _, path := range paths {
-		for _, network := range []string{"unixgram", "unix"} {
-			var err2 error
-			if c, err2 = net.Dial(network, path); err2 == nil {
-				return c, nil
-			}
-			if err == nil {
-				err = err2
-			}
-		}
-	}
-	return nil, err
-}
-
-// A setup is what the settings that are in force come to.
-type setup struct {
+// Active is the settings in force and what was built from them.
+type active struct {
 	settings settings
 	sensors  *sensors
 	updater  *updater
@@ -604,21 +547,21 @@ type setup struct {
 
 // An agent answers commands and hands in readings.
 type agent struct {
-	setup    atomic.Pointer[setup]
+	active   atomic.Pointer[active]
 	handler  *handler
 	delivery *delivery
 	queue    *queue
-	events   logLimit // commands and runs: a busy monitor must not fill a log
+	events   logLimit // for commands and runs: a busy monitor must not fill a log
 	started  time.Time
 	signals  <-chan os.Signal // SIGHUP and SIGUSR1
-	applied  func(settings)   // is told of new settings
+	applied  func(settings)   // is called with new settings
 
-	ctx    context.Context // of what is asked and has no place in the queue
+	ctx    context.Context // for work that has no place in the queue
 	cancel context.CancelFunc
 
-	changing sync.Mutex // is held while client.cfg is read again, or written
+	changing sync.Mutex // held while new settings are applied or client.cfg is written
 	listener net.Listener
-	served   chan error // why a listener is served no more
+	served   chan error // why a listener is no longer served
 }
 
 // newAgent returns an agent that listens but does not answer yet: run does.
@@ -627,98 +570,41 @@ func newAgent(s settings) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("[agent] listen: %w", err)
 	}
-	a := &agent{listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(), served: make(chan error, 1), applied: func(settings) {}}
-	sensors := installedSensors(s)
-	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
+	a := &agent{
+		listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(),
+		served: make(chan error, 1), applied: func(settings) {},
+	}
+	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
-	a.handler.setAccess(accessOf(s))
-	a.delivery = newDelivery(monitorOf(s), zoneFor(s), s.noValue, time.Second, spoolOf(s))
-	a.queue = newQueue(s.concurrency, s.queue, a.perform, a.delivery.put, a.delivery.discard)
+	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
+	a.delivery = newDelivery(monitorClient(s), readingZone(s), s.noValue, time.Second, newSpool(s.spool, s.spoolSize))
+	a.queue = newQueue(s.concurrency, s.queue, a.runCommand, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
 }
 
-// installedSensors are the sensors as the settings have them run.
-func installedSensors(s settings) *sensors {
-	return newSensors(s.path, s.executable, s.help, s.timeout, s.concurrency, s.user)
+// activate builds what settings describe.
+func activate(s settings) *active {
+	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
+	return &active{s, sensors, newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)}
 }
 
-func updaterOf(s settings, sensors *sensors) *updater {
-	return newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)
-}
-
-func zoneFor(s settings) *time.Location {
+// readingZone returns the zone in which the times of readings are sent.
+func readingZone(s settings) *time.Location {
 	if s.utc {
 		return time.UTC
 	}
-	return localZone()
+	return time.Local
 }
 
-func spoolOf(s settings) *spool {
-	if s.spool == "" {
-		return nil
-	}
-	return newSpool(s.spool, s.spoolSize)
-}
-
-// buildTime is when the program was built or, by the toolchain's stamp, when
-// its source was committed; zero where nobody knows.
-func buildTime() time.Time {
-	if n, err := strconv.ParseInt(built, 10, 64); err == nil {
-		return time.Unix(n, 0)
-	}
-	t := time.Time{}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.time" {
-				t, _ = time.Parse(time.RFC3339, s.Value)
-			}
-		}
-	}
-	return t
-}
-
-// monitorOf is the client of the monitor that the settings name.
-func monitorOf(s settings) *client {
+func monitorClient(s settings) *client {
 	return newClient(s.monitor, s.monitorTimeout, clientTLS(s.monitorTLS))
 }
 
-// clientTLS are the rules for calls over https.
-func clientTLS(t tlsFiles) *tls.Config {
-	c := newTLS(buildTime())
-	c.RootCAs = t.pool
-	if t.pair != nil {
-		c.Certificates = []tls.Certificate{*t.pair}
-	}
-	return c
-}
-
-// accessOf is who may call the agent, and how.
-func accessOf(s settings) *access { return &access{s.allow, serverTLS(s.agentTLS)} }
-
-// serverTLS are the rules for being called over TLS; nil is without.
-func serverTLS(t tlsFiles) *tls.Config {
-	if t.pair == nil {
-		return nil
-	}
-	c := newTLS(buildTime())
-	c.Certificates = []tls.Certificate{*t.pair}
-	if t.pool != nil {
-		c.ClientCAs, c.ClientAuth = t.pool, tls.RequireAndVerifyClientCert
-		c.VerifyConnection = func(state tls.ConnectionState) error { // unlike VerifyPeerCertificate also of a session that is resumed
-			if t.name != "" && !bearsName(state.PeerCertificates[0], t.name) {
-				return fmt.Errorf("the certificate of %s is not of %s", cut(state.PeerCertificates[0].Subject.String()), cut(t.name))
-			}
-			return nil
-		}
-	}
-	return c
-}
-
-// settle finishes or undoes what a power cut interrupted. The agent runs all
-// the same where it can't, as on a read-only file system.
-func (a *agent) settle(ctx context.Context) {
-	now := a.setup.Load()
+// recover finishes or undoes what a power cut interrupted. Where it cannot, as
+// on a read-only file system, the agent runs all the same.
+func (a *agent) recover(ctx context.Context) {
+	now := a.active.Load()
 	if err := now.updater.recover(ctx); err != nil {
 		log.Printf(warning+"recover sensors: %v", err)
 	}
@@ -730,16 +616,29 @@ func (a *agent) settle(ctx context.Context) {
 // run answers commands until ctx ends. Then it takes no more, gives running
 // sensors five seconds and undelivered readings another five, and leaves no
 // goroutine and no process behind.
-func (a *agent) run(ctx context.Context) error {
-	s := a.setup.Load().settings
+func (a *agent) run(ctx context.Context) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), s.path, s.monitor.Redacted())
-	a.advise()
-	a.listen(a.listener)
-	err := a.await(ctx)
+	a.logWarnings()
+	if os.Getpid() == 1 {
+		go a.active.Load().sensors.reapOrphans(ctx)
+	}
+	a.serve(a.listener)
+	handled := make(chan struct{})
+	go func() { defer close(handled); a.handleSignals(ctx) }()
+	select {
+	case <-ctx.Done():
+		log.Print(notice + "ending")
+	case err = <-a.served:
+		cancel()
+	}
 	a.delivery.putLast()
 	within(sensorsTime, a.queue.close)
 	a.cancel()
-	a.setup.Load().sensors.awaitListing()
+	<-handled
+	a.active.Load().sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
 		if a.handler.http.Shutdown(ctx) != nil {
 			a.handler.http.Close()
@@ -749,33 +648,54 @@ func (a *agent) run(ctx context.Context) error {
 	return err
 }
 
-// advise logs what is allowed, but perhaps not meant.
-func (a *agent) advise() {
-	now := a.setup.Load()
-	if warns := noSensors(now.sensors); warns != "" {
-		log.Print(warning + warns)
+// within calls f with a context that ends after d.
+func within(d time.Duration, f func(context.Context)) {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	f(ctx)
+}
+
+// logWarnings logs what is allowed, but perhaps not meant.
+func (a *agent) logWarnings() {
+	now := a.active.Load()
+	if text := noSensors(now.sensors); text != "" {
+		log.Print(warning + text)
 	}
 	if _, err := os.Stat(filepath.Join(now.settings.path, ownSensor)); err == nil {
 		log.Printf(warning+"sensor %s: its directory is not used: the agent itself answers to that name", ownSensor)
+	}
+	if text := now.updater.ownerWarning(); text != "" {
+		log.Print(warning + text)
+	}
+	if keys := now.settings.publicKey; keys != "" {
+		if _, err := readKeys(keys); err != nil {
+			log.Printf(severe+"[sensor] public_key: %v: no package is taken", err)
+		}
 	}
 	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
 		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
 	}
 }
 
-// await does what signals ask until ctx or the serving ends.
-func (a *agent) await(ctx context.Context) error {
+// serve answers calls to a listener until it is closed.
+func (a *agent) serve(l net.Listener) {
+	go func() {
+		if err := a.handler.serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			a.served <- fmt.Errorf("serve %s: %w", l.Addr(), err)
+		}
+	}()
+}
+
+// handleSignals does what signals ask until ctx ends.
+func (a *agent) handleSignals(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			log.Print(notice + "ending")
-			return nil
-		case err := <-a.served:
-			return err
+			return
 		case s := <-a.signals:
 			switch s {
 			case syscall.SIGHUP:
-				a.reload()
+				a.reload(ctx)
 			case syscall.SIGUSR1:
 				log.Print(notice + a.healthLine())
 			}
@@ -783,26 +703,19 @@ func (a *agent) await(ctx context.Context) error {
 	}
 }
 
-// listen serves a listener until it is closed.
-func (a *agent) listen(l net.Listener) {
-	go func() {
-		growStack()
-		if err := a.handler.serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			a.served <- fmt.Errorf("serve %s: %w", l.Addr(), err)
-		}
-	}()
-}
-
-// reload reads client.cfg again. What is valid is in force from then on, as a
-// whole; else everything stays as it was. Commands that wait, sensors that run
-// and undelivered readings are not touched.
-func (a *agent) reload() {
+// reload reads client.cfg again. Valid settings come into force, all of them;
+// else everything stays as it was. Commands that wait, sensors that run and
+// undelivered readings are not touched.
+func (a *agent) reload(ctx context.Context) {
 	a.changing.Lock()
 	defer a.changing.Unlock()
-	before := a.setup.Load()
-	_, s, err := readSettings(before.settings.file)
+	before := a.active.Load()
+	s, err := rereadSettings(ctx, &before.settings)
+	if ctx.Err() != nil {
+		return // the agent ends
+	}
 	if err == nil && s.listen != before.settings.listen {
-		err = a.relisten(before.settings.listen, s.listen)
+		err = a.relisten(s.listen)
 	}
 	if err != nil {
 		for _, line := range strings.Split(maskedError{err}.Error(), "\n") {
@@ -811,43 +724,71 @@ func (a *agent) reload() {
 		log.Print(severe + "reload: the settings before stay in force")
 		return
 	}
-	sensors := installedSensors(s)
-	sensors.activity = before.sensors.activity
-	sensors.setLimit(s.concurrency)
-	a.setup.Store(&setup{s, sensors, updaterOf(s, sensors)})
+	now := activate(s)
+	now.sensors.runState = before.sensors.runState
+	a.active.Store(now)
 	a.queue.resize(s.concurrency, s.queue)
-	access := accessOf(s)
+	access := &access{s.allow, serverTLS(s.agentTLS)}
 	if s.agentTLS.equal(before.settings.agentTLS) { // so that connections may stay
 		access.tls = a.handler.rules().tls
 	}
 	a.handler.setAccess(access)
-	a.delivery.configure(monitorOf(s), zoneFor(s), s.noValue)
+	a.delivery.configure(monitorClient(s), readingZone(s), s.noValue)
 	if s.spool != before.settings.spool || s.spoolSize != before.settings.spoolSize {
-		a.delivery.useSpool(spoolOf(s))
+		log.Print(notice + "reload: [monitor] spool and spool_size are in force at the next start")
 	}
 	a.applied(s)
 	log.Printf(notice+"reload: %s is in force; on %s, monitor %s", s.file, a.listener.Addr(), s.monitor.Redacted())
-	a.advise()
+	a.logWarnings()
 }
 
-// relisten takes commands at another address. Where the old one is in its way,
-// it is left for a moment.
-func (a *agent) relisten(before, address string) error {
+// rereadSettings returns the settings of client.cfg as soon as two reads of it,
+// a second apart, are equal: it may be half written. It refuses settings that
+// lack a protection which is in force.
+func rereadSettings(ctx context.Context, before *settings) (s settings, err error) {
+	text, err := readSmall(before.file, maxConfig)
+	for same := false; err == nil && !same; {
+		select {
+		case <-time.After(reloadTime):
+		case <-ctx.Done():
+			return s, ctx.Err()
+		}
+		earlier := text
+		text, err = readSmall(before.file, maxConfig)
+		same = bytes.Equal(text, earlier)
+	}
+	if err != nil {
+		return s, err
+	}
+	c, err := parseINI(before.file, string(text))
+	if err == nil {
+		s, err = checkSettings(c)
+	}
+	if lost := before.lost(&s); err == nil && len(lost) > 0 {
+		err = fmt.Errorf("%s: without %s, which protects the agent at present; to give that up, start it anew",
+			before.file, strings.Join(lost, ", "))
+	}
+	return s, err
+}
+
+// relisten takes commands at another address. Where the old listener may be in
+// the way it is closed first, and opened again if that did not help.
+func (a *agent) relisten(address string) error {
+	old := a.listener.Addr().String()
 	l, err := net.Listen("tcp", address)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		a.listener.Close()
 		if l, err = net.Listen("tcp", address); err != nil {
-			var back error
-			if l, back = net.Listen("tcp", before); back != nil {
+			again, errAgain := net.Listen("tcp", old)
+			if errAgain != nil {
 				select {
-				case a.served <- fmt.Errorf("listen: %w", errors.Join(err, back)):
+				case a.served <- fmt.Errorf("listen: %w", errors.Join(err, errAgain)):
 				default: // there is a reason to end already
 				}
 				return err
 			}
-			a.listener = l
-			a.listen(l)
-			return fmt.Errorf("[agent] listen: %w", err)
+			a.listener = again
+			a.serve(again)
 		}
 	}
 	if err != nil {
@@ -855,86 +796,78 @@ func (a *agent) relisten(before, address string) error {
 	}
 	a.listener.Close()
 	a.listener = l
-	a.listen(l)
+	a.serve(l)
 	return nil
 }
 
 // ownSensor is the name of the sensor that is the agent itself.
 const ownSensor = "picket"
 
-// health is what it can be asked.
+// health lists what it can be asked. A value is "" where there is none yet.
 var health = []struct {
 	name, help string
-	value      func(*agent) (string, error)
+	value      func(*agent, deliveryTotals) string
 }{
-	{"uptime", "seconds since the agent started", func(a *agent) (string, error) { return whole(time.Since(a.started).Seconds()), nil }},
-	{"queued", "commands that wait", func(a *agent) (string, error) { return strconv.Itoa(a.queue.count()), nil }},
-	{"running", "sensors that run", func(a *agent) (string, error) { return strconv.Itoa(a.setup.Load().sensors.running()), nil }},
-	{"undelivered", "readings that the monitor does not have yet", func(a *agent) (string, error) { n, _ := a.delivery.count(); return strconv.Itoa(n), nil }},
-	{"delivered", "readings delivered since the start", func(a *agent) (string, error) { _, t := a.delivery.count(); return strconv.Itoa(t.delivered), nil }},
-	{"dropped", "readings given up since the start", func(a *agent) (string, error) { _, t := a.delivery.count(); return strconv.Itoa(t.dropped), nil }},
-	{"refused", "calls refused since the start", func(a *agent) (string, error) { return strconv.FormatInt(a.handler.count.Load(), 10), nil }},
-	{"rss_kb", "resident memory in KiB", func(*agent) (string, error) { return residentKiB() }},
-	{"spool_bytes", "size of the spool", func(a *agent) (string, error) {
-		_, t := a.delivery.count()
-		return strconv.FormatInt(t.spoolBytes, 10), nil
-	}},
-	{"last_delivery_age", "seconds since the latest delivery", func(a *agent) (string, error) {
-		_, t := a.delivery.count()
-		if t.latest.IsZero() {
-			return "", errors.New("nothing was delivered yet")
-		}
-		return whole(time.Since(t.latest).Seconds()), nil
-	}},
+	{"uptime", "seconds since the agent started", func(a *agent, _ deliveryTotals) string { return seconds(a.started) }},
+	{"queued", "commands that wait", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.queue.count()) }},
+	{"running", "sensors that run", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.active.Load().sensors.running()) }},
+	{"undelivered", "readings that the monitor does not have yet", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.undelivered) }},
+	{"delivered", "readings delivered since the start", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.delivered) }},
+	{"dropped", "readings given up since the start", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.dropped) }},
+	{"refused", "calls refused since the start", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.handler.count.Load()) }},
+	{"rss_kb", "resident memory in KiB", func(*agent, deliveryTotals) string { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.spoolBytes) }},
+	{"last_delivery_age", "seconds since the latest delivery", func(_ *agent, t deliveryTotals) string { return seconds(t.latest) }},
 }
 
-func whole(f float64) string { return strconv.FormatFloat(f, 'f', 0, 64) }
-
-// residentKiB is the resident memory of this process.
-func residentKiB() (string, error) {
-	text, err := os.ReadFile("/proc/self/statm")
-	if err != nil {
-		return "", err
+// seconds returns how many have passed since t, "" for the zero time.
+func seconds(t time.Time) string {
+	if t.IsZero() {
+		return ""
 	}
-	words := strings.Fields(string(text))
-	if len(words) < 2 {
-		return "", errors.New("/proc/self/statm is not what it should be")
-	}
-	pages, err := strconv.Atoi(words[1])
-	return strconv.Itoa(pages * (os.Getpagesize() >> 10)), err
+	return strconv.FormatFloat(time.Since(t).Seconds(), 'f', 0, 64)
 }
 
-// ownReading is what the sensor that is the agent itself reads.
+// residentKiB returns the resident memory of this process, "" without a /proc.
+func residentKiB() string {
+	var all, resident int
+	text, _ := os.ReadFile("/proc/self/statm")
+	if _, err := fmt.Sscan(string(text), &all, &resident); err != nil {
+		return ""
+	}
+	return fmt.Sprint(resident * (os.Getpagesize() >> 10))
+}
+
+// ownReading returns a reading of the agent itself.
 func (a *agent) ownReading(args []string) reading {
-	r := reading{code: exitUsage, taken: time.Now(), reason: fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))}
 	for _, h := range health {
 		if len(args) != 1 || args[0] != h.name {
 			continue
 		}
-		value, err := h.value(a)
-		if err != nil {
-			return reading{code: exitFailed, taken: r.taken, reason: err.Error()}
+		if value := h.value(a, a.delivery.count()); value != "" {
+			return reading{value: value, taken: time.Now()}
 		}
-		return reading{value: value, taken: r.taken}
+		return reading{code: exitFailed, taken: time.Now(), reason: h.name + ": there is none yet"}
 	}
-	return r
+	reason := fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))
+	return reading{code: exitUsage, taken: time.Now(), reason: reason}
 }
 
-// ownHelp is its help text.
+// ownHelp returns the help text of the sensor that is the agent itself.
 func ownHelp() string {
-	var b strings.Builder
+	var lines []string
 	for _, h := range health {
-		fmt.Fprintf(&b, "%-18s %s\n", h.name, h.help)
+		lines = append(lines, fmt.Sprintf("%-18s %s", h.name, h.help))
 	}
-	return strings.TrimSpace(b.String())
+	return strings.Join(lines, "\n")
 }
 
-// healthLine is all of it on one line.
+// healthLine returns the agent's health in one line, as of one moment.
 func (a *agent) healthLine() string {
-	line := "health:"
+	line, totals := "health:", a.delivery.count()
 	for _, h := range health {
-		value, err := h.value(a)
-		if err != nil {
+		value := h.value(a, totals)
+		if value == "" {
 			value = "-"
 		}
 		line += " " + h.name + " " + value
@@ -942,10 +875,10 @@ func (a *agent) healthLine() string {
 	return line
 }
 
-// noSensors says so where there is nothing to run: not an error, as sensors
-// can still be installed, but most often a mistake.
+// noSensors says so where there is nothing to run, and else returns "". It is
+// no error, as sensors can still be installed, but most often a mistake.
 func noSensors(s *sensors) string {
-	names, err := s.names()
+	names, _, err := s.names()
 	switch {
 	case err != nil:
 		return err.Error()
@@ -955,41 +888,39 @@ func noSensors(s *sensors) string {
 	return ""
 }
 
-// within calls f with a context that ends after d.
-func within(d time.Duration, f func(context.Context)) {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	f(ctx)
-}
-
-// commands is all that the monitor can ask, beside what every XML-RPC server has.
+// commands lists all that the monitor can ask, beside what every XML-RPC server
+// answers.
 func (a *agent) commands() []method {
+	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
 	return []method{
 		{
 			"cmd_submit_reading",
 			"string int string, string int string array, string int string string, " +
 				"string i8 string, string i8 string array, string i8 string string, " +
 				"string string string, string string string array, string string string string",
-			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once.",
+			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor " +
+				"with cmd_store_probe_data. Returns OK at once.",
 			a.submitReading,
-		},
-		{
-			"cmd_update_sensor_code",
-			"string string, string string int, string string string",
-			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, tries it and installs it. Returns OK at once; stores exit code 0 and value 1 when it is done.",
-			a.updateSensor,
-		},
-		{
-			"cmd_rollback_sensor_code",
-			"string string, string string int, string string string",
-			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place. Returns OK at once; stores exit code 0 and value 1 when it is done.",
-			a.rollbackSensor,
-		},
-		{
-			"cmd_register_new_server",
-			"string, string int, string string",
-			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, and moves there if its healthcheck answers OK. Returns OK at once; stores exit code 0 and value 1 when it is done.",
-			a.registerServer,
+		}, {
+			"cmd_update_sensor_code", "string string, string string int, string string string",
+			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, " +
+				"tries it and installs it." + done,
+			func(r request, params []any) (any, error) {
+				return a.submitChange(r, "cmd_update_sensor_code", "update", params)
+			},
+		}, {
+			"cmd_rollback_sensor_code", "string string, string string int, string string string",
+			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place." + done,
+			func(r request, params []any) (any, error) {
+				return a.submitChange(r, "cmd_rollback_sensor_code", "rollback", params)
+			},
+		}, {
+			"cmd_register_new_server", "string, string int, string string",
+			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, " +
+				"and moves there if its healthcheck answers OK." + done,
+			func(r request, params []any) (any, error) {
+				return a.submitChange(r, "cmd_register_new_server", "move", params)
+			},
 		},
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
@@ -997,8 +928,9 @@ func (a *agent) commands() []method {
 }
 
 func (a *agent) submitReading(r request, params []any) (any, error) {
+	const name = "cmd_submit_reading"
 	if len(params) < 2 || len(params) > 3 {
-		return nil, faultf(faultParams, "cmd_submit_reading takes ticket, sensor, [arguments]; got %d parameters", len(params))
+		return nil, faultf(faultParams, "%s takes ticket, sensor, [arguments]; got %s", name, plural(len(params), "parameter"))
 	}
 	var c command
 	var err error
@@ -1008,102 +940,82 @@ func (a *agent) submitReading(r request, params []any) (any, error) {
 	if err == nil && len(params) == 3 {
 		c.args, err = arguments(params[2])
 	}
-	if err != nil {
-		return nil, faultf(faultParams, "cmd_submit_reading: %v", err)
-	}
-	return a.accept(r, "cmd_submit_reading", c)
+	return a.accept(r, name, c, err)
 }
 
-// accept takes a command on, and logs it.
-func (a *agent) accept(r request, name string, c command) (any, error) {
-	line := fmt.Sprintf("command %s from %s: %s", name, r.peer, ticketText(c.ticket))
-	if c.sensor != "" {
-		line += ", sensor " + logName(c.sensor)
+// submitChange takes the parameters sensor, [ticket]; of a move, [ticket] alone.
+func (a *agent) submitChange(r request, name, change string, params []any) (any, error) {
+	c := command{change: change}
+	var err error
+	if change != "move" {
+		if len(params) == 0 {
+			return nil, faultf(faultParams, "%s takes sensor, [ticket]", name)
+		}
+		c.sensor, err = sensorName(params[0])
+		params = params[1:]
 	}
-	a.events.printf("%s", line)
-	c.from = neighbours(r.peer)
-	if err := a.queue.accept(r.ctx, c, r.received.Add(acceptTime)); err != nil {
+	if len(params) > 1 {
+		return nil, faultf(faultParams, "%s: %s too many", name, plural(len(params)-1, "parameter"))
+	}
+	if err == nil && len(params) == 1 && params[0] != nil {
+		c.ticket, err = ticketOf(params[0])
+	}
+	return a.accept(r, name, c, err)
+}
+
+// accept puts a command into the queue, unless err says what is wrong with it.
+// Where the queue is full it waits for room, as long as one run can take, or until
+// the monitor has taken no reading for so long.
+func (a *agent) accept(r request, name string, c command, err error) (any, error) {
+	if err != nil {
+		return nil, faultf(faultParams, "%s: %v", name, err)
+	}
+	a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
+	c.from = limitKey(r.peer)
+	longest, waits := a.active.Load().settings.timeout+2*killTime, r.received
+	if since := a.delivery.stalledSince(); !since.IsZero() && since.Before(waits) {
+		waits = since
+	}
+	if err := a.queue.accept(r.ctx, c, waits.Add(longest)); err != nil {
 		return nil, err
 	}
 	return "OK", nil
 }
 
-func (a *agent) updateSensor(r request, params []any) (any, error) {
-	return a.acceptChange(r, "cmd_update_sensor_code", "update", params)
-}
-
-func (a *agent) rollbackSensor(r request, params []any) (any, error) {
-	return a.acceptChange(r, "cmd_rollback_sensor_code", "rollback", params)
-}
-
-func (a *agent) registerServer(r request, params []any) (any, error) {
-	return a.acceptChange(r, "cmd_register_new_server", "move", params)
-}
-
-// acceptChange takes a command on that changes the agent: of a sensor, or "move".
-func (a *agent) acceptChange(r request, name, change string, params []any) (any, error) {
-	c := command{change: change}
-	rest := params
-	if change != "move" {
-		if len(params) == 0 {
-			return nil, faultf(faultParams, "%s takes sensor, [ticket]", name)
-		}
-		var err error
-		if c.sensor, err = sensorName(params[0]); err != nil {
-			return nil, faultf(faultParams, "%s: %v", name, err)
-		}
-		rest = params[1:]
+// runCommand does what a command in the queue asks, and returns its reading.
+func (a *agent) runCommand(ctx context.Context, c command) reading {
+	if c.change != "" {
+		return a.runChange(ctx, c)
 	}
-	if len(rest) > 1 {
-		return nil, faultf(faultParams, "%s: %d parameters are too many", name, len(params))
-	}
-	if len(rest) == 1 && rest[0] != nil {
-		var err error
-		if c.ticket, err = ticketOf(rest[0]); err != nil {
-			return nil, faultf(faultParams, "%s: %v", name, err)
-		}
-	}
-	return a.accept(r, name, c)
-}
-
-// ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
-func ticketOf(v any) (any, error) {
-	switch v := v.(type) {
-	case int, int64:
-		return v, nil
-	case string:
-		if len(v) > maxTicket {
-			return nil, fmt.Errorf("a ticket has at most %d bytes", maxTicket)
-		}
-		return v, nil
-	}
-	return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
-}
-
-// perform does what a queued command asks.
-func (a *agent) perform(ctx context.Context, c command) reading {
-	if c.change == "" {
-		return a.read(ctx, c)
-	}
+	a.delivery.waitRoom(ctx)
 	begun := time.Now()
-	err := a.alter(ctx, c)
-	subject := c.change
-	if c.sensor != "" {
-		subject += " " + logName(c.sensor)
+	var r reading
+	if c.sensor == ownSensor {
+		r = a.ownReading(c.args)
+	} else {
+		r = a.active.Load().sensors.read(ctx, c.sensor, c.args, nil)
 	}
-	if err != nil {
-		a.events.printf(warning+"%s: %s", subject, oneLine(err.Error()))
-		return reading{code: 1, taken: time.Now(), reason: err.Error()}
-	}
-	log.Printf(notice+"%s: done in %v", subject, time.Since(begun).Round(time.Millisecond))
-	debug.FreeOSMemory() // decompressing took more than all else
-	return reading{code: 0, value: "1", taken: time.Now()}
+	line := fmt.Sprintf("%s: exit %d in %v: %s", c, r.code, time.Since(begun).Round(time.Millisecond), r.reason)
+	a.events.printf("%s", strings.TrimSuffix(line, ": "))
+	return r
 }
 
-// alter changes a sensor, or the monitor that the agent belongs to. An error
+// runChange makes a change and returns its outcome as a reading.
+func (a *agent) runChange(ctx context.Context, c command) reading {
+	begun := time.Now()
+	if err := a.change(ctx, c); err != nil {
+		a.events.printf(warning+"%s: %s", c, oneLine(err.Error()))
+		return reading{code: exitFailed, taken: time.Now(), reason: err.Error()}
+	}
+	log.Printf(notice+"%s: done in %v", c, time.Since(begun).Round(time.Millisecond))
+	debug.FreeOSMemory() // decompression took more than anything else does
+	return reading{value: "1", taken: time.Now()}
+}
+
+// change changes a sensor, or the monitor that the agent belongs to. An error
 // means that nothing has changed.
-func (a *agent) alter(ctx context.Context, c command) error {
-	now := a.setup.Load()
+func (a *agent) change(ctx context.Context, c command) error {
+	now := a.active.Load()
 	switch {
 	case c.change == "move":
 		return a.move(ctx)
@@ -1117,107 +1029,68 @@ func (a *agent) alter(ctx context.Context, c command) error {
 	return now.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor, now.settings.maxPackage))
 }
 
-// move makes the monitor that the present one names the only one: in
-// client.cfg first, then for every reading that is not delivered yet.
+// move makes the monitor that the present one names the only one: in client.cfg
+// first, then for every reading that is not delivered yet.
 func (a *agent) move(ctx context.Context) error {
 	present := a.delivery.monitor()
 	u, err := nextMonitor(ctx, present, httpURL)
 	if err != nil {
 		return err
 	}
-	a.changing.Lock()
-	defer a.changing.Unlock()
-	if a.delivery.monitor() != present {
-		return errors.New("client.cfg was read again meanwhile")
-	}
-	now := *a.setup.Load()
-	err = editINI(ctx, now.settings.file, func(c *ini) error { return c.set("monitor", "url", u.String()) })
+	lock := sync.OnceFunc(a.changing.Lock) // only with the lock of client.cfg, for which no reload waits
+	defer func() { lock(); a.changing.Unlock() }()
+	err = editINI(ctx, a.active.Load().settings.file, func(c *ini) error {
+		if lock(); a.delivery.monitor() != present {
+			return errors.New("client.cfg was read again meanwhile")
+		}
+		return c.set("monitor", "url", u.String())
+	})
 	if err != nil {
 		return err
 	}
+	now := *a.active.Load()
 	now.settings.monitor = u
-	a.setup.Store(&now)
-	a.delivery.moveTo(present, newClient(u, now.settings.monitorTimeout, present.tls))
+	a.active.Store(&now)
+	a.delivery.configure(newClient(u, now.settings.monitorTimeout, present.tls), readingZone(now.settings), now.settings.noValue)
 	log.Printf(notice+"move: from now on the monitor is %s", u.Redacted())
 	return nil
 }
 
-// read runs a queued command.
-func (a *agent) read(ctx context.Context, c command) reading {
-	a.delivery.waitRoom(ctx)
-	begun := time.Now()
-	var r reading
-	if c.sensor == ownSensor {
-		r = a.ownReading(c.args)
-	} else {
-		r = a.setup.Load().sensors.read(ctx, c.sensor, c.args, nil)
+func (a *agent) listSensors(_ request, params []any) (any, error) {
+	if err := noParams("cmd_list_sensors", params); err != nil {
+		return nil, err
 	}
-	line := fmt.Sprintf("sensor %s: exit %d in %v", logName(c.sensor), r.code, time.Since(begun).Round(time.Millisecond))
-	if r.reason != "" {
-		line += ": " + r.reason
-	}
-	a.events.printf("%s", line)
-	return r
-}
-
-// logName is a sensor's name for the log: quoted where it could be taken for
-// more than that.
-func logName(name string) string {
-	if strings.Trim(name, "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") != "" {
-		return cut(name)
-	}
-	return name
-}
-
-func (a *agent) listSensors(r request, params []any) (any, error) {
-	if len(params) != 0 {
-		return nil, faultf(faultParams, "cmd_list_sensors takes no parameters")
-	}
-	ctx, cancel := context.WithCancel(a.ctx)
-	defer cancel()
-	defer context.AfterFunc(r.ctx, cancel)()
-	texts, err := a.setup.Load().sensors.helpTexts(ctx)
+	texts, err := a.active.Load().sensors.helpTexts(a.ctx) // also for a caller that has closed its sending half
 	if err != nil {
-		a.handler.refused.printf(warning+"%v", err) // without the directory there are no others
+		a.handler.refused.printf(warning+"%v", err) // the agent's own text is left
+		texts = make(map[string]string)
 	}
-	result := map[string]any{}
-	for name, text := range texts {
-		result[name] = text
+	texts[ownSensor] = ownHelp()
+	listed, left := fitHelps(texts)
+	if left > 0 {
+		a.handler.refused.printf(warning+"cmd_list_sensors: %s left out: the answer is full", plural(left, "sensor"))
 	}
-	result[ownSensor] = ownHelp()
-	return result, nil
+	return listed, nil
 }
 
 func healthcheck(_ request, params []any) (any, error) {
-	if len(params) != 0 {
-		return nil, faultf(faultParams, "healthcheck takes no parameters")
-	}
-	return "OK", nil
+	return "OK", noParams("healthcheck", params)
 }
 
 func runCheck(ctx context.Context, in invocation) error {
-	if len(in.args) == 0 {
-		return usagef("usage: picket check SENSOR [ARG...]")
-	}
 	name, err := sensorOnDisk(in.args[0])
-	if err != nil {
-		return &exitError{exitUsage, err}
-	}
-	s, err := loadSettings(in.config)
 	if err != nil {
 		return err
 	}
-	sensors := installedSensors(s)
-	r := sensors.read(ctx, name, in.args[1:], os.Stderr)
-	value := r.value
+	r := activate(in.settings).sensors.read(ctx, name, in.args[1:], os.Stderr)
+	value, code := r.value, r.code
 	if value == "" {
-		value = s.noValue
+		value = in.settings.noValue
 	}
-	fmt.Fprintln(in.out, value)
-	code := r.code
 	if code < 0 {
 		code = 128 - code // as a shell shows a signal
 	}
+	fmt.Fprintln(in.out, value)
 	switch {
 	case code == 0:
 		return nil
@@ -1228,14 +1101,7 @@ func runCheck(ctx context.Context, in invocation) error {
 }
 
 func runList(ctx context.Context, in invocation) error {
-	if err := in.takes(0, 0, "list"); err != nil {
-		return err
-	}
-	s, err := loadSettings(in.config)
-	if err != nil {
-		return err
-	}
-	sensors := installedSensors(s)
+	sensors := activate(in.settings).sensors
 	texts, err := sensors.helpTexts(ctx)
 	if err != nil {
 		return err
@@ -1244,19 +1110,27 @@ func runList(ctx context.Context, in invocation) error {
 		return errors.New(noSensors(sensors))
 	}
 	texts[ownSensor] = ownHelp()
+	_, unusable, _ := sensors.names()
+	for _, name := range unusable {
+		log.Printf(warning+"sensor %s: its name is not plain text of at most %d bytes", cut(name), maxName)
+	}
 	for _, name := range sortedKeys(texts) {
 		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
 	}
 	return nil
 }
 
-// sensorOnDisk returns the name of a sensor that is a directory.
+// sensorOnDisk returns v as the name of a sensor that is a directory.
 func sensorOnDisk(v string) (string, error) {
 	name, err := sensorName(v)
 	if name == ownSensor {
-		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers to that name, and no other sensor can have it", ownSensor)
+		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers to that name, "+
+			"and no other sensor can have it", ownSensor)
 	}
-	return name, err
+	if err != nil {
+		return "", &exitError{exitUsage, err}
+	}
+	return name, nil
 }
 
 // indent returns the lines of a text, each with something before it.
@@ -1265,57 +1139,41 @@ func indent(text, by string) string {
 }
 
 func runUpdate(ctx context.Context, in invocation) error {
-	return changeSensor(ctx, in, "update SENSOR", func(s settings, u *updater, name string) error {
-		c := monitorOf(s)
-		defer c.close()
-		return u.install(ctx, name, fromMonitor(c, name, s.maxPackage))
+	c := monitorClient(in.settings)
+	defer c.close()
+	return changeSensor(in, "update", in.args[0], func(u *updater, name string) error {
+		return u.install(ctx, name, fromMonitor(c, name, in.settings.maxPackage))
 	})
 }
 
 func runRollback(ctx context.Context, in invocation) error {
-	return changeSensor(ctx, in, "rollback SENSOR", func(_ settings, u *updater, name string) error {
-		return u.rollback(ctx, name)
-	})
+	return changeSensor(in, "rollback", in.args[0], func(u *updater, name string) error { return u.rollback(ctx, name) })
 }
 
 func runInstall(ctx context.Context, in invocation) error {
-	if err := in.takes(1, 1, "install FILE.tar.bz2"); err != nil {
-		return err
-	}
-	file := in.args[0]
-	name := filepath.Base(file)
+	name := filepath.Base(in.args[0])
 	for _, suffix := range []string{".tar", ".tar.bz2", ".tar.gz", ".tbz2", ".tgz"} {
 		if before, ok := strings.CutSuffix(name, suffix); ok {
 			name = before
 			break
 		}
 	}
-	in.args = []string{name}
-	return changeSensor(ctx, in, "install FILE.tar.bz2", func(_ settings, u *updater, name string) error {
-		return u.install(ctx, name, fromFile(file))
+	return changeSensor(in, "install", name, func(u *updater, name string) error {
+		return u.install(ctx, name, fromFile(in.args[0]))
 	})
 }
 
-// changeSensor makes a change of a sensor by hand, and shows it going on
-// where somebody watches.
-func changeSensor(ctx context.Context, in invocation, usage string, change func(settings, *updater, string) error) error {
-	if err := in.takes(1, 1, usage); err != nil {
-		return err
-	}
-	name, err := sensorOnDisk(in.args[0])
-	if err != nil {
-		return &exitError{exitUsage, err}
-	}
-	s, err := loadSettings(in.config)
+// changeSensor makes a change of a sensor by hand. On a terminal it shows each step.
+func changeSensor(in invocation, verb, name string, change func(u *updater, name string) error) error {
+	name, err := sensorOnDisk(name)
 	if err != nil {
 		return err
 	}
-	u := updaterOf(s, installedSensors(s))
-	verb, _, _ := strings.Cut(usage, " ")
+	u := activate(in.settings).updater
 	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
 		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s", step) }
 	}
-	err = change(s, u, name)
+	err = change(u, name)
 	u.progress("") // leaves the line empty
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", verb, name, err)
@@ -1324,99 +1182,24 @@ func changeSensor(ctx context.Context, in invocation, usage string, change func(
 	return nil
 }
 
-func runConfig(ctx context.Context, in invocation) error {
-	file, err := findConfig(in.config)
-	if err != nil {
-		return err
-	}
-	if len(in.args) == 0 {
-		return printConfig(file, in.out)
-	}
-	verb := in.args[0]
-	in.args = in.args[1:]
-	c, err := readINI(file)
+// runConfig prints every option as INI, with its value or default. A password
+// in a URL is not shown.
+func runConfig(_ context.Context, in invocation) error {
+	c, err := readINI(in.file)
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	switch verb {
-	case "get":
-		if err := in.takes(2, 2, "config get SECTION OPTION"); err != nil {
-			return err
-		}
-		value, err := c.value(in.args[0], in.args[1])
-		if err != nil {
-			return err
-		}
-		fmt.Fprintln(in.out, redacted(value))
-		return nil
-	case "set":
-		if len(in.args) == 0 || len(in.args)%3 != 0 {
-			return usagef("usage: picket config set SECTION OPTION VALUE [SECTION OPTION VALUE...]")
-		}
-		return editConfig(ctx, file, true, func(c *ini) error {
-			for args := in.args; len(args) > 0; args = args[3:] {
-				if err := c.set(args[0], args[1], args[2]); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	case "unset":
-		if err := in.takes(1, 2, "config unset SECTION [OPTION]"); err != nil {
-			return err
-		}
-		return editConfig(ctx, file, false, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
+	s, err := checkSettings(c)
+	if err == nil {
+		err = checkKeys(c, s)
 	}
-	return usagef("unknown command %q; see picket help", "config "+verb)
-}
-
-// editConfig changes client.cfg, unless that would break settings that are in
-// order, or where they have to be known give it a name that nobody reads.
-func editConfig(ctx context.Context, file string, known bool, change func(*ini) error) error {
-	var warnings []string
-	err := editINI(ctx, file, func(c *ini) error {
-		_, old, before := c.settings(filepath.Dir(file))
-		if err := change(c); err != nil {
-			return err
-		}
-		_, all, err := c.settings(filepath.Dir(file))
-		if err != nil && before == nil {
-			return &exitError{exitUsage, fmt.Errorf("not changed: %w", err)}
-		}
-		warnings = slices.DeleteFunc(all, func(w string) bool { return slices.Contains(old, w) })
-		if known && len(warnings) > 0 {
-			return &exitError{exitUsage, fmt.Errorf("not changed: %s", warnings[0])}
-		}
-		return nil
-	})
-	for _, w := range warnings {
-		log.Print(warning + w)
-	}
-	return err
-}
-
-// redacted is a value without the password of a URL.
-func redacted(value string) string {
-	if u, err := url.Parse(value); err == nil && u.User != nil {
-		return u.Redacted()
-	}
-	if at := strings.LastIndex(value, "@"); at >= 0 && strings.Contains(value[:at], ":") { // a broken URL
-		return "xxxxx" + value[at:]
-	}
-	return value
-}
-
-// printConfig prints every option as INI, with its value or default. A
-// password in a URL is not shown.
-func printConfig(file string, out io.Writer) error {
-	c, s, err := readSettings(file)
 	if err != nil {
-		return err
+		return &exitError{exitUsage, err}
 	}
-	if warns := noSensors(installedSensors(s)); warns != "" {
-		log.Print(warning + warns)
+	if text := noSensors(activate(s).sensors); text != "" {
+		log.Print(warning + text)
 	}
-	effective := &ini{name: file, values: make(map[iniKey]iniValue)}
+	effective := &ini{name: in.file, values: make(map[iniKey]iniValue)}
 	for _, o := range known {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
@@ -1426,8 +1209,80 @@ func printConfig(file string, out io.Writer) error {
 			return err
 		}
 	}
-	fmt.Fprintf(out, "# %s; paths start from its directory\n%s", file, effective.text())
+	fmt.Fprintf(in.out, "# %s; paths start from its directory\n%s", in.file, effective.text())
 	return nil
+}
+
+func runConfigGet(_ context.Context, in invocation) error {
+	c, err := readINI(in.file)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	value, err := c.value(in.args[0], in.args[1])
+	if err == nil {
+		fmt.Fprintln(in.out, redacted(value))
+	}
+	return err
+}
+
+func runConfigSet(ctx context.Context, in invocation) error {
+	if len(in.args)%3 != 0 {
+		return in.usageError()
+	}
+	return editConfig(ctx, in.file, true, func(c *ini) (err error) {
+		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
+			err = c.set(args[0], args[1], args[2])
+		}
+		return err
+	})
+}
+
+func runConfigUnset(ctx context.Context, in invocation) error {
+	return editConfig(ctx, in.file, false, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
+}
+
+// editConfig changes client.cfg. It refuses a change that makes valid settings
+// wrong and, where strict is set, one that earns a new warning.
+func editConfig(ctx context.Context, file string, strict bool, change func(*ini) error) error {
+	var fresh []string
+	err := editINI(ctx, file, func(c *ini) error {
+		old, before := checkAll(c)
+		if err := change(c); err != nil {
+			return err
+		}
+		warnings, err := checkAll(c)
+		if err != nil && before == nil {
+			return usagef("not changed: %w", err)
+		}
+		for text, w := range warnings {
+			if _, known := old[text]; !known {
+				fresh = append(fresh, w)
+			}
+		}
+		if strict && len(fresh) > 0 {
+			return usagef("not changed: %s", fresh[0])
+		}
+		return nil
+	})
+	for _, w := range fresh {
+		log.Print(warning + w)
+	}
+	return err
+}
+
+// checkAll checks the settings of a text and the key that they name. It returns
+// the warnings by their text without the number of the line, which may change.
+func checkAll(c *ini) (map[string]string, error) {
+	s, list, err := c.settings(filepath.Dir(c.name))
+	if err == nil {
+		err = checkKeys(c, s)
+	}
+	warnings := make(map[string]string)
+	for _, w := range list {
+		rest := strings.TrimPrefix(w, c.name+":")
+		warnings[rest[strings.Index(rest, ":")+1:]] = w
+	}
+	return warnings, err
 }
 
 // tlsFlags adds the flags that name certificates.
@@ -1452,13 +1307,13 @@ func loadTLSFlags(t *tlsFiles) error {
 }
 
 func runCall(ctx context.Context, in invocation) error {
-	flags := newFlags("call")
+	flags := flag.NewFlagSet("call", flag.ContinueOnError)
 	files := tlsFlags(flags)
-	if err := flags.Parse(in.args); err != nil {
-		return flagError(err, in.out)
+	if err := in.parse(flags, in.args); err != nil {
+		return err
 	}
-	if in.args = flags.Args(); len(in.args) < 2 {
-		return usagef("usage: picket call [-ca FILE] [-cert FILE -key FILE] URL METHOD [ARG...]")
+	if len(in.args) < 2 {
+		return in.usageError()
 	}
 	u, err := httpURL(in.args[0])
 	if err != nil {
@@ -1475,17 +1330,16 @@ func runCall(ctx context.Context, in invocation) error {
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
 	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-		return fmt.Errorf("call %s: %w", u.Redacted(), err)
+		err = fmt.Errorf("call %s: %w", u.Redacted(), err)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		fmt.Fprintln(in.out, readable(v))
 	}
-	fmt.Fprintln(in.out, readable(v))
-	return nil
+	return err
 }
 
-// wireValue is an argument of the command line as a value: a whole number as
-// int, or as i8 where an int is too small, anything else as a string.
+// wireValue returns an argument of the command line as a value: a whole number
+// as int, or as i8 where an int is too small, anything else as a string.
 func wireValue(arg string) any {
 	n, err := strconv.ParseInt(arg, 10, 64)
 	switch {
@@ -1497,57 +1351,50 @@ func wireValue(arg string) any {
 	return int(n)
 }
 
-// readable is a value for people: one line an element or member.
+// readable returns a value for people: one line for each element or member.
 func readable(v any) string {
+	var lines []string
 	switch v := v.(type) {
 	case nil:
 		return "nil"
 	case []byte:
 		return base64.StdEncoding.EncodeToString(v)
 	case []any:
-		var lines []string
 		for _, e := range v {
 			lines = append(lines, "- "+strings.ReplaceAll(readable(e), "\n", "\n  "))
 		}
-		return strings.Join(lines, "\n")
 	case map[string]any:
-		var lines []string
 		for _, name := range sortedKeys(v) {
-			text := readable(v[name])
+			text := " " + readable(v[name])
 			if strings.Contains(text, "\n") {
-				text = "\n" + strings.TrimSuffix(indent(text, "  "), "\n")
-			} else {
-				text = " " + text
+				text = strings.ReplaceAll("\n"+text[1:], "\n", "\n  ")
 			}
 			lines = append(lines, name+":"+text)
 		}
-		return strings.Join(lines, "\n")
+	default:
+		return fmt.Sprint(v)
 	}
-	return fmt.Sprint(v)
+	return strings.Join(lines, "\n")
 }
 
 func runMonitor(ctx context.Context, in invocation) error {
-	flags := newFlags("monitor")
+	flags := flag.NewFlagSet("monitor", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:8081", "")
 	m := &monitor{}
 	flags.StringVar(&m.packages, "packages", "", "")
 	flags.StringVar(&m.next, "next", "", "")
 	files := tlsFlags(flags)
-	if err := flags.Parse(in.args); err != nil {
-		return flagError(err, in.out)
+	if err := in.parse(flags, in.args); err != nil {
+		return err
 	}
-	if flags.NArg() > 0 {
-		return usagef("monitor takes no argument %q", flags.Arg(0))
+	if len(in.args) > 0 {
+		return usagef("monitor takes no argument %q", in.args[0])
 	}
-	if m.next != "" {
-		if _, err := httpURL(m.next); err != nil {
-			return &exitError{exitUsage, fmt.Errorf("-next: %w", err)}
-		}
+	if _, err := httpURL(m.next); m.next != "" && err != nil {
+		return usagef("-next: %w", err)
 	}
-	if m.packages != "" {
-		if _, err := os.ReadDir(m.packages); err != nil {
-			return usagef("-packages: %w", err)
-		}
+	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
+		return usagef("-packages: %w", err)
 	}
 	if err := loadTLSFlags(files); err != nil {
 		return err
@@ -1561,15 +1408,15 @@ func runMonitor(ctx context.Context, in invocation) error {
 		return fmt.Errorf("-listen: %w", err)
 	}
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
-	m.stored = func(s stored) error {
-		_, err := fmt.Fprintln(in.out, s)
+	m.stored = func(r storedReading) error {
+		_, err := fmt.Fprintln(in.out, r)
 		return err
 	}
 	return m.serve(ctx, listener)
 }
 
-// A stored is a reading that has arrived at the stand-in monitor.
-type stored struct {
+// A storedReading is a reading that the stand-in monitor received.
+type storedReading struct {
 	time   dateTime
 	peer   string
 	ticket any
@@ -1577,16 +1424,16 @@ type stored struct {
 	value  string
 }
 
-func (s stored) String() string {
-	return fmt.Sprintf("%s %s %s: exit %d, value %s", s.time, s.peer, ticketText(s.ticket), s.code, oneLine(s.value))
+func (r storedReading) String() string {
+	return fmt.Sprintf("%s %s %s: exit %d, value %s", r.time, r.peer, ticketText(r.ticket), r.code, oneLine(r.value))
 }
 
 // A monitor stands in for the real one, in labs and tests.
 type monitor struct {
-	packages string             // the directory that holds SENSOR.tar.bz2; "" serves none
-	next     string             // the URL that agents move to; "" is none
-	stored   func(stored) error // is called for each reading, one at a time
-	tls      *tls.Config        // nil: without TLS
+	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
+	next     string                    // the URL that agents move to; "" is none
+	stored   func(storedReading) error // is called for each reading, one at a time
+	tls      *tls.Config               // nil: without TLS
 
 	mu sync.Mutex // guards the calls of stored
 }
@@ -1616,33 +1463,34 @@ func (m *monitor) methods() []method {
 }
 
 func (m *monitor) store(r request, params []any) (any, error) {
-	s, err := storedOf(r.peer, params)
-	if err != nil {
-		return nil, err
+	reading, ok := decodeStored(r.peer, params)
+	if !ok {
+		return nil, faultf(faultParams,
+			"cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return "OK", m.stored(s)
+	return "OK", m.stored(reading)
 }
 
-// storedOf reads the parameters of cmd_store_probe_data.
-func storedOf(peer string, params []any) (stored, error) {
-	wrong := faultf(faultParams, "cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
+// decodeStored returns the reading that the parameters of cmd_store_probe_data
+// stand for, and whether they do.
+func decodeStored(peer string, params []any) (r storedReading, ok bool) {
+	r.peer = peer
 	if len(params) != 3 {
-		return stored{}, wrong
+		return r, false
 	}
-	ticket, err := ticketOf(params[0])
-	pair, ok := params[1].([]any)
-	at, ok2 := params[2].(dateTime)
-	if err != nil || !ok || !ok2 || len(pair) != 2 {
-		return stored{}, wrong
+	var err error
+	r.ticket, err = ticketOf(params[0])
+	pair, isArray := params[1].([]any)
+	at, isTime := params[2].(dateTime)
+	if err != nil || !isArray || !isTime || len(pair) != 2 {
+		return r, false
 	}
-	code, ok := pair[0].(int)
-	value, ok2 := pair[1].(string)
-	if !ok || !ok2 {
-		return stored{}, wrong
-	}
-	return stored{at, peer, ticket, code, value}, nil
+	code, isInt := pair[0].(int)
+	value, isString := pair[1].(string)
+	r.time, r.code, r.value = at, code, value
+	return r, isInt && isString
 }
 
 func (m *monitor) sensorCode(_ request, params []any) (any, error) {
@@ -1659,51 +1507,57 @@ func (m *monitor) file(params []any, suffix string) (any, error) {
 		return nil, faultf(faultParams, "takes the name of a sensor")
 	}
 	name, err := sensorName(params[0])
+	if err == nil && m.packages == "" {
+		err = errors.New("this monitor serves no packages")
+	}
+	var data []byte
+	if err == nil {
+		data, err = readSmall(filepath.Join(m.packages, name+suffix), maxServed)
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("no %s%s here", name, suffix)
+	}
 	if err != nil {
 		return nil, faultf(faultParams, "%v", err)
 	}
-	if m.packages == "" {
-		return nil, faultf(faultParams, "this monitor serves no packages")
-	}
-	f, err := os.Open(filepath.Join(m.packages, name+suffix))
-	if err != nil {
-		return nil, faultf(faultParams, "no %s%s here", name, suffix)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxPackage+1))
-	if err == nil && len(data) > maxPackage {
-		err = faultf(faultParams, "%s%s is larger than the %d bytes that a stand-in serves", name, suffix, maxPackage)
-	}
-	return data, err
+	return data, nil
 }
 
 func (m *monitor) nextURL(_ request, params []any) (any, error) {
-	if len(params) != 1 {
+	switch {
+	case len(params) != 1:
 		return nil, faultf(faultParams, "cmd_get_new_monitor_url takes the host name of the agent")
-	}
-	if m.next == "" {
+	case m.next == "":
 		return nil, faultf(faultParams, "there is no new monitor")
 	}
 	return m.next, nil
 }
 
-// Own sensors of the selftest: what every box must be able to run.
-var ownSensors = map[string]string{
-	"good":    "echo 42",
-	"failing": "echo no such thing >&2; exit 3",
-	"hanging": "sleep 60",
-	"garbage": "echo hello",
+// selfFiles is what the selftest's agent and monitor have: sensors that behave
+// and misbehave, and packages of newer versions of two of them.
+var selfFiles = map[string]string{
+	"client.cfg":               "",
+	"sensors/good/check":       "#!/bin/sh\necho 42\n",
+	"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
+	"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
+	"sensors/garbage/check":    "#!/bin/sh\necho hello\n",
+	"packages/good.tar.bz2":    tarOf("good/check", "#!/bin/sh\necho 43\n"),
+	"packages/garbage.tar.bz2": tarOf("garbage/check", "#!/bin/sh\nexit 1\n"),
 }
 
-// Own packages of the selftest, and what is in them.
-var ownPackages = map[string]string{
-	"good":    "echo 43",
-	"garbage": "exit 1",
+// tarOf returns an archive, not compressed, with one file.
+func tarOf(name, content string) string {
+	var b strings.Builder
+	w := tar.NewWriter(&b) // writing to a Builder cannot fail
+	w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(content))})
+	io.WriteString(w, content)
+	w.Close()
+	return b.String()
 }
 
-// ownCommands is what the selftest asks of its own sensors, and what must
+// selfCommands lists what the selftest asks of its own sensors, and what must
 // come of it.
-var ownCommands = []struct {
+var selfCommands = []struct {
 	command, sensor string
 	code            int
 	value           string
@@ -1726,19 +1580,17 @@ var ownCommands = []struct {
 type selftest struct {
 	out     io.Writer
 	monitor *url.URL
-	stored  chan stored
+	stored  chan storedReading
+	reasons chan string // of the reading that is stored next
 	tickets int
 	failed  int
 }
 
 func runSelftest(ctx context.Context, in invocation) error {
-	if err := in.takes(0, 0, "selftest"); err != nil {
-		return err
-	}
 	s, installed := settings{}, true
 	file, err := findConfig(in.config)
 	if err == nil {
-		s, err = loadSettings(file)
+		s, err = readSettings(file)
 	} else if in.config == "" {
 		installed = false
 		s, _, err = (&ini{}).settings("")
@@ -1746,18 +1598,19 @@ func runSelftest(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
-	dir, err := scratchDir(s)
+	dir, err := selfDir(s)
 	if err != nil {
-		return err
+		return fmt.Errorf("selftest: no directory to run a shell script in: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	var lines bytes.Buffer // of the log, which are of interest only if it fails
+	var lines bytes.Buffer // of the log, shown only where something failed
 	before := log.Writer()
 	log.SetOutput(plainLog{&lines})
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	err = (&selftest{out: in.out}).run(ctx, s, dir, installed)
+	t := &selftest{out: in.out, stored: make(chan storedReading, 1), reasons: make(chan string, 1)}
+	if err = t.run(ctx, dir, s, installed); err == nil && t.failed > 0 {
+		err = fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
+	}
 	log.SetOutput(before)
 	if err != nil {
 		fmt.Fprintf(in.out, "\nlog:\n%s", indent(strings.TrimSpace(lines.String()), "  "))
@@ -1767,197 +1620,140 @@ func runSelftest(ctx context.Context, in invocation) error {
 	return nil
 }
 
-// scratchDir makes a directory in which a script can be run. A box may have
-// /tmp mounted noexec, or not at all.
-func scratchDir(s settings) (string, error) {
+// selfDir makes a directory with selfFiles in which scripts can be run: a box
+// may have /tmp mounted noexec, or none.
+func selfDir(s settings) (string, error) {
 	var errs []error
 	for _, parent := range []string{os.TempDir(), "/var/tmp", "/dev/shm", filepath.Dir(s.path), "."} {
 		dir, err := os.MkdirTemp(parent, "picket-selftest-")
 		if err == nil {
-			if err = tryScript(dir, s.user); err == nil {
-				return filepath.Abs(dir)
+			dir, err = filepath.Abs(dir)
+		}
+		if err == nil {
+			if err = makeFiles(dir, selfFiles); err == nil {
+				r := activate(selfSettings(s, dir, time.Minute)).sensors.read(context.Background(), "good", nil, nil)
+				if r.code == 0 {
+					return dir, nil
+				}
+				err = fmt.Errorf("%s: exit %d: %s", dir, r.code, r.reason)
 			}
 			os.RemoveAll(dir)
 		}
 		errs = append(errs, err)
 	}
-	return "", fmt.Errorf("selftest: no directory to run a shell script in: %w", errors.Join(errs...))
+	return "", errors.Join(errs...)
 }
 
-// tryScript runs a script in a directory, as a sensor.
-func tryScript(dir string, user *sensorUser) error {
-	if err := makeSensor(filepath.Join(dir, "try"), "echo 1"); err != nil {
-		return err
-	}
-	r := newSensors(dir, "check", "options", time.Minute, 1, user).read(context.Background(), "try", nil, nil)
-	if r.code != 0 {
-		return fmt.Errorf("%s: exit %d: %s", dir, r.code, r.reason)
-	}
-	return os.RemoveAll(filepath.Join(dir, "try"))
-}
-
-func writeScript(file, script string) error {
-	if err := os.WriteFile(file, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
-		return err
-	}
-	return os.Chmod(file, 0o755) // whatever the umask: it may be for another user
-}
-
-func (t *selftest) run(ctx context.Context, s settings, dir string, installed bool) error {
-	t.stored = make(chan stored, 1)
-	ctx, cancel := context.WithCancel(ctx)
-	var ended sync.WaitGroup
-	defer func() { cancel(); ended.Wait() }()
-	packages := filepath.Join(dir, "packages")
-	next, err := t.startMonitor(ctx, &ended, &monitor{})
-	if err == nil {
-		t.monitor, err = t.startMonitor(ctx, &ended, &monitor{packages: packages, next: next.String()})
-	}
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(t.out, "%-12s %-16s %4s  %s\n", "sensor", "arguments", "exit", "value")
-	if err := t.ownSensors(ctx, s, dir, packages); err != nil {
-		return err
-	}
-	if installed {
-		if err := t.readInstalled(ctx, s); err != nil {
+// makeFiles makes files, by their paths in dir, that every user can run
+// whatever the umask.
+func makeFiles(dir string, files map[string]string) error {
+	for name, content := range files {
+		file := filepath.Join(dir, name)
+		err := os.MkdirAll(filepath.Dir(file), 0o755)
+		if err == nil {
+			err = os.WriteFile(file, []byte(content), 0o755)
+		}
+		for at := file; err == nil && len(at) >= len(dir); at = filepath.Dir(at) {
+			err = os.Chmod(at, 0o755)
+		}
+		if err != nil {
 			return err
 		}
-	}
-	if t.failed > 0 {
-		return fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
 	}
 	return nil
 }
 
-// startMonitor runs a stand-in for the monitor until ctx ends.
-func (t *selftest) startMonitor(ctx context.Context, ended *sync.WaitGroup, m *monitor) (*url.URL, error) {
+// selfSettings returns s with the paths of the selftest's own sensors.
+func selfSettings(s settings, dir string, timeout time.Duration) settings {
+	s.file, s.path, s.backup = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors"), filepath.Join(dir, "backup")
+	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", timeout, true, ""
+	return s
+}
+
+// run runs a stand-in for the monitor, and against it an agent with the sensors
+// in dir and, where sensors are installed, one with those.
+func (t *selftest) run(ctx context.Context, dir string, s settings, installed bool) error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, err
-	}
-	m.stored = func(s stored) error { t.stored <- s; return nil }
-	ended.Add(1)
-	go func() {
-		defer ended.Done()
-		if err := m.serve(ctx, listener); err != nil {
-			log.Print(err)
-		}
-	}()
-	return &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}, nil
-}
-
-// ownSensors does with the selftest's own sensors all that a monitor can ask.
-func (t *selftest) ownSensors(ctx context.Context, s settings, dir, packages string) error {
-	s.file, s.path, s.backup = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors"), filepath.Join(dir, "backup")
-	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", time.Second, true, ""
-	if err := os.WriteFile(s.file, nil, 0o600); err != nil {
 		return err
 	}
-	for name, script := range ownSensors {
-		if err := makeSensor(filepath.Join(s.path, name), script); err != nil {
-			return err
-		}
+	t.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
+	m := &monitor{
+		packages: filepath.Join(dir, "packages"),
+		next:     t.monitor.JoinPath("../RPC2").String(), // the same monitor by another URL
+		stored:   func(r storedReading) error { t.stored <- r; return nil },
 	}
-	if err := os.Mkdir(packages, 0o700); err != nil {
-		return err
-	}
-	for name, script := range ownPackages {
-		if err := os.WriteFile(filepath.Join(packages, name+".tar.bz2"), tarOf(name, "#!/bin/sh\n"+script+"\n"), 0o600); err != nil {
-			return err
+	monitored, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- m.serve(monitored, listener) }()
+	fmt.Fprintf(t.out, "%-12s %-16s %4s  %s\n", "sensor", "arguments", "exit", "value")
+	err = t.withAgent(ctx, selfSettings(s, dir, time.Second), t.testOwn)
+	if err == nil && installed {
+		if text := noSensors(activate(s).sensors); text != "" {
+			fmt.Fprintln(t.out, text)
 		}
+		err = t.withAgent(ctx, s, t.testInstalled)
 	}
-	return t.withAgent(ctx, s, func(a *selftestAgent) error {
-		for _, c := range ownCommands {
-			got, _, err := t.outcome(ctx, a, c.command, c.sensor, nil)
-			if err != nil {
-				return err
-			}
-			remark := "as it should be"
-			if got.code != c.code || got.value != c.value {
-				remark = fmt.Sprintf("FAILED: should be exit %d, value %s", c.code, c.value)
-				t.failed++
-			}
-			label := c.sensor
-			var args []any
-			if c.command != "cmd_submit_reading" {
-				label, args = strings.Split(c.command, "_")[1], []any{c.sensor}
-			}
-			t.row(label, args, got, remark)
-		}
-		return nil
-	})
+	cancel()
+	return errors.Join(err, <-ended)
 }
 
-// makeSensor makes a directory with a script in it, for any user to run.
-func makeSensor(dir, script string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for _, dir := range []string{filepath.Dir(dir), dir} {
-		if err := os.Chmod(dir, 0o755); err != nil { // whatever the umask
-			return err
-		}
-	}
-	return writeScript(filepath.Join(dir, "check"), script)
-}
-
-// tarOf returns a package, not compressed, of a sensor with nothing but its
-// executable.
-func tarOf(name, check string) []byte {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, h := range []*tar.Header{
-		{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o755},
-		{Typeflag: tar.TypeReg, Name: name + "/check", Mode: 0o755, Size: int64(len(check))},
-	} {
-		w.WriteHeader(h) // writing to a Buffer cannot fail
-	}
-	io.WriteString(w, check)
-	w.Close()
-	return b.Bytes()
-}
-
-// readInstalled takes a reading from every sensor of the configured
-// directory: the first thing that its help says it can be asked.
-func (t *selftest) readInstalled(ctx context.Context, s settings) error {
-	return t.withAgent(ctx, s, func(a *selftestAgent) error {
-		v, err := a.client.call(ctx, "cmd_list_sensors")
+// testOwn does with the selftest's own sensors all that a monitor can ask.
+func (t *selftest) testOwn(ctx context.Context, c *client) error {
+	for _, step := range selfCommands {
+		got, _, err := t.command(ctx, c, step.command, step.sensor, nil)
 		if err != nil {
-			return fmt.Errorf("cmd_list_sensors: %w", err)
+			return err
 		}
-		texts, _ := v.(map[string]any)
-		if len(texts) == 0 {
-			fmt.Fprintln(t.out, noSensors(a.sensors))
+		remark := "as it should be"
+		if got.code != step.code || got.value != step.value {
+			remark = fmt.Sprintf("FAILED: should be exit %d, value %s", step.code, step.value)
+			t.failed++
 		}
-		for _, name := range sortedKeys(texts) {
-			help, _ := texts[name].(string)
-			if strings.HasPrefix(help, noHelp) {
-				fmt.Fprintf(t.out, "%-12s FAILED: %s\n", name, help)
-				t.failed++
-				continue
-			}
-			args := firstOption(help)
-			got, reason, err := t.outcome(ctx, a, "cmd_submit_reading", name, args)
-			if err != nil {
-				return err
-			}
-			remark := ""
-			switch {
-			case got.code > 0 && reason != "" && !slices.Contains([]int{codeNoNumber, codeNotStarted, codeNotFound}, got.code):
-				remark = "not counted: " + reason
-			case got.code != 0:
-				remark = "FAILED: " + reason
-				t.failed++
-			}
-			t.row(name, args, got, remark)
+		if step.command == "cmd_submit_reading" {
+			t.print(step.sensor, "", got, remark)
+		} else {
+			t.print(strings.Split(step.command, "_")[1], step.sensor, got, remark)
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
-// firstOption is how to ask a sensor for the first thing in its help.
+// testInstalled takes a reading from every sensor of the configured directory:
+// the first thing that its help says it can be asked.
+func (t *selftest) testInstalled(ctx context.Context, c *client) error {
+	v, err := c.call(ctx, "cmd_list_sensors")
+	if err != nil {
+		return fmt.Errorf("cmd_list_sensors: %w", err)
+	}
+	texts, _ := v.(map[string]any)
+	for _, name := range sortedKeys(texts) {
+		help := fmt.Sprint(texts[name])
+		if strings.HasPrefix(help, noHelp) {
+			fmt.Fprintf(t.out, "%-12s FAILED: %s\n", name, help)
+			t.failed++
+			continue
+		}
+		args := firstOption(help)
+		got, reason, err := t.command(ctx, c, "cmd_submit_reading", name, args)
+		if err != nil {
+			return err
+		}
+		remark, agentsOwn := "", []int{codeNoNumber, codeNotStarted, codeNotFound}
+		switch {
+		case got.code > 0 && reason != "" && !slices.Contains(agentsOwn, got.code):
+			remark = "not counted: " + reason // the sensor says why the box has no such thing
+		case got.code != 0:
+			remark = "FAILED: " + reason
+			t.failed++
+		}
+		t.print(name, strings.Trim(fmt.Sprint(args), "[]"), got, remark)
+	}
+	return nil
+}
+
+// firstOption returns the arguments that ask a sensor for the first thing in
+// its help.
 func firstOption(help string) []any {
 	line, _, _ := strings.Cut(help, "\n")
 	args := []any{}
@@ -1975,78 +1771,59 @@ func firstOption(help string) []any {
 	return args
 }
 
-func (t *selftest) row(name string, args []any, got stored, remark string) {
-	fmt.Fprintln(t.out, strings.TrimSpace(fmt.Sprintf("%-12s %-16s %4d  %-12s %s", name, strings.Trim(fmt.Sprint(args), "[]"), got.code, got.value, remark)))
+func (t *selftest) print(name, args string, got storedReading, remark string) {
+	line := fmt.Sprintf("%-12s %-16s %4d  %-12s %s", name, args, got.code, got.value, remark)
+	fmt.Fprintln(t.out, strings.TrimSpace(line))
 }
 
-// A selftestAgent is an agent that runs, and how to reach it.
-type selftestAgent struct {
-	sensors *sensors
-	client  *client
-	mu      sync.Mutex // guards reason
-	reason  map[any]string
-}
-
-// withAgent calls f while an agent with these settings runs, but for the
-// address, the monitor and the log, which are the selftest's own.
-func (t *selftest) withAgent(ctx context.Context, s settings, f func(*selftestAgent) error) error {
+// withAgent calls test while an agent with these settings runs; its address,
+// its monitor and its log are the selftest's own.
+func (t *selftest) withAgent(ctx context.Context, s settings, test func(context.Context, *client) error) error {
 	s.listen, s.monitor, s.noValue, s.spool = "127.0.0.1:0", t.monitor, "nan", ""
 	s.allow, s.agentTLS, s.monitorTLS = nil, tlsFiles{}, tlsFiles{}
 	a, err := newAgent(s)
 	if err != nil {
 		return err
 	}
-	tested := &selftestAgent{
-		sensors: a.setup.Load().sensors,
-		client:  newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, time.Minute+s.timeout, nil),
-		reason:  make(map[any]string),
-	}
-	defer tested.client.close()
 	a.queue.deliver = func(ticket any, r reading) {
-		tested.mu.Lock()
-		tested.reason[ticket] = r.reason
-		tested.mu.Unlock()
+		t.reasons <- r.reason
 		a.delivery.put(ticket, r)
 	}
+	u := &url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}
+	c := newClient(u, time.Minute+s.timeout, nil)
+	defer c.close()
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- a.run(ctx) }()
-	err = f(tested)
+	err = test(ctx, c)
 	cancel()
 	return errors.Join(err, <-ended)
 }
 
-// outcome gives one command and waits for what comes of it at the monitor.
-func (t *selftest) outcome(ctx context.Context, a *selftestAgent, command, sensor string, args []any) (stored, string, error) {
+// command gives the agent a command, waits for its reading at the monitor and
+// returns that, and the reason that the agent has for it.
+func (t *selftest) command(ctx context.Context, c *client, command, sensor string, args []any) (storedReading, string, error) {
 	t.tickets++
-	ticket := t.tickets
-	params := []any{ticket, sensor, args}
+	params := []any{t.tickets, sensor, args}
 	switch command {
 	case "cmd_register_new_server":
-		params = []any{ticket}
+		params = []any{t.tickets}
 	case "cmd_update_sensor_code", "cmd_rollback_sensor_code":
-		params = []any{sensor, ticket}
+		params = []any{sensor, t.tickets}
 	}
-	v, err := a.client.call(ctx, command, params...)
-	if err == nil && v != "OK" {
-		err = fmt.Errorf("acknowledged with %v", v)
-	}
-	if err != nil {
-		return stored{}, "", fmt.Errorf("%s %s: %w", command, sensor, err)
-	}
-	timer := time.NewTimer(a.client.timeout)
-	defer timer.Stop()
-	select {
-	case got := <-t.stored:
-		if got.ticket != any(ticket) {
-			return got, "", fmt.Errorf("%s %s: the monitor got %v for ticket %d", command, sensor, got, ticket)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	got, err := storedReading{}, error(nil)
+	if _, err = c.call(ctx, command, params...); err == nil {
+		select {
+		case got = <-t.stored:
+			if got.ticket == any(t.tickets) {
+				return got, <-t.reasons, nil
+			}
+			err = fmt.Errorf("the monitor got %v for ticket %d", got, t.tickets)
+		case <-ctx.Done():
+			err = fmt.Errorf("nothing has arrived at the monitor: %w", ctx.Err())
 		}
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		return got, a.reason[ticket], nil
-	case <-timer.C:
-		return stored{}, "", fmt.Errorf("%s %s: nothing has arrived at the monitor", command, sensor)
-	case <-ctx.Done():
-		return stored{}, "", ctx.Err()
 	}
+	return got, "", fmt.Errorf("%s %s: %w", command, sensor, err)
 }

@@ -26,12 +26,10 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"math"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -43,23 +41,28 @@ import (
 	"unicode"
 )
 
+// The limits of a message. In a box of 16 MiB each of 64 callers may hold one
+// message as it is read, as it is decoded or as it is answered.
 const (
-	maxMessage = 512 << 10 // bytes of a command or an answer: a command has a few hundred
-	maxDepth   = 32        // levels of arrays and structs
-	maxValues  = 4096      // values in a message, so that 512 KiB of <value/> stay within a few 100 KiB of memory
-	maxCalls   = 64        // calls in a system.multicall
-	maxHeader  = 8 << 10   // bytes of HTTP header
-	maxToken   = 64 << 10  // bytes of one tag or text of a command; a tag of 512 KiB could hold 130,000 attributes in 25 MiB
-	maxConns   = 64        // connections open at once, or a quarter of the files that the process may have open
+	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
+	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
+	maxAnswer    = 512 << 10 // bytes of an answer that the client reads, besides a package
+	maxTree      = 96 << 10  // bytes of memory for the elements of a message, by element.size: some 1,500 values
+	maxDepth     = 32        // levels of arrays and structs
+	maxCalls     = 64        // calls in a system.multicall
+	maxHeader    = 8 << 10   // bytes of HTTP header
+)
 
-	smallMessage = 16 << 10 // bytes: commands are smaller, and wait for no larger one
-	largeAtOnce  = 4        // messages that are larger and read at once; of one peer, half of them
-	decodeAtOnce = 2        // messages decoded at once
+// The limits of connections.
+const (
+	maxConns   = 64            // open at once, or a quarter of the files that the process may have open
+	fairShare  = maxConns / 16 // connections that every caller may hold while others hold more
+	sendBuffer = 16 << 10      // bytes that the kernel takes of an unread answer; by itself it takes megabytes of several
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
-	fetchTime    = time.Hour        // for a package, over a link of 10 kbit/s
 	idleTimeout  = time.Minute      // between two requests of a connection
+	fetchTime    = time.Hour        // for a package, over a link of 10 kbit/s
 )
 
 // A fault is an error with its code on the wire.
@@ -72,7 +75,7 @@ func (f *fault) Error() string { return fmt.Sprintf("fault %d: %s", f.code, f.te
 
 const (
 	faultSyntax   = -32700 // not well-formed XML, or an encoding that is not known
-	faultRequest  = -32600 // well-formed, but not an XML-RPC methodCall; too deep; too large
+	faultRequest  = -32600 // well-formed, but not an XML-RPC methodCall; too deep; too large, or its answer is
 	faultMethod   = -32601 // no such method
 	faultParams   = -32602 // wrong parameters
 	faultInternal = -32603 // a defect in the agent
@@ -110,27 +113,41 @@ func oneLine(s string) string {
 // i1), int64 (i8), float64, string, dateTime, []byte (base64), []any (array)
 // and map[string]any (struct).
 
-// typeName is what the specification calls the type of a value.
+// typeName returns what the specification calls the type of a value.
 func typeName(v any) string {
-	switch v.(type) {
+	name, _ := describe(v)
+	return name
+}
+
+// describe returns the type of a value and, unless that is an array or a struct,
+// the value as it stands on the wire.
+func describe(v any) (name, text string) {
+	switch v := v.(type) {
 	case nil:
-		return "nil"
+		return "nil", ""
 	case bool:
-		return "boolean"
+		if v {
+			return "boolean", "1"
+		}
+		return "boolean", "0"
+	case int:
+		return "int", strconv.Itoa(v)
 	case int64:
-		return "i8"
+		return "i8", strconv.FormatInt(v, 10)
 	case float64:
-		return "double"
+		return "double", strconv.FormatFloat(v, 'f', -1, 64)
+	case string:
+		return "string", v
 	case dateTime:
-		return "dateTime.iso8601"
+		return "dateTime.iso8601", string(v)
 	case []byte:
-		return "base64"
+		return "base64", base64.StdEncoding.EncodeToString(v)
 	case []any:
-		return "array"
+		return "array", ""
 	case map[string]any:
-		return "struct"
+		return "struct", ""
 	}
-	return fmt.Sprintf("%T", v) // int, string
+	panic(fmt.Sprintf("%T has no XML-RPC type", v))
 }
 
 // A dateTime is a dateTime.iso8601 as it stands on the wire, most often
@@ -163,50 +180,92 @@ func parseDecimal(s string) (float64, error) {
 	return strconv.ParseFloat(s, 64)
 }
 
-// A decoder reads one XML-RPC message from encoding/xml's tokens. Its errors
-// are faults: faultSyntax or faultRequest.
+// A decoder reads one XML-RPC message. It keeps the first error and goes on; what
+// it returns then means nothing.
 type decoder struct {
-	xml    *xml.Decoder
-	input  *tokenReader
-	root   bool // the root element has begun
-	values int
+	inBase64 func() error // unless nil, is called at the start of the first <base64>, and may read its text
+	err      error        // a *fault, or the error of inBase64
 }
 
-// newDecoder returns a decoder of a message in which no tag or text is longer
-// than limit bytes.
-func newDecoder(message []byte, limit int) *decoder {
-	input := &tokenReader{Reader: bytes.NewReader(bytes.TrimPrefix(message, []byte("\xef\xbb\xbf"))), limit: limit, left: limit}
-	d := &decoder{xml: xml.NewDecoder(input), input: input}
-	d.xml.CharsetReader = charsetReader
-	return d
+// An element is an element of a message, with what is directly in it.
+type element struct {
+	name     string // without a prefix: Apache's types have "ex:"
+	text     []byte
+	elements []*element
 }
 
-// A tokenReader gives encoding/xml so many bytes for a token and no more.
-type tokenReader struct {
-	*bytes.Reader
-	limit, left int
-}
-
-func (t *tokenReader) ReadByte() (byte, error) {
-	if t.left == 0 {
-		return 0, t.tooLong()
+// size returns about how many bytes an element takes when it is decoded,
+// besides its text.
+func (e *element) size() int {
+	switch e.name {
+	case "value":
+		return 48
+	case "struct":
+		return 288
 	}
-	t.left--
-	return t.Reader.ReadByte()
+	return 16
 }
 
-func (t *tokenReader) tooLong() error {
-	return faultf(faultRequest, "a tag or text of more than %d bytes", t.limit)
-}
-
-func (t *tokenReader) Read(p []byte) (int, error) {
-	if t.left == 0 {
-		return 0, t.tooLong()
+// fail keeps an error: XML that is no XML-RPC.
+func (d *decoder) fail(format string, args ...any) {
+	if d.err == nil {
+		d.err = faultf(faultRequest, format, args...)
 	}
-	n, err := t.Reader.Read(p[:min(len(p), t.left)])
-	t.left -= n
-	return n, err
 }
+
+// parse reads a message and returns its root element. It passes over comments,
+// processing instructions and a DOCTYPE, and never expands an entity. Of an
+// io.ByteReader it reads no byte before it needs it.
+func (d *decoder) parse(r io.Reader) *element {
+	input := xml.NewDecoder(r)
+	input.CharsetReader = charsetReader
+	document, size := &element{}, 0
+	open := []*element{document} // the elements around the next token
+	for d.err == nil {
+		begin := input.InputOffset()
+		token, err := input.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			d.err = malformed(err)
+		}
+		around := open[len(open)-1]
+		switch t := token.(type) {
+		case xml.StartElement:
+			e := &element{name: t.Name.Local}
+			around.elements = append(around.elements, e)
+			open = append(open, e)
+			if size += e.size(); size > maxTree {
+				d.fail("too many values")
+			} else if e.name == "base64" && d.inBase64 != nil {
+				d.err = d.inBase64()
+				d.inBase64 = nil
+			}
+		case xml.EndElement:
+			open = open[:len(open)-1]
+		case xml.CharData:
+			around.text = append(around.text, t...)
+		case xml.ProcInst:
+			if strings.EqualFold(t.Target, "xml") && begin > 0 {
+				d.err = malformed("a declaration that is not at the start")
+			}
+		case xml.Directive:
+			if len(document.elements) > 0 {
+				d.err = malformed("a <!DOCTYPE> that is not at the start")
+			}
+		}
+	}
+	if d.err == nil && (len(document.elements) != 1 || len(bytes.TrimSpace(document.text)) > 0) {
+		d.err = malformed("not one element with nothing around it")
+	}
+	if d.err != nil {
+		return &element{}
+	}
+	return document.elements[0]
+}
+
+func malformed(what any) error { return faultf(faultSyntax, "not well-formed XML: %v", what) }
 
 // charsetReader decodes the encodings, besides UTF-8, that old peers declare.
 func charsetReader(label string, r io.Reader) (io.Reader, error) {
@@ -214,425 +273,212 @@ func charsetReader(label string, r io.Reader) (io.Reader, error) {
 	case "us-ascii", "ascii", "utf8": // parts or names of UTF-8
 		return r, nil
 	case "iso-8859-1", "iso8859-1", "latin1", "latin-1":
-		return &latin1Reader{r: r}, nil
+		return &latin1Reader{Reader: r, in: r.(io.ByteReader)}, nil
 	}
 	return nil, fmt.Errorf("unknown encoding %s", cut(label))
 }
 
-// A latin1Reader turns ISO-8859-1 into UTF-8.
+// A latin1Reader turns ISO-8859-1 into UTF-8, byte by byte, as encoding/xml
+// reads.
 type latin1Reader struct {
-	r    io.Reader
-	rest byte // the second byte of a character whose first was the last that fitted
+	io.Reader // is not used
+	in        io.ByteReader
+	second    byte // of a character whose first byte was read; 0: none
 }
 
-func (l *latin1Reader) Read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
+func (l *latin1Reader) ReadByte() (byte, error) {
+	if second := l.second; second != 0 {
+		l.second = 0
+		return second, nil
 	}
-	if l.rest != 0 {
-		p[0], l.rest = l.rest, 0
-		return 1, nil
+	c, err := l.in.ReadByte()
+	if c < 0x80 || err != nil {
+		return c, err
 	}
-	in := make([]byte, (len(p)+1)/2)
-	n, err := l.r.Read(in)
-	out := p[:0]
-	for _, c := range in[:n] {
-		switch {
-		case c < 0x80:
-			out = append(out, c)
-		case len(out)+1 < len(p):
-			out = append(out, 0xc0|c>>6, 0x80|c&0x3f)
-		default:
-			out, l.rest = append(out, 0xc0|c>>6), 0x80|c&0x3f
-		}
-	}
-	return len(out), err
+	l.second = 0x80 | c&0x3f
+	return 0xc0 | c>>6, nil
 }
 
-// next returns the next token, or io.EOF behind the last one.
-func (d *decoder) next() (xml.Token, error) {
-	d.input.left = d.input.limit
-	t, err := d.xml.Token()
-	if f := (*fault)(nil); err == nil || errors.Is(err, io.EOF) || errors.As(err, &f) {
-		return t, err
+// parts returns the elements in e, which must have these names in this order.
+func (d *decoder) parts(e *element, names ...string) []*element {
+	for i, name := range names {
+		if i == len(e.elements) {
+			d.fail("<%s> is missing in <%s>", name, e.name)
+			e.elements = append(e.elements, &element{name: name})
+		}
+		d.named(e.elements[i], name)
 	}
-	return nil, faultf(faultSyntax, "not well-formed XML: %v", err)
+	if n := len(names); n < len(e.elements) {
+		d.fail("<%s> has no place in <%s>", e.elements[n].name, e.name)
+	}
+	d.noText(e)
+	return e.elements
 }
 
-// token returns the next start element, end element or text. Comments,
-// processing instructions and a DOCTYPE before the root are passed over.
-func (d *decoder) token() (xml.Token, error) {
-	for {
-		first := d.xml.InputOffset() == 0
-		t, err := d.next()
-		if errors.Is(err, io.EOF) {
-			err = faultf(faultSyntax, "not well-formed XML: there is no message")
-		}
-		if err != nil {
-			return nil, err
-		}
-		switch t := t.(type) {
-		case xml.Comment:
-		case xml.ProcInst:
-			if strings.EqualFold(t.Target, "xml") && !first {
-				return nil, faultf(faultSyntax, "not well-formed XML: a declaration that is not at the start")
-			}
-		case xml.Directive:
-			if d.root {
-				return nil, faultf(faultSyntax, "not well-formed XML: a <!DOCTYPE> within the message")
-			}
-		case xml.CharData:
-			if !d.root && len(bytes.TrimSpace(t)) > 0 {
-				return nil, faultf(faultSyntax, "not well-formed XML: text before the message")
-			}
-			return t, nil
-		default:
-			d.root = true
-			return t, nil
-		}
+// list returns the elements in e, any number, which must all have this name.
+func (d *decoder) list(e *element, name string) []*element {
+	for _, part := range e.elements {
+		d.named(part, name)
+	}
+	d.noText(e)
+	return e.elements
+}
+
+// named checks the name of an element.
+func (d *decoder) named(e *element, name string) {
+	if e.name != name {
+		d.fail("<%s> where <%s> belongs", e.name, name)
 	}
 }
 
-// tag returns the next element's start, or nil at the end of the one around
-// it. Between tags there may be white space only.
-func (d *decoder) tag() (*xml.StartElement, error) {
-	for {
-		t, err := d.token()
-		if err != nil {
-			return nil, err
-		}
-		switch t := t.(type) {
-		case xml.StartElement:
-			return &t, nil
-		case xml.EndElement:
-			return nil, nil
-		case xml.CharData:
-			if len(bytes.TrimSpace(t)) > 0 {
-				return nil, faultf(faultRequest, "text %s between tags", cut(string(t)))
-			}
-		}
+// noText checks that between the elements in e there is only white space.
+func (d *decoder) noText(e *element) {
+	if text := bytes.TrimSpace(e.text); len(text) > 0 {
+		d.fail("text %s in <%s>", cut(string(text)), e.name)
 	}
 }
 
-// expect reads the start of the element name.
-func (d *decoder) expect(name string) error {
-	t, err := d.tag()
-	switch {
-	case err != nil:
-		return err
-	case t == nil:
-		return faultf(faultRequest, "<%s> is missing", name)
-	case t.Name.Local != name:
-		return faultf(faultRequest, "<%s> where <%s> belongs", t.Name.Local, name)
+// text returns the text of e, in which there must be no elements.
+func (d *decoder) text(e *element) string {
+	if len(e.elements) > 0 {
+		d.fail("<%s> has no place in <%s>", e.elements[0].name, e.name)
 	}
-	return nil
+	return string(e.text)
 }
 
-// end reads the end of the element around.
-func (d *decoder) end() error {
-	t, err := d.tag()
-	if err == nil && t != nil {
-		err = faultf(faultRequest, "<%s> has no place here", t.Name.Local)
-	}
-	return err
-}
-
-// text reads the text up to the end of the element around.
-func (d *decoder) text() (string, error) {
-	var text []byte
-	for {
-		t, err := d.token()
-		if err != nil {
-			return "", err
-		}
-		switch t := t.(type) {
-		case xml.StartElement:
-			return "", faultf(faultRequest, "<%s> has no place here", t.Name.Local)
-		case xml.EndElement:
-			return string(text), nil
-		case xml.CharData:
-			text = append(text, t...)
-		}
-	}
-}
-
-// finish reads what follows the root element: nothing of meaning.
-func (d *decoder) finish() error {
-	for {
-		t, err := d.next()
-		switch t := t.(type) {
-		case nil:
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
-		case xml.StartElement, xml.Directive:
-			return faultf(faultSyntax, "not well-formed XML: something follows the message")
-		case xml.CharData:
-			if len(bytes.TrimSpace(t)) > 0 {
-				return faultf(faultSyntax, "not well-formed XML: text follows the message")
-			}
-		}
-	}
-}
-
-// value reads what <value> holds, and its end tag.
-func (d *decoder) value(depth int) (any, error) {
-	if d.values++; d.values > maxValues {
-		return nil, faultf(faultRequest, "more than %d values", maxValues)
-	}
+// value returns what a <value> holds.
+func (d *decoder) value(e *element, depth int) any {
 	if depth > maxDepth {
-		return nil, faultf(faultRequest, "nested deeper than %d levels", maxDepth)
+		d.fail("nested deeper than %d levels", maxDepth)
+		return nil
 	}
-	var text []byte
-	for {
-		t, err := d.token()
-		if err != nil {
-			return nil, err
-		}
-		switch t := t.(type) {
-		case xml.CharData:
-			text = append(text, t...)
-		case xml.EndElement:
-			return string(text), nil // without a type it is a string
-		case xml.StartElement:
-			if len(bytes.TrimSpace(text)) > 0 {
-				return nil, faultf(faultRequest, "text %s beside <%s>", cut(string(text)), t.Name.Local)
-			}
-			v, err := d.typed(t.Name.Local, depth)
-			if err != nil {
-				return nil, err
-			}
-			return v, d.end()
-		}
+	if len(e.elements) == 0 {
+		return string(e.text) // without a type it is a string
 	}
+	typed := d.parts(e, e.elements[0].name)[0]
+	switch typed.name {
+	case "array":
+		values := []any{}
+		for _, value := range d.list(d.parts(typed, "data")[0], "value") {
+			values = append(values, d.value(value, depth+1))
+		}
+		return values
+	case "struct":
+		members := make(map[string]any)
+		for _, member := range d.list(typed, "member") {
+			pair := d.parts(member, "name", "value")
+			members[d.text(pair[0])] = d.value(pair[1], depth+1)
+		}
+		return members
+	}
+	text := d.text(typed)
+	v, err := scalar(typed.name, text)
+	if e := (*strconv.NumError)(nil); errors.As(err, &e) {
+		err = e.Err // without the text
+	}
+	if err != nil {
+		d.fail("bad <%s> %s: %v", typed.name, cut(text), err)
+	}
+	return v
 }
 
-// typed reads a value of the type that an element's name says, and the
-// element's end tag. The names with the prefix ex: are Apache's.
-func (d *decoder) typed(name string, depth int) (any, error) {
-	switch name {
-	case "array":
-		return d.array(depth)
-	case "struct":
-		return d.members(depth)
-	}
-	text, err := d.text()
-	if err != nil {
-		return nil, err
-	}
-	var v any
+// intBits has the size of each type that is an int. The types besides the
+// specification's, here and in scalar, are Apache's.
+var intBits = map[string]int{"int": 32, "i4": 32, "i2": 16, "i1": 8}
+
+// scalar reads a text as a value of the type with that name.
+func scalar(name, text string) (v any, err error) {
 	trimmed := strings.TrimSpace(text)
 	switch name {
 	case "string":
 		return text, nil
 	case "int", "i4", "i2", "i1":
-		bits := map[string]int{"int": 32, "i4": 32, "i2": 16, "i1": 8}[name]
-		var n int64
-		n, err = strconv.ParseInt(trimmed, 10, bits)
-		v = int(n)
+		n, err := strconv.ParseInt(trimmed, 10, intBits[name])
+		return int(n), err
 	case "i8", "biginteger":
-		v, err = strconv.ParseInt(trimmed, 10, 64)
+		return strconv.ParseInt(trimmed, 10, 64)
 	case "boolean":
-		v = trimmed == "1"
 		if trimmed != "1" && trimmed != "0" {
 			err = errors.New("neither 1 nor 0")
 		}
+		return trimmed == "1", err
 	case "double", "float", "bigdecimal":
-		v, err = parseDecimal(trimmed)
+		return parseDecimal(trimmed)
 	case "dateTime.iso8601", "dateTime":
-		v, err = parseDateTime(trimmed)
+		return parseDateTime(trimmed)
 	case "base64":
-		v, err = base64.StdEncoding.DecodeString(strings.Join(strings.Fields(text), ""))
+		return base64.StdEncoding.DecodeString(strings.Join(strings.Fields(text), ""))
 	case "nil":
 		if trimmed != "" {
 			err = errors.New("not empty")
 		}
-	default:
-		return nil, faultf(faultRequest, "no such type: <%s>", name)
-	}
-	if err != nil {
-		var number *strconv.NumError
-		if errors.As(err, &number) {
-			err = number.Err
-		}
-		return nil, faultf(faultRequest, "bad <%s> %s: %v", name, cut(text), err)
-	}
-	return v, nil
-}
-
-func (d *decoder) array(depth int) (any, error) {
-	if err := d.expect("data"); err != nil {
 		return nil, err
 	}
-	list := []any{}
-	for {
-		t, err := d.tag()
-		if err != nil {
-			return nil, err
-		}
-		if t == nil {
-			return list, d.end()
-		}
-		if t.Name.Local != "value" {
-			return nil, faultf(faultRequest, "<%s> where <value> belongs", t.Name.Local)
-		}
-		v, err := d.value(depth + 1)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, v)
-	}
+	return nil, errors.New("no such type")
 }
 
-func (d *decoder) members(depth int) (any, error) {
-	members := map[string]any{}
-	for {
-		t, err := d.tag()
-		if err != nil {
-			return nil, err
-		}
-		if t == nil {
-			return members, nil
-		}
-		if t.Name.Local != "member" {
-			return nil, faultf(faultRequest, "<%s> where <member> belongs", t.Name.Local)
-		}
-		if err := d.expect("name"); err != nil {
-			return nil, err
-		}
-		name, err := d.text()
-		if err != nil {
-			return nil, err
-		}
-		if err := d.expect("value"); err != nil {
-			return nil, err
-		}
-		if members[name], err = d.value(depth + 1); err != nil {
-			return nil, err
-		}
-		if err := d.end(); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// params reads what <params> holds, and its end tag.
-func (d *decoder) params() ([]any, error) {
+// params returns what <params> holds.
+func (d *decoder) params(e *element) []any {
 	params := []any{}
-	for {
-		t, err := d.tag()
-		if err != nil || t == nil {
-			return params, err
-		}
-		if t.Name.Local != "param" {
-			return nil, faultf(faultRequest, "<%s> where <param> belongs", t.Name.Local)
-		}
-		if err := d.expect("value"); err != nil {
-			return nil, err
-		}
-		v, err := d.value(1)
-		if err != nil {
-			return nil, err
-		}
-		if err := d.end(); err != nil {
-			return nil, err
-		}
-		params = append(params, v)
+	for _, param := range d.list(e, "param") {
+		params = append(params, d.value(d.parts(param, "value")[0], 1))
 	}
+	return params
 }
 
-// decodeCall reads a methodCall.
+var byteOrderMark = []byte("\xef\xbb\xbf")
+
+// decodeCall reads a methodCall. Its errors are faults.
 func decodeCall(message []byte) (method string, params []any, err error) {
-	d := newDecoder(message, maxToken)
-	if err := d.expect("methodCall"); err != nil {
-		return "", nil, err
+	var d decoder
+	root := d.parse(bytes.NewReader(bytes.TrimPrefix(message, byteOrderMark)))
+	d.named(root, "methodCall")
+	if len(root.elements) == 1 { // without parameters <params> may be left out
+		root.elements = append(root.elements, &element{name: "params"})
 	}
-	if err := d.expect("methodName"); err != nil {
-		return "", nil, err
+	parts := d.parts(root, "methodName", "params")
+	if method = strings.TrimSpace(d.text(parts[0])); method == "" {
+		d.fail("<methodName> is empty")
 	}
-	name, err := d.text()
-	if err != nil {
-		return "", nil, err
-	}
-	if method = strings.TrimSpace(name); method == "" {
-		return "", nil, faultf(faultRequest, "<methodName> is empty")
-	}
-	t, err := d.tag()
-	if err != nil {
-		return "", nil, err
-	}
-	if t != nil { // without parameters <params> may be left out
-		if t.Name.Local != "params" {
-			return "", nil, faultf(faultRequest, "<%s> where <params> belongs", t.Name.Local)
-		}
-		if params, err = d.params(); err != nil {
-			return "", nil, err
-		}
-		if err := d.end(); err != nil {
-			return "", nil, err
-		}
-	}
-	return method, params, d.finish()
+	params = d.params(parts[1])
+	return method, params, d.err
 }
 
-// decodeResponse reads a methodResponse: its value (nil where it has none),
-// or as the error the fault that the peer sent. Any other error is no *fault:
-// the message was no response.
+// decodeResponse reads a methodResponse, as response does.
 func decodeResponse(message []byte) (any, error) {
-	v, sent, err := newDecoder(message, maxMessage).response()
-	if err != nil {
-		return nil, errors.New(err.(*fault).text)
-	}
-	if sent != nil {
-		return nil, sent
-	}
-	return v, nil
+	return new(decoder).response(bytes.NewReader(bytes.TrimPrefix(message, byteOrderMark)))
 }
 
-func (d *decoder) response() (v any, sent *fault, err error) {
-	if err := d.expect("methodResponse"); err != nil {
-		return nil, nil, err
+// response reads a methodResponse and returns its value, nil where it has none,
+// or as a *fault the one that the peer sent. Any other error is no *fault: the
+// message was no response.
+func (d *decoder) response(r io.Reader) (v any, err error) {
+	root := d.parse(r)
+	d.named(root, "methodResponse")
+	if len(root.elements) > 0 && root.elements[0].name == "fault" {
+		sent := d.parts(root, "fault")[0]
+		err = faultOf(d.value(d.parts(sent, "value")[0], 1))
+	} else if params := d.params(d.parts(root, "params")[0]); len(params) > 0 {
+		v = params[0]
 	}
-	t, err := d.tag()
-	if err != nil {
-		return nil, nil, err
+	if f := (*fault)(nil); errors.As(d.err, &f) {
+		return nil, errors.New(f.text)
 	}
-	switch {
-	case t != nil && t.Name.Local == "params":
-		params, err := d.params()
-		if err != nil {
-			return nil, nil, err
-		}
-		if len(params) > 0 {
-			v = params[0]
-		}
-	case t != nil && t.Name.Local == "fault":
-		if err := d.expect("value"); err != nil {
-			return nil, nil, err
-		}
-		v, err := d.value(1)
-		if err != nil {
-			return nil, nil, err
-		}
-		if err := d.end(); err != nil {
-			return nil, nil, err
-		}
-		members, _ := v.(map[string]any) // whatever is in it, it is a fault
-		sent = &fault{}
-		if code, ok := members["faultCode"]; ok {
-			sent.code, _ = strconv.Atoi(fmt.Sprint(code))
-		}
-		if text, ok := members["faultString"]; ok {
-			sent.text = oneLine(fmt.Sprint(text))
-		}
-	default:
-		return nil, nil, faultf(faultRequest, "neither <params> nor <fault>")
+	if d.err != nil {
+		return nil, d.err
 	}
-	if err := d.end(); err != nil {
-		return nil, nil, err
+	return v, err
+}
+
+// faultOf returns the value of a <fault> as a fault, whatever the value is.
+func faultOf(v any) *fault {
+	f := &fault{}
+	members, _ := v.(map[string]any)
+	f.code, _ = strconv.Atoi(fmt.Sprint(members["faultCode"])) // 0 where it is no number
+	if text, ok := members["faultString"]; ok {
+		f.text = oneLine(fmt.Sprint(text))
 	}
-	return v, sent, d.finish()
+	return f
 }
 
 const xmlDeclaration = `<?xml version="1.0"?>`
@@ -641,9 +487,9 @@ const xmlDeclaration = `<?xml version="1.0"?>`
 // hold become U+FFFD, here and in every other message.
 func encodeCall(method string, params ...any) []byte {
 	var b bytes.Buffer
-	b.WriteString(xmlDeclaration + "<methodCall><methodName>")
-	writeText(&b, method)
-	b.WriteString("</methodName><params>")
+	b.WriteString(xmlDeclaration + "<methodCall>")
+	writeElement(&b, "methodName", method)
+	b.WriteString("<params>")
 	for _, p := range params {
 		b.WriteString("<param>")
 		writeValue(&b, p)
@@ -670,7 +516,7 @@ func encodeResponse(v any, err error) []byte {
 	return b.Bytes()
 }
 
-// faultStruct is a fault as a value; an error that is none is a defect.
+// faultStruct returns a fault as a value. An error that is none is a defect.
 func faultStruct(err error) map[string]any {
 	f := &fault{faultInternal, "internal error"}
 	errors.As(err, &f)
@@ -683,28 +529,6 @@ func writeValue(b *bytes.Buffer, v any) {
 	switch v := v.(type) {
 	case nil:
 		b.WriteString("<nil/>")
-	case bool:
-		n := "0"
-		if v {
-			n = "1"
-		}
-		b.WriteString("<boolean>" + n + "</boolean>")
-	case int:
-		b.WriteString("<int>" + strconv.Itoa(v) + "</int>")
-	case int64:
-		b.WriteString("<i8>" + strconv.FormatInt(v, 10) + "</i8>")
-	case float64:
-		b.WriteString("<double>" + strconv.FormatFloat(v, 'f', -1, 64) + "</double>")
-	case string:
-		b.WriteString("<string>")
-		writeText(b, v)
-		b.WriteString("</string>")
-	case dateTime:
-		b.WriteString("<dateTime.iso8601>")
-		writeText(b, string(v))
-		b.WriteString("</dateTime.iso8601>")
-	case []byte:
-		b.WriteString("<base64>" + base64.StdEncoding.EncodeToString(v) + "</base64>")
 	case []any:
 		b.WriteString("<array><data>")
 		for _, e := range v {
@@ -714,21 +538,23 @@ func writeValue(b *bytes.Buffer, v any) {
 	case map[string]any:
 		b.WriteString("<struct>")
 		for _, name := range sortedKeys(v) {
-			b.WriteString("<member><name>")
-			writeText(b, name)
-			b.WriteString("</name>")
+			b.WriteString("<member>")
+			writeElement(b, "name", name)
 			writeValue(b, v[name])
 			b.WriteString("</member>")
 		}
 		b.WriteString("</struct>")
 	default:
-		panic(fmt.Sprintf("%T has no XML-RPC type", v))
+		name, text := describe(v)
+		writeElement(b, name, text)
 	}
 	b.WriteString("</value>")
 }
 
-func writeText(b *bytes.Buffer, s string) {
-	xml.EscapeText(b, []byte(s)) // writing to a Buffer cannot fail
+func writeElement(b *bytes.Buffer, name, text string) {
+	b.WriteString("<" + name + ">")
+	xml.EscapeText(b, []byte(text)) // writing to a Buffer cannot fail
+	b.WriteString("</" + name + ">")
 }
 
 func sortedKeys[V any](m map[string]V) []string {
@@ -750,7 +576,7 @@ type method struct {
 
 // A request says where a call comes from and since when it is being answered.
 type request struct {
-	ctx      context.Context // ends when the connection has to give way
+	ctx      context.Context // ends when nobody waits for the answer any more
 	peer     string          // host
 	received time.Time
 }
@@ -768,17 +594,15 @@ func (a *access) allows(host string) bool {
 	return len(a.allow) == 0 || err == nil && slices.ContainsFunc(a.allow, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
-// hostOf is the host of a peer's address.
+// hostOf returns the host of a peer's address.
 func hostOf(address string) string {
-	if host, _, err := net.SplitHostPort(address); err == nil {
-		return host
-	}
-	return address
+	host, _, _ := net.SplitHostPort(address) // which net made
+	return host
 }
 
-// neighbours names who shares limits with a host: of IPv6, its network of 64
-// bits, as everybody has one to himself.
-func neighbours(host string) string {
+// limitKey returns what a host is limited by: its IPv4 address, or the /64
+// network of its IPv6 one, as everybody has one of those to himself.
+func limitKey(host string) string {
 	addr, err := netip.ParseAddr(host)
 	if addr = addr.Unmap().WithZone(""); err != nil || addr.Is4() {
 		return addr.String()
@@ -787,8 +611,8 @@ func neighbours(host string) string {
 	return prefix.String()
 }
 
-// certificateTime is the time that certificates are checked by: the clock's,
-// but never before the program was built, as a box may boot in 1970.
+// certificateTime returns the time that certificates are checked by: the
+// clock's, but never before the program was built, as a box may boot in 1970.
 func certificateTime(now, built time.Time) time.Time {
 	if now.Before(built) {
 		return built
@@ -798,7 +622,10 @@ func certificateTime(now, built time.Time) time.Time {
 
 // newTLS returns what is common to all that the agent does over TLS.
 func newTLS(built time.Time) *tls.Config {
-	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time { return certificateTime(time.Now(), built) }}
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		Time:       func() time.Time { return certificateTime(time.Now(), built) },
+	}
 }
 
 // bearsName reports whether a certificate is of a name: its subject, the
@@ -815,47 +642,58 @@ func bearsName(c *x509.Certificate, name string) bool {
 	return slices.Contains(names, name)
 }
 
-// A handler answers XML-RPC calls over HTTP. Besides its methods it has
-// those of introspection.
+// A handler answers XML-RPC calls over HTTP. Besides its methods it has those of
+// introspection. Whatever its callers send or leave unread, an agent of 16 MiB has
+// memory for it.
 type handler struct {
-	methods  map[string]method
-	refused  logLimit
-	decoding chan struct{} // one is taken while a message is decoded
-
-	http  *http.Server
-	count atomic.Int64 // refused
+	methods map[string]method
+	refused logLimit
+	turn    chan struct{} // is full while a message that is not small is decoded or answered
+	http    *http.Server
+	count   atomic.Int64 // calls and connections refused
 
 	mu     sync.Mutex // guards what is below
 	access *access
-	conns  map[net.Conn]*connState
-	most   int            // connections at once
-	large  map[string]int // messages larger than most that are read or answered, by whose they are
-	freed  chan struct{}  // closed, and made anew, when another may be
+	conns  map[*peerConn]bool // those that are open
+	most   int                // connections at once
 }
 
-// A connState is what is known of a connection.
-type connState struct {
-	access  *access         // what was in force when it came
-	host    string          // its peer
-	from    string          // its peer's neighbours
-	barred  bool            // nothing that it asks is answered
-	since   time.Time       // when it came, or the latest call on it began or ended
-	working bool            // a call is being answered on it
-	ctx     context.Context // of that
-	cancel  context.CancelFunc
+// A peerConn is a connection to the handler.
+type peerConn struct {
+	net.Conn
+	host string      // the peer's
+	key  string      // limitKey of that
+	tls  *tls.Config // the rules for TLS that were in force when it came
+
+	ctx    context.Context // of its requests; it ends when the connection is closed
+	cancel context.CancelFunc
+
+	// The handler's lock guards what is below.
+	forbidden bool      // nothing that it asks is answered
+	working   bool      // a call is being answered on it
+	since     time.Time // when it came, or the latest call on it began or ended
+}
+
+// peerKey is the key of a peerConn in the context of its requests.
+type peerKey struct{}
+
+// peerOf returns the peerConn that c is, or that is under it.
+func peerOf(c net.Conn) *peerConn {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	return c.(*peerConn)
 }
 
 // newHandler returns a handler that answers everybody, without TLS.
 func newHandler(methods []method) *handler {
 	h := &handler{
-		methods:  make(map[string]method),
-		refused:  logLimit{burst: 20, perSecond: 0.2},
-		large:    make(map[string]int),
-		freed:    make(chan struct{}),
-		decoding: make(chan struct{}, decodeAtOnce),
-		access:   &access{},
-		conns:    make(map[net.Conn]*connState),
-		most:     maxConns,
+		methods: make(map[string]method),
+		refused: logLimit{burst: 20, perSecond: 0.2},
+		turn:    make(chan struct{}, 1),
+		access:  &access{},
+		conns:   make(map[*peerConn]bool),
+		most:    maxConns,
 	}
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < 4*maxConns {
@@ -867,8 +705,8 @@ func newHandler(methods []method) *handler {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     log.New(refusals{h}, "", 0), // mostly what peers do wrong
-		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		ErrorLog:                     log.New(serverLog{h}, "", 0), // mostly what peers do wrong
+		ConnContext:                  func(_ context.Context, c net.Conn) context.Context { return peerOf(c).ctx },
 		ConnState:                    h.connChanged,
 	}
 	for _, m := range append(methods, h.introspection()...) {
@@ -877,14 +715,12 @@ func newHandler(methods []method) *handler {
 	return h
 }
 
-type connKey struct{}
+// A serverLog gets what net/http logs: each line is a peer that was not served.
+type serverLog struct{ *handler }
 
-// Refusals take what net/http logs: each is a peer that was not served.
-type refusals struct{ *handler }
-
-func (r refusals) Write(p []byte) (int, error) {
-	r.refuse("%s", oneLine(strings.TrimSpace(string(p))))
-	return len(p), nil
+func (s serverLog) Write(line []byte) (int, error) {
+	s.refuse("%s", oneLine(strings.TrimSpace(string(line))))
+	return len(line), nil
 }
 
 // refuse counts and logs what was not done.
@@ -894,76 +730,72 @@ func (h *handler) refuse(format string, args ...any) {
 }
 
 // serve answers the calls that come in until the listener or the server is
-// closed. There are limits on all that a peer can send.
-func (h *handler) serve(l net.Listener) error { return h.http.Serve(gate{l, h}) }
+// closed.
+func (h *handler) serve(l net.Listener) error { return h.http.Serve(peerListener{l, h}) }
 
-// A gate is a listener whose connections are what the handler's access says.
-type gate struct {
+// A peerListener is a listener whose connections the handler has admitted.
+type peerListener struct {
 	net.Listener
 	h *handler
 }
 
-func (g gate) Accept() (net.Conn, error) {
-	c, err := g.Listener.Accept()
+func (l peerListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return g.h.admit(c), nil
+	if t, ok := c.(*net.TCPConn); ok {
+		t.SetWriteBuffer(sendBuffer)
+	}
+	return l.h.admit(c), nil
 }
 
-// admit takes a connection in. Of more than 64 one gives way.
+// admit returns a connection under the rules that are in force. If that is one too
+// many, it closes another.
 func (h *handler) admit(c net.Conn) net.Conn {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	host := hostOf(c.RemoteAddr().String())
-	s := &connState{access: h.access, host: host, from: neighbours(host), barred: !h.access.allows(host), since: time.Now()}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	if h.access.tls != nil {
-		c = tls.Server(c, h.access.tls)
+	p := &peerConn{
+		Conn: c, host: host, key: limitKey(host), tls: h.access.tls,
+		forbidden: !h.access.allows(host), since: time.Now(),
 	}
-	h.conns[c] = s
+	p.ctx, p.cancel = context.WithCancel(context.WithValue(context.Background(), peerKey{}, p))
+	h.conns[p] = true
 	if len(h.conns) > h.most {
-		weakest := h.weakest(c)
-		h.refuse("%s: connection closed: more than %d", h.conns[weakest].host, h.most)
-		h.drop(weakest)
+		closes := h.connToClose(p)
+		h.refuse("%s: connection closed: more than %d", closes.host, h.most)
+		h.close(closes)
 	}
-	return c
+	if p.tls != nil {
+		return tls.Server(p, p.tls)
+	}
+	return p
 }
 
-// drop closes a connection and ends the call on it.
-func (h *handler) drop(c net.Conn) {
-	h.conns[c].cancel()
-	delete(h.conns, c)
-	if t, ok := c.(*tls.Conn); ok {
-		c = t.NetConn() // its own Close says farewell, which may take a while
-	}
-	c.Close()
+// close closes a connection and ends the call on it. The caller holds the lock.
+func (h *handler) close(p *peerConn) {
+	delete(h.conns, p)
+	p.cancel()
+	p.Conn.Close() // without TLS's farewell, which may take a while
 }
 
-// weakest is the connection that gives way to the newest: one that may not call,
-// else one of the neighbourhood, and there of the host, that holds most, where
-// that is more than a sixteenth of all. So nobody keeps the monitor out by
-// holding many. Of the others it is the one that has been without a call for
-// longest, else the one whose call is the latest.
-func (h *handler) weakest(newest net.Conn) (weakest net.Conn) {
-	byFrom, byHost := make(map[string]int), make(map[string]int)
-	for _, s := range h.conns {
-		byFrom[s.from]++
-		byHost[s.host]++
+// connToClose returns the connection that gives way to the newest: one that may
+// not call, else one of the caller that holds most, so that nobody keeps the
+// monitor out by holding many. Of those it is the one that has been without a call
+// for longest, else the one whose call is the latest.
+func (h *handler) connToClose(newest *peerConn) *peerConn {
+	held := make(map[string]int)
+	for p := range h.conns {
+		held[p.key]++
 	}
-	fair := h.most / 16
-	before := func(a, b *connState) bool {
-		from, from2 := max(byFrom[a.from], fair), max(byFrom[b.from], fair)
-		host, host2 := max(byHost[a.host], fair), max(byHost[b.host], fair)
+	before := func(a, b *peerConn) bool {
+		heldA, heldB := max(held[a.key], fairShare), max(held[b.key], fairShare)
 		switch {
-		case a.barred != b.barred:
-			return a.barred
-		case from != from2:
-			return from > from2
-		case host != host2:
-			return host > host2
-		case a == h.conns[newest] || b == h.conns[newest]:
-			return b == h.conns[newest]
+		case a.forbidden != b.forbidden:
+			return a.forbidden
+		case heldA != heldB:
+			return heldA > heldB
 		case a.working != b.working:
 			return b.working
 		case a.working:
@@ -971,15 +803,16 @@ func (h *handler) weakest(newest net.Conn) (weakest net.Conn) {
 		}
 		return a.since.Before(b.since)
 	}
-	for c, s := range h.conns {
-		if weakest == nil || before(s, h.conns[weakest]) {
-			weakest = c
+	var first *peerConn
+	for p := range h.conns {
+		if p != newest && (first == nil || before(p, first)) {
+			first = p
 		}
 	}
-	return weakest
+	return first
 }
 
-// rules are who may call at present, and how.
+// rules returns who may call at present, and how.
 func (h *handler) rules() *access {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -987,75 +820,49 @@ func (h *handler) rules() *access {
 }
 
 // setAccess changes who may call, and how. Where the rules for TLS are others,
-// connections that came under those before end, the ones with a call on them when
-// it is answered.
+// it closes the connections that came under those before; a call that is being
+// answered is the last of its connection.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.access = a
-	for c, s := range h.conns {
-		if !s.working && s.access.tls != a.tls {
-			h.drop(c)
+	for p := range h.conns {
+		p.forbidden = !a.allows(p.host)
+		if !p.working && p.tls != a.tls {
+			h.close(p)
 		}
 	}
 }
 
 func (h *handler) connChanged(c net.Conn, state http.ConnState) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	s := h.conns[c]
-	if s == nil {
+	if state != http.StateClosed {
 		return
 	}
-	switch state {
-	case http.StateIdle:
-		s.since = time.Now()
-	case http.StateClosed, http.StateHijacked:
-		s.cancel()
-		delete(h.conns, c)
-	}
-}
-
-// begin notes that a call on the request's connection is being answered, and
-// returns a context that ends when it has to give way. It reports false where
-// the connection came under rules that are no longer in force.
-func (h *handler) begin(r *http.Request) (ctx context.Context, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c, ok := r.Context().Value(connKey{}).(net.Conn)
-	if !ok { // another server's
-		return r.Context(), true
-	}
-	s := h.conns[c]
-	if s == nil || s.access.tls != h.access.tls {
-		return nil, false
-	}
-	s.working, s.since = true, time.Now()
-	return s.ctx, true
+	p := peerOf(c)
+	p.cancel()
+	delete(h.conns, p)
 }
 
-// end notes that it was answered, and reports whether the connection may stay.
-func (h *handler) end(r *http.Request) bool {
+// setWorking notes that a call on a connection begins or ends. It reports false
+// where the connection came under rules for TLS that are no longer in force.
+func (h *handler) setWorking(p *peerConn, working bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c, ok := r.Context().Value(connKey{}).(net.Conn)
-	if !ok {
-		return true
-	}
-	s := h.conns[c]
-	if s == nil {
-		return false
-	}
-	s.working, s.since = false, time.Now()
-	return s.access.tls == h.access.tls
+	p.working, p.since = working, time.Now()
+	return p.tls == h.access.tls
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	status, answer := h.answer(w, r)
-	if !h.end(r) {
-		w.Header().Set("Connection", "close")
+	control := http.NewResponseController(w)
+	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // for a 100 Continue, before the body
+	status := h.checkRequest(w, r)
+	var answer []byte
+	if status == http.StatusOK {
+		status, answer = h.answer(w, r)
 	}
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
+	control.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if status != http.StatusOK {
 		h.refuse("%s: %s %s: HTTP %d", hostOf(r.RemoteAddr), cut(r.Method), cut(r.URL.Path), status)
 		http.Error(w, http.StatusText(status), status)
@@ -1066,31 +873,37 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer) // a peer that has gone does not want it
 }
 
-// answer returns the HTTP status and, with 200, the methodResponse.
-func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
+// checkRequest checks the head of a request. It returns 200, or the status that
+// refuses it.
+func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
 	if !h.rules().allows(hostOf(r.RemoteAddr)) {
 		w.Header().Set("Connection", "close") // so that net/http does not read the body either
-		return http.StatusForbidden, nil
+		return http.StatusForbidden
 	}
 	switch r.URL.Path {
 	case "/xmlrpc", "/xmlrpc/", "/RPC2", "/":
 	default:
-		return http.StatusNotFound, nil
+		return http.StatusNotFound
 	}
 	encoding := r.Header.Get("Content-Encoding")
 	switch {
 	case r.Method != http.MethodPost:
 		w.Header().Set("Allow", http.MethodPost)
-		return http.StatusMethodNotAllowed, nil
+		return http.StatusMethodNotAllowed
 	case r.Header.Get("Content-Length") == "" && len(r.TransferEncoding) == 0:
-		return http.StatusLengthRequired, nil
+		return http.StatusLengthRequired
 	case encoding != "" && !strings.EqualFold(encoding, "identity"):
-		return http.StatusUnsupportedMediaType, nil
+		return http.StatusUnsupportedMediaType
 	case r.ContentLength > maxMessage:
-		return http.StatusRequestEntityTooLarge, nil
+		return http.StatusRequestEntityTooLarge
 	}
-	message, done, err := h.readMessage(w, r)
-	defer done()
+	return http.StatusOK
+}
+
+// answer reads a call and returns the HTTP status and, with 200, the
+// methodResponse.
+func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
+	message, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -1098,91 +911,73 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	case err != nil:
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
 	}
-	http.NewResponseController(w).SetReadDeadline(time.Time{}) // it would end the call, too
-	ctx, ok := h.begin(r)
-	if !ok {
+	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
+	p, ok := r.Context().Value(peerKey{}).(*peerConn)
+	if !ok { // another server's
+		p = &peerConn{tls: h.rules().tls, ctx: context.Background()}
+	}
+	if !h.setWorking(p, true) {
 		panic(http.ErrAbortHandler) // as if the connection had been closed a moment before
 	}
-	h.decoding <- struct{}{}
-	name, params, err := decodeCall(message)
-	<-h.decoding
+	defer func() {
+		if !h.setWorking(p, false) {
+			w.Header().Set("Connection", "close")
+		}
+	}()
 	peer := hostOf(r.RemoteAddr)
+	var name string
+	var params []any
+	h.inTurn(p, len(message), func() { name, params, err = decodeCall(message) })
 	if err != nil {
 		h.refuse("%s: %v", peer, err)
 		return http.StatusOK, encodeResponse(nil, err)
 	}
-	return http.StatusOK, encodeResponse(h.call(request{ctx, peer, time.Now()}, name, params))
+	v, err := h.call(request{r.Context(), peer, time.Now()}, name, params)
+	h.inTurn(p, len(message), func() { answer = h.encode(peer, name, v, err) })
+	return http.StatusOK, answer
 }
 
-// readMessage reads the body of a request. Many small ones are read at once,
-// but few large ones: together they could take more memory than there is.
-func (h *handler) readMessage(w http.ResponseWriter, r *http.Request) (message []byte, done func(), err error) {
-	done = func() {}
-	body := http.MaxBytesReader(w, r.Body, maxMessage)
-	message, err = io.ReadAll(io.LimitReader(body, smallMessage))
-	if err != nil || len(message) < smallMessage {
-		return message, done, err
-	}
-	from := neighbours(hostOf(r.RemoteAddr))
-	if !h.beginLarge(from) {
-		return nil, done, errors.New("too many large messages at once")
-	}
-	done = func() { h.endLarge(from) }
-	rest, err := io.ReadAll(body)
-	return append(message, rest...), done, err
-}
-
-// beginLarge waits until one more large message may be read: there are four at
-// once, and two of one neighbourhood, as whoever sends one slowly takes long. It
-// reports false where that does not come about in the time that a request has.
-func (h *handler) beginLarge(from string) bool {
-	timeout := time.NewTimer(readTimeout)
-	defer timeout.Stop()
-	for {
-		h.mu.Lock()
-		all := 0
-		for _, n := range h.large {
-			all += n
-		}
-		free, freed := all < largeAtOnce && h.large[from] < largeAtOnce/2, h.freed
-		if free {
-			h.large[from]++
-		}
-		h.mu.Unlock()
-		if free {
-			return true
-		}
+// inTurn calls f, which decodes or answers a message of that size. It does so for
+// one message at a time, as one of 64 KiB may take 4 MiB for a moment; small ones do
+// not wait. If the connection is closed meanwhile, it ends the request.
+func (h *handler) inTurn(p *peerConn, size int, f func()) {
+	if size > smallMessage {
 		select {
-		case <-freed:
-		case <-timeout.C:
-			return false
+		case h.turn <- struct{}{}:
+		case <-p.ctx.Done():
+			panic(http.ErrAbortHandler)
 		}
+		defer func() { <-h.turn }()
 	}
+	f()
 }
 
-func (h *handler) endLarge(from string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.large[from]--; h.large[from] == 0 {
-		delete(h.large, from)
+// encode returns the methodResponse for what a method returned. If that is too
+// long, it is a fault; only a package, which a monitor returns, may be longer.
+func (h *handler) encode(peer, name string, v any, err error) []byte {
+	answer := encodeResponse(v, err)
+	if _, isPackage := v.([]byte); len(answer) > maxMessage && !isPackage {
+		err := faultf(faultRequest, "the answer has more than %d bytes", maxMessage)
+		h.refuse("%s: %s: %v", peer, cut(name), err)
+		answer = encodeResponse(nil, err)
 	}
-	close(h.freed)
-	h.freed = make(chan struct{})
+	return bytes.Clone(answer) // without the room behind it, as it is held until the peer has read it
 }
 
 // call runs one method. Its error is a fault, and logged; so is a panic.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			v, err = nil, fmt.Errorf("%v\n%s", p, debug.Stack())
+			err = fmt.Errorf("%v\n%s", p, debug.Stack())
 		}
 		f := (*fault)(nil)
 		switch {
 		case errors.As(err, &f):
 			h.refuse("%s: %s: %v", r.peer, cut(name), err)
+			v = nil
 		case err != nil:
 			log.Printf(severe+"%s: %s: defect: %v", r.peer, cut(name), err)
-			err = faultf(faultInternal, "internal error")
+			v, err = nil, faultf(faultInternal, "internal error")
 		}
 	}()
 	m, ok := h.methods[name]
@@ -1192,56 +987,52 @@ func (h *handler) call(r request, name string, params []any) (v any, err error) 
 	return m.call(r, params)
 }
 
-// introspection is what every XML-RPC server has under system.
+// introspection returns the methods that every XML-RPC server has under system.
 func (h *handler) introspection() []method {
 	return []method{
-		{"system.listMethods", "array", "The names of all methods.", func(_ request, params []any) (any, error) {
-			if len(params) != 0 {
-				return nil, faultf(faultParams, "system.listMethods takes no parameters")
-			}
-			names := []any{}
-			for _, name := range sortedKeys(h.methods) {
-				names = append(names, name)
-			}
-			return names, nil
-		}},
-		{"system.methodHelp", "string string", "What a method does.", func(_ request, params []any) (any, error) {
-			m, err := h.named("system.methodHelp", params)
-			return m.help, err
-		}},
-		{"system.methodSignature", "array string", "For each way to call a method: the type that it returns, then those of its parameters.", func(_ request, params []any) (any, error) {
-			m, err := h.named("system.methodSignature", params)
-			if err != nil {
-				return nil, err
-			}
-			signatures := []any{}
-			for _, signature := range strings.Split(m.signatures, ", ") {
-				types := []any{}
-				for _, t := range strings.Fields(signature) {
-					types = append(types, t)
-				}
-				signatures = append(signatures, types)
-			}
-			return signatures, nil
-		}},
-		{"system.multicall", "array array", "Calls several methods, each a struct of methodName and params; for each there is an array of its one result, or the struct of a fault.", h.multicall},
-		{"system.getCapabilities", "struct", "The specifications that are followed.", func(_ request, params []any) (any, error) {
-			if len(params) != 0 {
-				return nil, faultf(faultParams, "system.getCapabilities takes no parameters")
-			}
-			return map[string]any{
-				"xmlrpc":           capability("http://www.xmlrpc.com/spec", 1),
-				"introspection":    capability("http://xmlrpc-c.sourceforge.net/introspection.html", 1),
-				"system.multicall": capability("http://www.xmlrpc.com/discuss/msgReader$1208", 1),
-				"faults_interop":   capability("http://xmlrpc-epi.sourceforge.net/specs/rfc.fault_codes.php", 20010516),
-				"nil":              capability("http://ontosys.com/xml-rpc/extensions.php", 20010518),
-			}, nil
-		}},
+		{"system.listMethods", "array", "The names of all methods.", h.listMethods},
+		{"system.methodHelp", "string string", "What a method does.", h.methodHelp},
+		{"system.methodSignature", "array string",
+			"For each way to call a method: the type that it returns, then those of its parameters.", h.methodSignature},
+		{"system.multicall", "array array",
+			"Calls several methods, each a struct of methodName and params; " +
+				"for each there is an array of its one result, or the struct of a fault.", h.multicall},
+		{"system.getCapabilities", "struct", "The specifications that are followed.", getCapabilities},
 	}
 }
 
-func capability(specification string, version int) map[string]any {
-	return map[string]any{"specUrl": specification, "specVersion": version}
+// noParams refuses the parameters of a method that takes none.
+func noParams(name string, params []any) error {
+	if len(params) != 0 {
+		return faultf(faultParams, "%s takes no parameters", name)
+	}
+	return nil
+}
+
+func (h *handler) listMethods(_ request, params []any) (any, error) {
+	names := []any{}
+	for _, name := range sortedKeys(h.methods) {
+		names = append(names, name)
+	}
+	return names, noParams("system.listMethods", params)
+}
+
+func (h *handler) methodHelp(_ request, params []any) (any, error) {
+	m, err := h.named("system.methodHelp", params)
+	return m.help, err
+}
+
+func (h *handler) methodSignature(_ request, params []any) (any, error) {
+	m, err := h.named("system.methodSignature", params)
+	signatures := []any{}
+	for _, signature := range strings.Split(m.signatures, ", ") {
+		types := []any{}
+		for _, t := range strings.Fields(signature) {
+			types = append(types, t)
+		}
+		signatures = append(signatures, types)
+	}
+	return signatures, err
 }
 
 // named returns the method that the only parameter names.
@@ -1257,6 +1048,25 @@ func (h *handler) named(caller string, params []any) (method, error) {
 	return method{}, faultf(faultParams, "%s takes the name of a method", caller)
 }
 
+// capabilities is the answer of system.getCapabilities.
+var capabilities = map[string]any{
+	"xmlrpc":           capability("http://www.xmlrpc.com/spec", 1),
+	"introspection":    capability("http://xmlrpc-c.sourceforge.net/introspection.html", 1),
+	"system.multicall": capability("http://www.xmlrpc.com/discuss/msgReader$1208", 1),
+	"faults_interop":   capability("http://xmlrpc-epi.sourceforge.net/specs/rfc.fault_codes.php", 20010516),
+	"nil":              capability("http://ontosys.com/xml-rpc/extensions.php", 20010518),
+}
+
+func capability(specification string, version int) map[string]any {
+	return map[string]any{"specUrl": specification, "specVersion": version}
+}
+
+func getCapabilities(_ request, params []any) (any, error) {
+	return capabilities, noParams("system.getCapabilities", params)
+}
+
+// multicall calls methods one after the other. What the calls return may come to
+// no more than one answer.
 func (h *handler) multicall(r request, params []any) (any, error) {
 	var calls []any
 	if len(params) == 1 {
@@ -1270,21 +1080,9 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	}
 	results, size := []any{}, 0
 	for _, c := range calls {
-		call, _ := c.(map[string]any)
-		name, ok := call["methodName"].(string)
-		params, ok2 := call["params"].([]any)
-		var v any
-		err := faultf(faultParams, "not a struct of methodName and params")
-		switch {
-		case name == "system.multicall":
-			err = faultf(faultParams, "system.multicall cannot call itself")
-		case ok && (ok2 || call["params"] == nil):
-			v, err = h.call(r, name, params)
-		}
-		if err == nil {
-			if size += len(encodeResponse(v, nil)); size > maxMessage {
-				return nil, faultf(faultRequest, "the results are larger than %d bytes: call fewer methods at once", maxMessage)
-			}
+		v, err := h.oneOfMany(r, c)
+		if size += len(encodeResponse(v, err)); size > maxMessage {
+			return nil, faultf(faultRequest, "the results have more than %d bytes: call fewer methods at once", maxMessage)
 		}
 		if err != nil {
 			results = append(results, faultStruct(err))
@@ -1295,32 +1093,34 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	return results, nil
 }
 
+// oneOfMany makes one call of a system.multicall.
+func (h *handler) oneOfMany(r request, c any) (any, error) {
+	call, _ := c.(map[string]any)
+	name, named := call["methodName"].(string)
+	params, listed := call["params"].([]any)
+	if !named || !listed && call["params"] != nil {
+		return nil, faultf(faultParams, "not a struct of methodName and params")
+	}
+	if name == "system.multicall" {
+		return nil, faultf(faultParams, "system.multicall cannot call itself")
+	}
+	return h.call(r, name, params)
+}
+
 // A client calls the XML-RPC methods of one URL. It follows no redirect and
-// asks no proxy: what it sends goes to that URL or nowhere.
-//
-// What comes back is read by net/http. The few lines that go out, and the one
-// connection, are the client's own: net/http's hands each call to two more
-// goroutines, which is half the time of a delivery, and makes the binary a
-// twentieth larger.
+// asks no proxy: what it sends goes to that URL or nowhere. Where the name of the
+// host has several addresses, the one that answered last is tried first.
 type client struct {
 	url     *url.URL
 	timeout time.Duration // of a call as a whole
 	tls     *tls.Config
-	idle    time.Duration // that a connection waits for another call
-	head    string        // of each request
+	http    *http.Client
+	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-	mu     sync.Mutex // guards what is below
-	kept   *link      // nil: none
-	since  time.Time  // when it was
-	expiry *time.Timer
-}
-
-// A link is a connection of a client.
-type link struct {
-	net.Conn
-	tcp     *net.TCPConn // what is under it
-	limited io.LimitedReader
-	r       *bufio.Reader
+	mu        sync.Mutex // guards what is below
+	first     netip.Addr // is tried first, if the host has it
+	connected netip.Addr // of the latest connection
+	next      netip.Addr // is tried first if that one does not answer
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
@@ -1329,267 +1129,169 @@ func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
 	if config == nil {
 		config = newTLS(time.Time{})
 	}
-	host := strings.TrimSuffix(u.Host, ":")
-	if zone, end := strings.IndexByte(host, '%'), strings.IndexByte(host, ']'); 0 < zone && zone < end { // it means nothing elsewhere
-		host = host[:zone] + host[end:]
+	c := &client{url: u, timeout: timeout, tls: config, lookup: net.DefaultResolver.LookupNetIP}
+	if host, _, hasZone := strings.Cut(u.Hostname(), "%"); hasZone && config.ServerName == "" {
+		config = config.Clone()
+		config.ServerName = host // a certificate is of an address without a zone
 	}
-	c := &client{
-		url: u, timeout: timeout, tls: config,
-		idle: 200 * time.Millisecond, // between two readings of a burst; a monitor that serves one connection waits for its end
-		head: "POST " + u.RequestURI() + " HTTP/1.1\r\nHost: " + host + "\r\nUser-Agent: picket\r\nContent-Type: text/xml\r\n",
-	}
-	if u.User != nil {
-		password, _ := u.User.Password()
-		c.head += "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(u.User.Username()+":"+password)) + "\r\n"
+	c.http = &http.Client{
+		Transport: &http.Transport{
+			DialContext:            c.dial,
+			TLSClientConfig:        config,
+			TLSHandshakeTimeout:    timeout,
+			DisableCompression:     true,
+			MaxResponseHeaderBytes: maxHeader,
+			MaxIdleConnsPerHost:    1,
+			// Between two readings of a burst: a monitor that serves one connection
+			// at a time waits for its end.
+			IdleConnTimeout: 200 * time.Millisecond,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return c
 }
 
 // close closes the connection that waits for another call.
-func (c *client) close() {
-	if l := c.take(); l != nil {
-		l.Close()
-	}
-}
-
-// expire closes it when it has waited for long enough.
-func (c *client) expire() {
-	c.mu.Lock()
-	enough := c.kept != nil && time.Since(c.since) >= c.idle
-	c.mu.Unlock()
-	if enough {
-		c.close()
-	}
-}
-
-// take takes the connection that waits, if there is one. It is of no use where the
-// peer has said anything since its last answer: that it ends, or more than it was
-// asked.
-func (c *client) take() *link {
-	c.mu.Lock()
-	l := c.kept
-	c.kept = nil
-	c.mu.Unlock()
-	if l != nil && !l.quiet() {
-		l.tcp.Close()
-		return nil
-	}
-	return l
-}
-
-// keep has a connection wait for another call; one is enough.
-func (c *client) keep(l *link) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.kept != nil {
-		l.tcp.Close()
-		return
-	}
-	c.kept, c.since = l, time.Now()
-	if c.expiry == nil {
-		c.expiry = time.AfterFunc(c.idle, c.expire)
-	} else {
-		c.expiry.Reset(c.idle)
-	}
-}
+func (c *client) close() { c.http.CloseIdleConnections() }
 
 // call calls a method and returns its result. The error is a *fault exactly
-// when the peer answered with one.
+// when the peer answered with one, and wraps context.Canceled when ctx was
+// cancelled; then a call that had not begun is not sent.
 func (c *client) call(ctx context.Context, name string, params ...any) (v any, err error) {
-	err = c.post(ctx, name, params, func(_ *link, body io.Reader) (err error) {
-		v, err = readResponse(body)
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, fmt.Errorf("no answer in %v", c.timeout))
+	defer cancel()
+	err = c.post(ctx, name, params, func(body io.Reader) error {
+		message, err := io.ReadAll(io.LimitReader(body, maxAnswer+1))
+		if err == nil && len(message) > maxAnswer {
+			err = errTooLong
+		}
+		if err == nil {
+			v, err = decodeResponse(message)
+		}
 		return err
 	})
 	return v, err
 }
 
-// post sends a call, and has read take the body of an answer whose HTTP status
-// is a success.
-func (c *client) post(ctx context.Context, name string, params []any, read func(*link, io.Reader) error) error {
-	body := encodeCall(name, params...)
-	request := make([]byte, 0, len(c.head)+len(body)+32)
-	request = append(request, c.head...)
-	request = append(request, "Content-Length: "...)
-	request = strconv.AppendInt(request, int64(len(body)), 10)
-	request = append(request, "\r\n\r\n"...)
-	request = append(request, body...)
-	if err := ctx.Err(); err != nil {
-		return err // nothing is sent
-	}
+var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
+
+// post sends a call and calls read with the body of the answer, if its HTTP status
+// is a success. When ctx has ended before the answer, the error is the cause.
+func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	deadline := time.Now().Add(c.timeout)
-	if l := c.take(); l != nil {
-		answered, err := c.exchange(ctx, l, deadline, request, read)
-		if answered || !hungUp(err) {
-			return err
-		}
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
 	}
-	l, err := c.dial(ctx, deadline)
+	dialCtx := context.WithValue(ctx, dialKey{}, deadline)
+	call := bytes.NewReader(encodeCall(name, params...))
+	r, err := http.NewRequestWithContext(dialCtx, http.MethodPost, c.url.String(), call)
 	if err != nil {
 		return err
 	}
-	_, err = c.exchange(ctx, l, deadline, request, read)
+	r.Header.Set("Content-Type", "text/xml")
+	r.Header.Set("User-Agent", "picket")
+	r.Header["Idempotency-Key"] = nil // is not sent, but lets net/http try again when a kept connection was closed
+	answer, err := c.http.Do(r)
+	c.note(ctx, err == nil)
+	if err == nil {
+		defer answer.Body.Close()
+		if answer.StatusCode/100 == 2 {
+			err = read(answer.Body)
+		} else {
+			err = fmt.Errorf("HTTP %s", cut(answer.Status))
+		}
+	}
+	cause, sent, wrapped := context.Cause(ctx), (*fault)(nil), (*url.Error)(nil)
+	switch {
+	case err != nil && cause != nil && !errors.As(err, &sent):
+		return cause
+	case errors.As(err, &wrapped):
+		return wrapped.Err // without the URL, which the caller knows
+	}
 	return err
 }
 
-// hungUp reports whether an error says that the peer had closed the connection.
-func hungUp(err error) bool {
-	for _, e := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
-		if errors.Is(err, e) {
-			return true
-		}
+// note remembers the address to try first: the one that answered, or the one after
+// an address that did not. A call that was cancelled says nothing about that.
+func (c *client) note(ctx context.Context, answered bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case answered:
+		c.first = c.connected
+	case !errors.Is(context.Cause(ctx), context.Canceled):
+		c.first = c.next
 	}
-	return false
 }
 
-// dial makes a connection to the host of the URL.
-func (c *client) dial(ctx context.Context, deadline time.Time) (*link, error) {
-	port := c.url.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[c.url.Scheme]
-	}
-	conn, err := (&net.Dialer{Deadline: deadline}).DialContext(ctx, "tcp", net.JoinHostPort(c.url.Hostname(), port))
-	if err != nil {
-		return nil, err
-	}
-	l := &link{Conn: conn, tcp: conn.(*net.TCPConn)}
-	if c.url.Scheme == "https" {
-		config := c.tls.Clone()
-		if config.ServerName == "" {
-			config.ServerName, _, _ = strings.Cut(c.url.Hostname(), "%") // without a zone
-		}
-		conn.SetDeadline(deadline)
-		t := tls.Client(conn, config)
-		if err := t.HandshakeContext(ctx); err != nil {
-			conn.Close()
-			return nil, err
-		}
-		l.Conn = t
-	}
-	l.limited.R = l.Conn
-	l.r = bufio.NewReader(&l.limited)
-	return l, nil
-}
+// dialKey is the key of a call's deadline in its context: net/http hides the
+// deadline itself from dial.
+type dialKey struct{}
 
-// quiet reports whether nothing has come over the connection since the last answer.
-func (l *link) quiet() bool {
-	raw, err := l.tcp.SyscallConn()
-	if err != nil || l.r.Buffered() > 0 {
-		return false
-	}
-	var said error
-	err = raw.Control(func(fd uintptr) {
-		_, _, said = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-	})
-	if err != nil || !errors.Is(said, syscall.EAGAIN) {
-		return false
-	}
-	l.SetReadDeadline(time.Unix(1, 0))
-	_, err = l.r.Peek(1) // what TLS has of it already
-	return errors.Is(err, os.ErrDeadlineExceeded)
-}
-
-// exchange sends a request and has its answer read, by the deadline. It keeps
-// the connection where that can serve another call, else closes it. It reports
-// whether anything was answered.
-func (c *client) exchange(ctx context.Context, l *link, deadline time.Time, request []byte, read func(*link, io.Reader) error) (answered bool, err error) {
-	stop := context.AfterFunc(ctx, func() { l.tcp.Close() })
-	l.SetDeadline(deadline)
-	answered, reusable, err := l.exchange(deadline, request, read)
-	if !stop() { // the connection is closed, but perhaps all had come
-		reusable = false
-		if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-			err = ctx.Err()
-		}
-	}
-	if err == nil && reusable {
-		c.keep(l)
-	} else {
-		l.Close()
-	}
-	return answered, err
-}
-
-func (l *link) exchange(deadline time.Time, request []byte, read func(*link, io.Reader) error) (answered, reusable bool, err error) {
-	if _, err := l.Write(request); err != nil {
-		return false, false, err
-	}
-	l.limited.N = maxHeader
-	if _, err := l.r.Peek(1); err != nil {
-		return false, false, err
-	}
-	var resp *http.Response
-	for resp == nil || resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
-		if resp, err = http.ReadResponse(l.r, nil); err != nil {
-			switch {
-			case l.limited.N <= 0:
-				err = fmt.Errorf("a header of more than %d bytes", maxHeader)
-			case !time.Now().Before(deadline): // net/http complains of the half that has come
-				err = os.ErrDeadlineExceeded
-			}
-			return true, false, err
-		}
-	}
-	if resp.StatusCode/100 != 2 {
-		return true, false, fmt.Errorf("HTTP %s", cut(resp.Status))
-	}
-	l.limited.N = math.MaxInt64
-	body := &endReader{r: resp.Body}
-	err = read(l, body)
-	return true, body.ended && !resp.Close && l.r.Buffered() == 0, err
-}
-
-// An endReader notes that the end was reached.
-type endReader struct {
-	r     io.Reader
-	ended bool
-}
-
-func (e *endReader) Read(p []byte) (int, error) {
-	n, err := e.r.Read(p)
-	e.ended = e.ended || errors.Is(err, io.EOF)
-	return n, err
-}
-
-func readResponse(r io.Reader) (any, error) {
-	message, err := io.ReadAll(io.LimitReader(r, maxMessage+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(message) > maxMessage {
-		return nil, fmt.Errorf("answer longer than %d bytes", maxMessage)
-	}
-	return decodeResponse(message)
-}
-
-// fetch calls a method whose result is base64, and writes what that stands for
-// while it arrives: only a few KiB are in memory. It takes as long as it
-// takes, but ends where nothing has come for the client's timeout, after an
-// hour, and where there is more than a result of limit bytes needs.
-func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name string, params ...any) error {
-	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+// dial connects to the first address of the host that can be reached. Each gets an
+// equal share of the time that is left.
+func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, error) {
+	deadline, _ := ctx.Value(dialKey{}).(time.Time) // post has set it
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	buffered := bufio.NewWriterSize(to, 32<<10)
-	err := c.post(ctx, name, params, func(l *link, body io.Reader) error {
-		moved := func() { l.SetDeadline(time.Now().Add(c.timeout)) }
-		return readBase64Response(&movingReader{body, 2*limit + maxMessage, moved}, buffered)
-	})
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = fmt.Errorf("nothing has come for %v", c.timeout)
+	host, port, err := net.SplitHostPort(hostPort)
+	if err != nil {
+		return nil, err
 	}
+	addresses, err := c.lookup(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	c.next = c.first // where none can be reached
+	first := max(0, slices.Index(addresses, c.first))
+	c.mu.Unlock()
+	n := len(addresses)
+	for i := 0; i < n; i++ {
+		address := addresses[(first+i)%n]
+		var conn net.Conn
+		dialer := net.Dialer{Timeout: time.Until(deadline) / time.Duration(n-i)}
+		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(address.Unmap().String(), port))
+		if err == nil {
+			c.mu.Lock()
+			c.connected, c.next = address, addresses[(first+i+1)%n]
+			c.mu.Unlock()
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+// fetch calls a method whose result is base64, and writes the decoded bytes while
+// they arrive: only a few KiB are in memory. It ends with an error when nothing has
+// come for the client's timeout, after an hour, and when more has come than a result
+// of limit bytes needs.
+func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name string, params ...any) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, fetchTime, fmt.Errorf("not complete in %v", fetchTime))
+	defer cancel()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	idle := time.AfterFunc(c.timeout, func() { stop(fmt.Errorf("nothing has come for %v", c.timeout)) })
+	defer idle.Stop()
+	buffered := bufio.NewWriterSize(to, 32<<10)
+	err := c.post(ctx, name, params, func(body io.Reader) error {
+		return readPackage(&meteredReader{body, 2*limit + maxAnswer, func() { idle.Reset(c.timeout) }}, buffered)
+	})
 	if err != nil {
 		return err
 	}
 	return buffered.Flush()
 }
 
-// A movingReader says when something has come, and does not take it for ever.
-type movingReader struct {
+// A meteredReader calls moved when something has come, and reads no more than its
+// limit.
+type meteredReader struct {
 	r     io.Reader
 	left  int64
 	moved func()
 }
 
-func (m *movingReader) Read(p []byte) (int, error) {
+func (m *meteredReader) Read(p []byte) (int, error) {
 	n, err := m.r.Read(p)
 	if m.left -= int64(n); m.left < 0 {
 		return 0, errors.New("the answer is far longer than it may be")
@@ -1600,51 +1302,54 @@ func (m *movingReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// readBase64Response decodes the one base64 of a response to a writer. The
-// rest of the response, which a few hundred bytes are enough for, is checked
-// like any other.
-func readBase64Response(r io.Reader, to io.Writer) error {
-	filter := &base64Filter{r: bufio.NewReader(r), to: to}
-	v, err := readResponse(filter)
+// readPackage reads a methodResponse whose value is base64, and writes the decoded
+// bytes to a writer.
+func readPackage(r io.Reader, to io.Writer) error {
+	in := &answerReader{Reader: bufio.NewReader(r), left: maxAnswer}
+	if mark, _ := in.Peek(len(byteOrderMark)); bytes.Equal(mark, byteOrderMark) {
+		in.Discard(len(mark))
+	}
+	found := false
+	d := decoder{inBase64: func() error {
+		found = true
+		_, err := io.Copy(to, base64.NewDecoder(base64.StdEncoding, &textReader{in.Reader}))
+		return err
+	}}
+	v, err := d.response(in)
+	if in.err != nil {
+		return in.err
+	}
 	if err != nil {
 		return err
 	}
-	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !filter.found {
+	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !found {
 		return fmt.Errorf("got %s; want one piece of base64", typeName(v))
 	}
 	return nil
 }
 
-// A base64Filter passes an XML text through, but for the first text in a
-// <base64>: that is decoded and written elsewhere.
-type base64Filter struct {
-	r     *bufio.Reader
-	to    io.Writer
-	rest  []byte // read, but not passed through yet
-	found bool
-	err   error
+// An answerReader reads an answer byte by byte. It leaves out the white space after
+// a tag, of which there may be any amount.
+type answerReader struct {
+	*bufio.Reader
+	left int   // bytes that may still come
+	last byte  // that was returned
+	err  error // that ended it, but for io.EOF
 }
 
-func (f *base64Filter) Read(p []byte) (int, error) {
-	for len(f.rest) == 0 {
-		if f.err != nil {
-			return 0, f.err
-		}
-		f.rest, f.err = f.r.ReadSlice('>') // valid until the next call
-		if errors.Is(f.err, bufio.ErrBufferFull) {
-			f.err = nil
-		}
-		if !f.found && bytes.HasSuffix(f.rest, []byte("<base64>")) {
-			f.found = true
-			f.rest = bytes.Clone(f.rest)
-			if _, err := io.Copy(f.to, base64.NewDecoder(base64.StdEncoding, &textReader{f.r})); err != nil {
-				f.err = err
-			}
-		}
+func (a *answerReader) ReadByte() (byte, error) {
+	c, err := a.Reader.ReadByte()
+	for a.last == '>' && isSpace(c) && err == nil {
+		c, err = a.Reader.ReadByte()
 	}
-	n := copy(p, f.rest)
-	f.rest = f.rest[n:]
-	return n, nil
+	a.last = c
+	if a.left--; a.left < 0 {
+		err = errTooLong
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		a.err = err
+	}
+	return c, err
 }
 
 // A textReader reads up to the next tag, and leaves out white space.
@@ -1659,14 +1364,15 @@ func (t *textReader) Read(p []byte) (n int, err error) {
 		case c == '<':
 			t.r.UnreadByte() // which was just read
 			return n, io.EOF
-		case c == ' ' || c == '\t' || c == '\r' || c == '\n':
-		default:
+		case !isSpace(c):
 			p[n] = c
 			n++
 		}
 	}
 	return n, nil
 }
+
+func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\r' || c == '\n' }
 
 // plural is 1 reading, 2 readings.
 func plural(n int, noun string) string {

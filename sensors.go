@@ -1,7 +1,8 @@
 package main
 
-// Sensors: the directory that holds them, one run of one, what a run comes
-// to, and the queue that limits how many run at once.
+// What a reading goes through, in this order: the directory of sensors, one run
+// of one, the queue that limits how many run at once, the delivery to the
+// monitor, the spool.
 //
 // A sensor is a directory with an executable, PATH/NAME/EXECUTABLE:
 //
@@ -9,15 +10,16 @@ package main
 //	61.2
 //
 // It is started with its arguments and never through a shell, in its own
-// directory and its own process group, with LC_ALL=C and nothing on standard
-// input. It prints one decimal number and exits 0, or says on standard error
-// why not and exits with another code. With the help argument (options) it
-// prints what it can be asked.
+// directory and its own process group, with nothing on standard input and a
+// decimal point that is a point. It prints one decimal number and exits 0, or
+// says on standard error why not and exits with another code. With the help
+// argument (options) it prints what it can be asked.
 
 import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -25,7 +27,10 @@ import (
 	"log"
 	"math/rand"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,21 +39,32 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"unsafe"
 )
 
 const (
-	helpTime     = 10 * time.Second  // for a help text, where the time-out is longer
-	badHelpTime  = time.Minute       // before a sensor without one is asked again
-	maxOutput    = 4 << 10           // bytes on standard output: a number has twenty, a help text a few hundred
-	maxReason    = 1 << 10           // bytes of standard error that are kept, the last
-	maxName      = 255               // bytes of a sensor's name, as file systems have it
-	maxArguments = 8 << 10           // bytes of a command's arguments: with a queue of 256 they are 4 MiB at most
-	quickTime    = time.Second / 100 // of a run, in which a pipe takes what it writes
-	freeOutput   = 64 << 10          // bytes read at full speed; what a sensor writes beyond is read 32 KiB a millisecond at most
-	maxPipe      = 1 << 20           // bytes that are in a pipe, on a box with pages of 64 KiB
-	killDelay    = 2 * time.Second   // from SIGTERM to SIGKILL, and from there to giving up
-	shareTime    = time.Second       // to wait while another process replaces a sensor
-	busyRetries  = 100               // of 10 ms, while an executable just written is still open somewhere
+	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
+	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
+	maxArguments = 8 << 10               // bytes of a command's arguments, as arguments counts them
+	argumentCost = 16                    // bytes of memory that an argument takes beside its own
+	maxOutput    = 4 << 10               // bytes of standard output: a number has twenty, a help text a few hundred
+	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
+	freeOutput   = 64 << 10              // bytes that are read at full speed, then slowRead a millisecond
+	slowRead     = 32 << 10              // bytes
+	helpTime     = 10 * time.Second      // that a sensor has for its help text
+	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
+	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
+	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
+	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
+	pipeTime     = 2 * time.Second       // to read the rest, where a process outside the group holds a pipe open
+	startTries   = 100                   // of a sensor that is just being written or replaced
+	startPause   = 10 * time.Millisecond // between two of them
+	orphanTime   = time.Second           // before orphans are looked for without a signal
+)
+
+const (
+	noHelp      = "no help: "   // begins the text of a sensor that did not give one
+	interrupted = "interrupted" // why a run has ended that was under way when picket had to end
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -62,71 +78,31 @@ const (
 // Sensors is a directory of sensors and how they are run.
 type sensors struct {
 	path, executable, help string
-	timeout                time.Duration // of one run
-	user                   *sensorUser   // nil: as the agent
+	timeout                time.Duration       // of one run
+	credential             *syscall.Credential // nil: as the agent
 	env                    []string
-	*activity
+	*runState
 }
 
-// An activity is what sensors do at present. It stays where the settings change.
-type activity struct {
-	listing chan struct{} // is taken by who uses helps
-	helps   map[string]helpEntry
+// A runState is what sensors do at present. It stays when the settings change.
+type runState struct {
+	listing  chan struct{}        // holds an element while somebody uses helps
+	helps    map[string]helpEntry // by sensor
+	watch    sync.Once            // registers signals
+	signals  chan os.Signal       // SIGCHLD, from the first run on
+	starting sync.RWMutex         // is read-locked while a process starts, until its pid is noted
 
-	mu    sync.Mutex        // guards what is below
-	stuck map[string]int    // processes of a sensor that SIGKILL did not end
-	inUse map[string]*usage // sensors that run or change
-	limit int               // of runs at once
-	runs  int
-	freed chan struct{} // closed, and made anew, when another run may begin
+	mu        sync.Mutex // guards what is below
+	processes map[*process]bool
+	signalled chan struct{} // closed and replaced at each SIGCHLD
 }
 
-// begin waits until one more sensor may run; end tells that it has ended.
-func (a *activity) begin(ctx context.Context) error {
-	for {
-		a.mu.Lock()
-		free, freed, err := a.runs < a.limit, a.freed, ctx.Err()
-		if free && err == nil {
-			a.runs++
-		}
-		a.mu.Unlock()
-		if free || err != nil {
-			return err
-		}
-		select {
-		case <-freed:
-		case <-ctx.Done():
-		}
-	}
-}
-
-func (a *activity) end() { a.change(-1, 0) }
-
-// setLimit changes how many sensors may run at once.
-func (a *activity) setLimit(limit int) { a.change(0, limit) }
-
-func (a *activity) change(runs, limit int) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.runs += runs
-	if limit > 0 {
-		a.limit = limit
-	}
-	close(a.freed)
-	a.freed = make(chan struct{})
-}
-
-// running is how many sensors run.
-func (a *activity) running() int {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.runs
-}
-
-// A usage lets any number of runs of a sensor, or one that replaces it, go on.
-type usage struct {
-	sync.RWMutex
-	users int // of this usage, waiting ones included
+// A process runs a sensor.
+type process struct {
+	sensor string
+	pid    int           // 0 before it has started
+	stuck  bool          // SIGKILL did not end it
+	ended  chan struct{} // closed when its run is over
 }
 
 // A helpEntry is a help text that need not be asked for again.
@@ -137,22 +113,54 @@ type helpEntry struct {
 	until time.Time // zero: until the file changes
 }
 
-// newSensors returns the sensors of a directory, of which at most concurrency
-// run at once.
-func newSensors(path, executable, help string, timeout time.Duration, concurrency int, user *sensorUser) *sensors {
-	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "LC_ALL=") })
-	return &sensors{
-		path: path, executable: executable, help: help, timeout: timeout, user: user,
-		env: append(env, "LC_ALL=C"), // elsewhere a decimal point may be a comma
-		activity: &activity{
-			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry),
-			stuck: make(map[string]int), inUse: make(map[string]*usage), limit: concurrency, freed: make(chan struct{}),
+// newSensors returns the sensors of a directory. They run as user or, where
+// that is nil, as the agent does.
+func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
+	s := &sensors{
+		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
+		runState: &runState{
+			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry), signals: make(chan os.Signal, 1),
+			processes: make(map[*process]bool), signalled: make(chan struct{}),
 		},
 	}
+	if user != nil {
+		s.credential = user.credential
+	}
+	return s
+}
+
+// sensorEnv returns the environment of sensors: the agent's own, but with the
+// decimal point of the C locale and, where they run as another user, with the
+// home and the name of that user. os/exec uses the last value of a variable.
+func sensorEnv(user *sensorUser) []string {
+	env := os.Environ()
+	if all := os.Getenv("LC_ALL"); all != "" { // it would override LC_NUMERIC
+		env = slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "LC_") })
+		env = append(env, "LANG="+all)
+	}
+	env = append(env, "LC_NUMERIC=C")
+	if user != nil {
+		env = append(env, "HOME="+user.home, "USER="+user.name, "LOGNAME="+user.name)
+	}
+	return env
+}
+
+// ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
+func ticketOf(v any) (any, error) {
+	switch v := v.(type) {
+	case int, int64:
+		return v, nil
+	case string:
+		if len(v) > maxTicket {
+			return nil, fmt.Errorf("a ticket has at most %d bytes", maxTicket)
+		}
+		return v, nil
+	}
+	return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
 }
 
 // sensorName returns v as the name of a sensor: a string that is one plain
-// path element, not hidden, of at most 255 bytes.
+// path element, not hidden, of at most 234 bytes.
 func sensorName(v any) (string, error) {
 	name, ok := v.(string)
 	if !ok {
@@ -166,17 +174,24 @@ func sensorName(v any) (string, error) {
 }
 
 // arguments returns v as the arguments of a run: none for nil, an array's
-// scalars as they stand, or the words of a string.
-func arguments(v any) ([]string, error) {
-	args := []string{}
+// scalars as they stand, or the words of a string. They take 8 KiB at most,
+// where each counts 16 bytes more than it has: a queue of 256 commands, which
+// may hold twice as many, then takes 4 MiB.
+func arguments(v any) (args []string, err error) {
+	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
 	case nil:
 	case string:
-		var err error
+		if len(v) > maxArguments {
+			return nil, tooLong
+		}
 		if args, err = splitWords(v); err != nil {
 			return nil, err
 		}
 	case []any:
+		if len(v)*argumentCost > maxArguments {
+			return nil, tooLong
+		}
 		for _, e := range v {
 			arg, err := argument(e)
 			if err != nil {
@@ -187,12 +202,12 @@ func arguments(v any) ([]string, error) {
 	default:
 		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
-	size := 0
+	size := len(args) * argumentCost
 	for _, arg := range args {
-		size += len(arg) + 1
+		size += len(arg)
 	}
 	if size > maxArguments {
-		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
+		return nil, tooLong
 	}
 	return args, nil
 }
@@ -200,19 +215,13 @@ func arguments(v any) ([]string, error) {
 // argument returns a scalar as one argument: numbers in decimal, booleans as
 // 1 and 0.
 func argument(v any) (string, error) {
-	text := ""
+	text := fmt.Sprint(v)
 	switch v := v.(type) {
-	case string:
-		text = v
-	case int, int64, dateTime:
-		text = fmt.Sprint(v)
+	case string, int, int64, dateTime:
 	case float64:
 		text = strconv.FormatFloat(v, 'f', -1, 64)
 	case bool:
-		text = "0"
-		if v {
-			text = "1"
-		}
+		text = map[bool]string{true: "1", false: "0"}[v]
 	case []byte:
 		text = string(v)
 	default:
@@ -268,47 +277,31 @@ func splitWords(s string) ([]string, error) {
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them.
-func (s *sensors) names() ([]string, error) {
-	if dir, err := s.lock(context.Background(), syscall.LOCK_SH, shareTime); err == nil { // else it is somebody else's lock
-		defer dir.Close()
-	}
+// names lists the sensors: the directories with the executable in them. Other
+// such directories are unusable: their names are too long, or not plain text.
+func (s *sensors) names() (names, unusable []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
-		return nil, fmt.Errorf("list sensors: %w", err)
+		return nil, nil, fmt.Errorf("list sensors: %w", err)
 	}
-	var names []string
 	for _, e := range entries {
-		name, err := sensorName(e.Name())
-		if err != nil {
+		info, err := os.Stat(filepath.Join(s.path, e.Name(), s.executable))
+		if err != nil || info.IsDir() || e.Name()[0] == '.' {
 			continue
 		}
-		if info, err := os.Stat(filepath.Join(s.path, name, s.executable)); err == nil && !info.IsDir() {
+		if name, err := sensorName(e.Name()); err == nil {
 			names = append(names, name)
+		} else {
+			unusable = append(unusable, e.Name())
 		}
 	}
-	return names, nil
+	return names, unusable, nil
 }
 
-// helpText asks a sensor what it can be asked.
-func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, helpTime)
-	defer cancel()
-	o := s.run(ctx, name, []string{s.help}, nil)
-	switch {
-	case o.code != 0:
-		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
-	case o.tooLong:
-		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
-	case len(strings.TrimSpace(string(o.output))) == 0:
-		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
-	}
-	return strings.TrimSpace(string(o.output)), nil
-}
-
-// helpTexts asks all sensors, one after the other, so that readings go on
-// beside it. The text of one that does not answer says so. What is known is
-// not asked for again, until the executable changes.
+// helpTexts returns the help text of each sensor, or why there is none. It asks
+// one sensor after the other, while readings go on, and only those whose
+// executable has changed since they were asked. Callers wait for each other, so
+// that no sensor is asked twice.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	select {
 	case s.listing <- struct{}{}:
@@ -316,7 +309,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	names, err := s.names()
+	names, _, err := s.names()
 	if err != nil {
 		return nil, err
 	}
@@ -328,14 +321,13 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 			continue // it has just gone
 		}
 		h := s.helps[name]
-		if h.file == nil || h.asked != s.help || !sameVersion(h.file, file) || !h.until.IsZero() && time.Now().After(h.until) {
+		if !h.isOf(file) || h.asked != s.help || !h.until.IsZero() && time.Now().After(h.until) {
 			h = helpEntry{file: file, asked: s.help}
-			h.text, err = s.helpText(ctx, name)
-			if ctx.Err() != nil { // whoever asked has gone: that says nothing of the sensor
-				return nil, ctx.Err()
-			}
-			if err != nil {
+			if h.text, err = s.helpText(ctx, name); err != nil {
 				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
+			}
+			if ctx.Err() != nil { // the sensor was interrupted
+				return nil, ctx.Err()
 			}
 		}
 		texts[name], helps[name] = h.text, h
@@ -344,8 +336,62 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	return texts, nil
 }
 
-// noHelp begins the text of a sensor that did not give one.
-const noHelp = "no help: "
+// isOf reports whether the text was given by the file, as it is now.
+func (h helpEntry) isOf(now os.FileInfo) bool {
+	return h.file != nil && os.SameFile(h.file, now) && h.file.ModTime().Equal(now.ModTime()) &&
+		h.file.Size() == now.Size() && h.file.Mode() == now.Mode()
+}
+
+// helpText asks a sensor what it can be asked.
+func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
+	quick := *s
+	quick.timeout = min(s.timeout, helpTime)
+	o := quick.run(ctx, name, []string{s.help}, nil)
+	text := strings.TrimSpace(string(o.output))
+	switch {
+	case o.code != 0:
+		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
+	case o.tooLong:
+		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
+	case text == "":
+		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
+	}
+	return text, nil
+}
+
+// fitHelps returns help texts, by the names of their sensors, that fit into one
+// answer: first all names for which there is room, then of each text an equal
+// share of what is left, 1 KiB at most. It counts the names left out.
+func fitHelps(texts map[string]string) (listed map[string]any, left int) {
+	listed = make(map[string]any)
+	room := maxHelps
+	var names []string
+	for _, name := range sortedKeys(texts) {
+		var b bytes.Buffer
+		if writeValue(&b, map[string]any{name: ""}); b.Len() > room {
+			left++
+			continue
+		}
+		room -= b.Len()
+		names = append(names, name)
+	}
+	for i, name := range names {
+		share := min(maxHelp, room/(len(names)-i))
+		var b bytes.Buffer
+		text := texts[name]
+		for at, r := range text {
+			before := b.Len()
+			if xml.EscapeText(&b, []byte(string(r))); b.Len() > share { // which cannot fail
+				b.Truncate(before)
+				text = text[:at]
+				break
+			}
+		}
+		listed[name] = text
+		room -= b.Len()
+	}
+	return listed, left
+}
 
 // awaitListing waits until no help text is being asked for.
 func (s *sensors) awaitListing() {
@@ -353,15 +399,10 @@ func (s *sensors) awaitListing() {
 	<-s.listing
 }
 
-// sameVersion reports whether a file is what it was.
-func sameVersion(before, now os.FileInfo) bool {
-	return os.SameFile(before, now) && before.ModTime().Equal(now.ModTime()) && before.Size() == now.Size() && before.Mode() == now.Mode()
-}
-
-// read runs a sensor and makes a reading of it. Whatever the sensor does, there
-// is one. Its standard error goes to stderr or, where that is nil, in part into
+// read runs a sensor and makes a reading of it, whatever the sensor does. What
+// it says on standard error is copied to stderr or, where that is nil, ends in
 // the reading's reason.
-func (s *sensors) read(ctx context.Context, name string, args []string, stderr *os.File) reading {
+func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	o := s.run(ctx, name, args, stderr)
 	r := reading{code: o.code, taken: time.Now(), reason: o.reason()}
 	text := strings.TrimSpace(string(o.output))
@@ -381,9 +422,9 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr *
 type outcome struct {
 	code    int // the sensor's, minus the signal that ended it, or the agent's own
 	output  []byte
-	tooLong bool // there was more than maxOutput
-	stderr  []byte
-	why     string // where the code is the agent's own or a time-out's
+	tooLong bool   // there was more than maxOutput
+	said    []byte // on standard error
+	why     string // where the code is the agent's own, or the agent ended the run
 }
 
 // String is the code and, where there is one, the reason.
@@ -396,7 +437,7 @@ func (o outcome) String() string {
 
 // reason says in one line why the code is not 0, as far as anybody said it.
 func (o outcome) reason() string {
-	said := strings.Join(strings.Fields(string(o.stderr)), " ")
+	said := strings.Join(strings.Fields(string(o.said)), " ")
 	switch {
 	case o.code == 0:
 		return ""
@@ -410,349 +451,348 @@ func (o outcome) reason() string {
 	return o.why
 }
 
-// use returns the usage of a sensor, which done gives back.
-func (s *sensors) use(name string) (u *usage, done func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	u = s.inUse[name]
-	if u == nil {
-		u = &usage{}
-		s.inUse[name] = u
-	}
-	u.users++
-	return u, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if u.users--; u.users == 0 {
-			delete(s.inUse, name)
-		}
-	}
+// run runs a sensor.
+func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) outcome {
+	return s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 }
 
-// whileUnused calls replace while no run of the sensor goes on in this
-// process, and none begins in any.
-func (s *sensors) whileUnused(ctx context.Context, name string, replace func() error) error {
-	u, done := s.use(name)
-	defer done()
-	u.Lock()
-	defer u.Unlock()
-	dir, err := s.lock(ctx, syscall.LOCK_EX, lockTime)
-	if err != nil {
-		return err
+// runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
+// ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
+// left of the group after a normal end is killed as well. A process that has
+// left the group and holds a pipe open delays the end by 2 s at most.
+func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) outcome {
+	if ctx.Err() != nil {
+		return outcome{code: -int(syscall.SIGTERM), why: interrupted}
 	}
-	defer dir.Close()
-	return replace()
-}
-
-// lock locks the directory of sensors until it is closed, or fails where that
-// takes too long.
-func (s *sensors) lock(ctx context.Context, how int, wait time.Duration) (*os.File, error) {
-	dir, err := os.Open(s.path)
-	if err != nil {
-		return nil, err
-	}
-	if err := flockWithin(ctx, dir, how, wait); err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("lock %s: %w", s.path, err)
-	}
-	return dir, nil
-}
-
-// run runs a sensor. If another process replaces it just then, and it fails, it
-// is run again when that is done.
-func (s *sensors) run(ctx context.Context, name string, args []string, stderr *os.File) outcome {
-	u, done := s.use(name)
-	defer done()
-	u.RLock()
-	defer u.RUnlock()
-	dir := filepath.Join(s.path, name)
-	before, _ := os.Lstat(dir)
-	replaced := func() bool {
-		after, err := os.Lstat(dir)
-		return before == nil && err == nil || before != nil && (err != nil || !os.SameFile(before, after))
-	}
-	o := s.runIn(ctx, dir, name, args, stderr)
-	missing := o.code == codeNotFound || o.code == codeNotStarted // perhaps for an instant
-	if o.code == 0 || ctx.Err() != nil || !missing && !replaced() {
-		return o
-	}
-	locked, err := s.lock(ctx, syscall.LOCK_SH, shareTime)
-	if err != nil {
-		return o
-	}
-	defer locked.Close()
-	if before == nil && !replaced() {
-		return o // it is not there
-	}
-	return s.runIn(ctx, dir, name, args, stderr)
-}
-
-// runIn runs the sensor in dir to its end, of which there is one: at the time-out, or
-// when ctx ends, its process group gets SIGTERM and two seconds later SIGKILL.
-// Whatever is left of the group after a normal end is killed, too, and nobody
-// who still holds the pipes is waited for.
-func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr *os.File) outcome {
-	if s.begin(ctx) != nil {
-		return outcome{code: -int(syscall.SIGTERM), why: "the agent ends"}
-	}
-	defer s.end()
-	if s.isStuck(name) {
+	p := s.add(name)
+	if p == nil {
 		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
 	}
-	stdout, err := newCapture(maxOutput, false)
+	defer close(p.ended)
+	output, said := &capture{limit: maxOutput}, &capture{limit: maxReason, tail: true, copy: stderr}
+	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
-		return outcome{code: codeNotStarted, why: err.Error()}
+		s.remove(p)
+		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	defer stdout.close()
-	var reason *capture
-	var stderrEnd uintptr
-	if stderr != nil {
-		stderrEnd = stderr.Fd()
-	} else {
-		if reason, err = newCapture(maxReason, true); err != nil {
-			return outcome{code: codeNotStarted, why: err.Error()}
-		}
-		defer reason.close()
-		stderrEnd = uintptr(reason.end)
+	o, ended := s.await(ctx, cmd)
+	if !ended {
+		// It waits in the kernel, perhaps for a dead disk or network. It must neither
+		// hold up other sensors nor be joined by another like it. It may still write,
+		// so what was captured is left alone.
+		s.mu.Lock()
+		p.stuck = true
+		s.mu.Unlock()
+		go func() {
+			s.waitEnded(context.Background(), p.pid)
+			reap(cmd)
+			s.remove(p)
+		}()
+		return o
 	}
-	file := filepath.Join(dir, s.executable)
-	pid, err := s.start(file, args, dir, uintptr(stdout.end), stderrEnd)
-	if err != nil {
-		if _, absent := os.Stat(file); errors.Is(absent, os.ErrNotExist) || errors.Is(absent, syscall.ENOTDIR) {
-			return outcome{code: codeNotFound, why: "no such sensor"}
-		}
-		return outcome{code: codeNotStarted, why: err.Error()}
-	}
-	stdout.begin()
-	if reason != nil {
-		reason.begin()
-	}
-	o := s.await(ctx, name, pid)
-	o.output, o.tooLong = stdout.finish()
-	if reason != nil {
-		o.stderr, _ = reason.finish()
+	s.remove(p)
+	o.output, o.tooLong = output.kept, output.total > maxOutput
+	if stderr == nil {
+		o.said = said.kept
 	}
 	return o
 }
 
-// start starts a process that writes to these two files and reads nothing. It
-// is what os/exec does, without what costs a tenth of a reading: the environment
-// is made once, and files are not the runtime's as long as nobody waits for them.
+// add notes that a sensor runs, or returns nil where a process of it is stuck.
+func (r *runState) add(name string) *process {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for p := range r.processes {
+		if p.sensor == name && p.stuck {
+			return nil
+		}
+	}
+	p := &process{sensor: name, ended: make(chan struct{})}
+	r.processes[p] = true
+	return p
+}
+
+func (r *runState) remove(p *process) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.processes, p)
+}
+
+// running returns how many sensors run. A process that SIGKILL did not end counts.
+func (r *runState) running() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.processes)
+}
+
+// retire returns a channel that is closed when those runs of a sensor have ended
+// that are under way now. Runs that begin later are not waited for.
+func (r *runState) retire(name string) <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var runs []chan struct{}
+	for p := range r.processes {
+		if p.sensor == name {
+			runs = append(runs, p.ended)
+		}
+	}
+	retired := make(chan struct{})
+	go func() {
+		defer close(retired)
+		for _, ended := range runs {
+			<-ended
+		}
+	}()
+	return retired
+}
+
+// start starts the executable in dir. It is named relative to dir, so that it
+// and its interpreter see one version even while the directory is replaced.
 //
-// The kernel refuses to run a file that is open for writing, and a file just
-// written is for a moment open in whatever process another goroutine is starting:
-// that is worth a few tries.
-func (s *sensors) start(file string, args []string, dir string, stdout, stderr uintptr) (pid int, err error) {
-	null, err := syscall.Open(os.DevNull, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
-	}
-	defer syscall.Close(null)
-	args = append([]string{file}, args...)
-	process := &syscall.ProcAttr{
-		Dir: dir, Env: s.env, Files: []uintptr{uintptr(null), stdout, stderr},
-		Sys: &syscall.SysProcAttr{Setpgid: true},
-	}
-	if s.user != nil {
-		process.Sys.Credential = s.user.credential
-	}
+// Where the sensor is just being replaced it is tried again, for a second at
+// most. So is a file that is open for writing: one just written still is for a
+// moment, in a process that another goroutine is starting.
+func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
+	file := filepath.Join(dir, s.executable)
+	back := 0 // times that the executable was absent and is there again
 	for try := 0; ; try++ {
-		pid, err := syscall.ForkExec(file, args, process)
+		cmd := &exec.Cmd{
+			Path:        "./" + s.executable,
+			Args:        append([]string{file}, args...),
+			Dir:         dir,
+			Env:         s.env,
+			Stdin:       nil, // /dev/null
+			Stdout:      stdout,
+			Stderr:      stderr,
+			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
+			WaitDelay:   pipeTime,
+		}
+		s.starting.RLock()
+		err := cmd.Start()
 		if err == nil {
-			return pid, nil
+			s.mu.Lock()
+			p.pid = cmd.Process.Pid
+			s.mu.Unlock()
 		}
-		if errors.Is(err, syscall.ENOENT) {
-			err = errors.New("no such file or directory (its interpreter, or a line end of DOS behind that?)")
+		s.starting.RUnlock()
+		absent := errors.Is(err, syscall.ENOENT)
+		switch {
+		case try == startTries:
+			return cmd, err
+		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
+		case absent && back < 3 && exists(file):
+			back++ // it was away a moment ago, or else its interpreter is
+		default:
+			return cmd, err
 		}
-		if try == busyRetries || !errors.Is(err, syscall.ETXTBSY) {
-			return 0, &os.PathError{Op: "start", Path: file, Err: err}
-		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(startPause)
 	}
 }
 
-// await waits for a process to end or ends it, and kills the rest of its
-// group. It does so before the process is reaped: until then its number, and
-// so the group's, can be nobody else's.
-func (s *sensors) await(ctx context.Context, name string, pid int) outcome {
-	ended := make(chan struct{})
-	go func() {
-		waitEnded(pid)
-		close(ended)
-	}()
-	reap := func() (status syscall.WaitStatus) {
-		syscall.Kill(-pid, syscall.SIGKILL) // who is left
-		for {
-			switch _, err := syscall.Wait4(pid, &status, 0, nil); {
-			case err == nil:
-				return status
-			case !errors.Is(err, syscall.EINTR):
-				return syscall.WaitStatus(syscall.SIGKILL) // nobody knows: not a success
-			}
-		}
+// notStarted returns the outcome of a run whose executable could not be started.
+func notStarted(file string, err error) outcome {
+	var cause *os.PathError
+	if !errors.As(err, &cause) || cause.Op != "fork/exec" { // such as no pipe, or no /dev/null
+		return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
 	}
-	timer := time.NewTimer(s.timeout)
-	defer timer.Stop()
-	why := ""
-	select {
-	case <-ended:
-		status := reap()
-		if status.Signaled() {
-			return outcome{code: -int(status.Signal())}
+	err = cause.Err // without the name of the file, which is relative
+	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
+		if !exists(file) {
+			return outcome{code: codeNotFound, why: "no such sensor"}
 		}
-		return outcome{code: status.ExitStatus()}
-	case <-timer.C:
-		why = fmt.Sprintf("timed out after %v", s.timeout)
-	case <-ctx.Done():
-		why = "ended with the agent"
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			why = fmt.Sprintf("ended after %v", helpTime)
-		}
+		err = errors.New("interpreter not found: does the file have Windows line ends?")
 	}
-	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		syscall.Kill(-pid, signal)
-		syscall.Kill(pid, signal) // it may have left its group
-		timer := time.NewTimer(killDelay)
-		defer timer.Stop()
-		select {
-		case <-ended:
-			reap()
-			return outcome{code: -int(signal), why: why}
-		case <-timer.C:
-		}
-	}
-	// In the kernel, waiting for a dead disk or network. It must neither hold
-	// up the others nor be joined by another like it.
-	s.addStuck(name, 1)
-	go func() {
-		<-ended
-		reap()
-		s.addStuck(name, -1)
-	}()
-	return outcome{code: -int(syscall.SIGKILL), why: why + ", but still there"}
+	return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
 }
 
-func (s *sensors) isStuck(name string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stuck[name] > 0
-}
-
-func (s *sensors) addStuck(name string, n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stuck[name] += n; s.stuck[name] == 0 {
-		delete(s.stuck, name)
+// await waits until a process ends, and ends it at the time-out or when ctx
+// does. It reports false where not even SIGKILL ended the process.
+func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (o outcome, ended bool) {
+	pid := cmd.Process.Pid
+	limited, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	if s.waitEnded(limited, pid) {
+		return outcome{code: reap(cmd)}, true
 	}
+	o.why = fmt.Sprintf("timed out after %v", s.timeout)
+	if ctx.Err() != nil {
+		o.why = interrupted
+	}
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		o.code = -int(sig)
+		syscall.Kill(-pid, sig)
+		syscall.Kill(pid, sig) // it may have left its group
+		patient, cancel := context.WithTimeout(context.Background(), killTime)
+		defer cancel()
+		if s.waitEnded(patient, pid) {
+			reap(cmd)
+			return o, true
+		}
+	}
+	o.why += ", but still there"
+	return o, false
 }
 
-// waitEnded waits until a child has ended, and leaves it to be reaped.
-func waitEnded(pid int) {
-	const pPid = 1 // P_PID of <sys/wait.h>
+// reap kills what is left of the process group of a child that has ended, reaps
+// the child and returns its exit code, or minus the signal that ended it. In this
+// order: until the child is reaped, nobody else can get the number of its group.
+func reap(cmd *exec.Cmd) (code int) {
+	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	cmd.Wait() // its error is in the state, or says that somebody still holds a pipe
+	if cmd.ProcessState == nil {
+		return -int(syscall.SIGKILL) // nobody knows: not a success
+	}
+	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		return -int(status.Signal())
+	}
+	return status.ExitStatus()
+}
+
+// waitEnded waits until a child has ended, and leaves it to be reaped. It
+// reports false where ctx ends first. It blocks no thread, but looks at the child
+// at each SIGCHLD. Of all that wait, one receives the signal and tells the others.
+func (r *runState) waitEnded(ctx context.Context, pid int) bool {
+	r.watch.Do(func() { signal.Notify(r.signals, syscall.SIGCHLD) })
 	for {
-		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, pPid, uintptr(pid), 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
-		if errno != syscall.EINTR {
-			return
+		r.mu.Lock()
+		signalled := r.signalled
+		r.mu.Unlock()
+		if ended, err := endedChild(pPid, pid); ended == pid || err != nil {
+			return true
+		}
+		select {
+		case <-r.signals:
+			r.mu.Lock()
+			close(r.signalled)
+			r.signalled = make(chan struct{})
+			r.mu.Unlock()
+		case <-signalled:
+		case <-ctx.Done():
+			return false
 		}
 	}
 }
 
-// A capture keeps part of what a process writes to a pipe: the beginning or
-// the end.
+// endedChild returns the number of a child that has ended and is not reaped yet:
+// of one (pPid) or any (pAll). It returns 0 if none has ended, and an error if
+// there is no such child.
+func endedChild(which, pid int) (int, error) {
+	var info [32]int32                   // siginfo_t
+	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
+	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(which), uintptr(pid),
+		uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+	if errno != 0 {
+		return 0, os.NewSyscallError("waitid", errno)
+	}
+	return int(info[siPid]), nil
+}
+
+// What endedChild looks at, from <sys/wait.h>.
+const (
+	pAll = 0
+	pPid = 1
+)
+
+// reapOrphans reaps the processes that other processes leave to process 1, until
+// ctx ends. It never takes the process of a run, whose exit code the run needs.
+func (r *runState) reapOrphans(ctx context.Context) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGCHLD)
+	defer signal.Stop(signals)
+	again := time.NewTicker(orphanTime) // the process of a run may have been in the way
+	defer again.Stop()
+	for ctx.Err() == nil {
+		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		}
+		select {
+		case <-signals:
+		case <-again.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// endedOrphan returns the number of a child that has ended and belongs to no run.
+// It returns 0 if there is none, or while a process starts that a run will own.
+func (r *runState) endedOrphan() int {
+	if !r.starting.TryLock() {
+		return 0
+	}
+	defer r.starting.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	pid, _ := endedChild(pAll, 0)
+	for p := range r.processes {
+		if p.pid == pid {
+			return 0
+		}
+	}
+	return pid
+}
+
+// reserveThreads makes threads for n goroutines that block at the same time. The
+// runtime keeps them. Without a reserve it would end the agent when it needs one
+// more thread while a sensor has used up the limit of processes.
+func reserveThreads(n int) {
+	var all sync.WaitGroup
+	release := make(chan struct{})
+	for i := 0; i < n; i++ {
+		all.Add(1)
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			all.Done()
+			<-release
+		}()
+	}
+	all.Wait()
+	close(release)
+}
+
+// A capture keeps part of what a process writes, the beginning or the end.
 type capture struct {
-	pipe, end int // to read from, to write to
-	limit     int
-	tail      bool
-	kept      []byte
-	total     int64
-	slow      *time.Timer
-	file      chan *os.File // the pipe to read from, where the process takes longer
-	done      chan struct{} // closed when it is not read while the process runs any more
+	limit int
+	tail  bool
+	copy  io.Writer // gets all that is written; may be nil
+	kept  []byte
+	total int64
 }
 
-// newCapture returns a capture of up to limit bytes.
-func newCapture(limit int, tail bool) (*capture, error) {
-	var pipe [2]int
-	err := syscall.Pipe2(pipe[:], syscall.O_CLOEXEC)
-	if err != nil {
-		return nil, os.NewSyscallError("pipe2", err)
-	}
-	c := &capture{pipe: pipe[0], end: pipe[1], limit: limit, tail: tail}
-	if err := syscall.SetNonblock(c.pipe, true); err != nil {
-		c.close()
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	return c, nil
-}
-
-// begin leaves the end of the pipe to a process that has it now. Most end in no
-// time, and what they wrote is read then. Otherwise it is read while the process
-// runs, until the pipe ends or finish is called.
-func (c *capture) begin() {
-	closeOnce(&c.end)
-	c.file, c.done = make(chan *os.File, 1), make(chan struct{})
-	c.slow = time.AfterFunc(quickTime, func() {
-		defer close(c.done)
-		file := os.NewFile(uintptr(c.pipe), "pipe")
-		c.file <- file
-		buf := make([]byte, maxOutput)
-		for {
-			n, err := file.Read(buf)
-			c.keep(buf[:n])
-			if err != nil {
-				return
-			}
-			if c.total > freeOutput { // one that writes for ever must not cost the processor
-				buf = slices.Grow(buf, freeOutput/2)[:freeOutput/2]
-				time.Sleep(time.Millisecond)
-			}
+// ReadFrom reads to the end of r. It is what os/exec calls. The buffer is small
+// at first, as most sensors write one number. A sensor that writes for ever must
+// not cost the processor, so from 64 KiB on it is slowed down.
+func (c *capture) ReadFrom(r io.Reader) (int64, error) {
+	buf := make([]byte, 512)
+	for {
+		n, err := r.Read(buf)
+		c.Write(buf[:n])
+		switch {
+		case errors.Is(err, io.EOF):
+			return c.total, nil
+		case err != nil:
+			return c.total, err
+		case c.total > freeOutput && len(buf) < slowRead:
+			buf = make([]byte, slowRead)
+		case c.total > freeOutput:
+			time.Sleep(time.Millisecond)
 		}
-	})
+	}
 }
 
-func (c *capture) keep(b []byte) {
-	c.total += int64(len(b))
-	c.kept = append(c.kept, b...)
+func (c *capture) Write(p []byte) (int, error) {
+	c.total += int64(len(p))
+	c.kept = append(c.kept, p...)
 	if over := len(c.kept) - c.limit; over > 0 && c.tail {
 		c.kept = c.kept[over:]
 	} else if over > 0 {
 		c.kept = c.kept[:c.limit]
 	}
-}
-
-// finish returns what was kept, once the process has ended, and whether there
-// was more. All that the process wrote is in the pipe by then, so there is
-// nothing to wait for although a grandchild may hold it open.
-func (c *capture) finish() (kept []byte, more bool) {
-	if !c.slow.Stop() {
-		file := <-c.file
-		file.SetReadDeadline(time.Unix(1, 0))
-		<-c.done
-		defer func() { c.pipe = -1; file.Close() }() // whose it is
+	if c.copy != nil {
+		c.copy.Write(p) // an error there must not end the sensor
 	}
-	buf := make([]byte, maxOutput)
-	for begun := c.total; c.total-begun < maxPipe; { // somebody who is left may still write
-		n, err := syscall.Read(c.pipe, buf)
-		if n > 0 {
-			c.keep(buf[:n])
-		} else if !errors.Is(err, syscall.EINTR) {
-			break
-		}
-	}
-	return c.kept, c.total > int64(c.limit)
-}
-
-func (c *capture) close() {
-	closeOnce(&c.end)
-	closeOnce(&c.pipe)
-}
-
-// closeOnce closes a file, unless it has been.
-func closeOnce(fd *int) {
-	if *fd >= 0 {
-		syscall.Close(*fd)
-		*fd = -1
-	}
+	return len(p), nil
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
@@ -764,8 +804,18 @@ type command struct {
 	from   string // who asks: they take turns
 }
 
-func (c command) equal(d command) bool {
-	return c.ticket == d.ticket && c.sameWork(d)
+// String names a command for the log. A sensor's name is quoted where it could
+// be taken for more than a name.
+func (c command) String() string {
+	const plain = "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	verb, name := c.change, c.sensor
+	if verb == "" {
+		verb = "sensor"
+	}
+	if strings.Trim(name, plain) != "" {
+		name = cut(name)
+	}
+	return strings.TrimSpace(verb + " " + name)
 }
 
 // sameWork reports whether two commands ask the same, perhaps under two tickets.
@@ -773,286 +823,264 @@ func (c command) sameWork(d command) bool {
 	return c.change == d.change && c.sensor == d.sensor && slices.Equal(c.args, d.args)
 }
 
-// A queue runs commands in the order they came, in turn for those who ask, and
-// hands in one reading for each that has a ticket. Readings and changes have a
-// lane each, so that an update over a bad link does not hold up what is measured.
-// Nobody can keep others out by filling it: who has less than a quarter of it
-// waiting finds room up to twice its size.
+// A job is a command in the queue.
+type job struct {
+	command
+	tickets  []any      // of all who asked for it
+	waits    bool       // it has a place in the queue, and does not run yet
+	accepted chan error // of one that waits for a place
+}
+
+// A lane is one of the two parts of the queue. Callers take turns. The commands of
+// one caller run in the order they came, but for those of a sensor at its limit.
+type lane struct {
+	limit   int // of running
+	running int
+	runs    map[string]int // of running, those of a sensor
+	waiting int
+	callers []string          // those with commands that wait, the next one first
+	lines   map[string][]*job // by caller
+}
+
+func newLane(limit int) lane {
+	return lane{limit: limit, runs: make(map[string]int), lines: make(map[string][]*job)}
+}
+
+// mayRun reports whether a command for a sensor can run now. One slot of several
+// is kept from each sensor, so that one that hangs does not stop the others.
+func (l *lane) mayRun(sensor string) bool {
+	return l.running < l.limit && (l.limit == 1 || l.runs[sensor] < l.limit-1)
+}
+
+// push adds a command that waits.
+func (l *lane) push(j *job) {
+	if len(l.lines[j.from]) == 0 {
+		l.callers = append(l.callers, j.from)
+	}
+	l.lines[j.from] = append(l.lines[j.from], j)
+	l.waiting++
+	j.waits = true
+}
+
+// next takes the command that is to run next out of the lane: the oldest one that
+// may run, of the first caller who has one. It returns nil if there is none.
+func (l *lane) next() *job {
+	for i, caller := range l.callers {
+		line := l.lines[caller]
+		k := slices.IndexFunc(line, func(j *job) bool { return l.mayRun(j.sensor) })
+		if k < 0 {
+			continue
+		}
+		j := line[k]
+		l.callers = slices.Delete(l.callers, i, i+1)
+		if l.lines[caller] = slices.Delete(line, k, k+1); len(line) > 1 {
+			l.callers = append(l.callers, caller)
+		} else {
+			delete(l.lines, caller)
+		}
+		l.waiting--
+		l.running++
+		l.runs[j.sensor]++
+		j.waits = false
+		return j
+	}
+	return nil
+}
+
+// done notes that a command of the lane does not run any more.
+func (l *lane) done(j *job) {
+	l.running--
+	if l.runs[j.sensor]--; l.runs[j.sensor] == 0 {
+		delete(l.runs, j.sensor)
+	}
+}
+
+// A queue runs commands and delivers one reading for each ticket. Readings and
+// changes have a lane each, so that an update over a bad link does not hold up
+// what is measured. No caller can keep others out by filling it: who has less
+// than a quarter of it waiting finds room up to twice its size.
 type queue struct {
 	run     func(context.Context, command) reading
 	deliver func(ticket any, r reading)
 	discard func(ticket any) // the undelivered reading, if there is one
-	size    int              // of waiting, in each lane
 
 	ctx    context.Context // of what runs
 	cancel context.CancelFunc
-	done   sync.WaitGroup // what runs
+	work   sync.WaitGroup // what runs
 
 	mu       sync.Mutex // guards what is below
+	size     int        // of waiting, in each lane
 	readings lane
 	changes  lane
-	active   map[any]*command // waiting or running, by ticket
+	active   map[any]*job    // waiting or running, by ticket
+	latest   map[string]*job // the last change of each sensor
+	outside  []*job          // those for whom there is no room, oldest first
 	closed   bool
-	outside  []*applicant // those for whom there was no room, oldest first
 }
 
-// An applicant waits for room in the queue.
-type applicant struct {
-	c     *command
-	taken chan error
-}
-
-// A lane is a part of the queue.
-type lane struct {
-	limit   int // of running
-	running []*command
-	waiting []*command     // oldest first
-	has     map[string]int // how many wait, of who asked
-	served  []string       // those whose commands began, the latest last, each once
-}
-
-func (l *lane) wait(c *command) {
-	l.waiting = append(l.waiting, c)
-	l.has[c.from]++
-}
-
-// leave notes that a command waits no more.
-func (l *lane) leave(c *command) {
-	if l.has[c.from]--; l.has[c.from] == 0 {
-		delete(l.has, c.from)
-	}
-}
-
-// next takes the command whose turn it is from those that wait: the oldest of
-// who was served longest ago.
-func (l *lane) next() *command {
-	best, rank := -1, 0
-	seen := make(map[string]bool)
-	for i, c := range l.waiting {
-		if seen[c.from] {
-			continue
-		}
-		seen[c.from] = true
-		if r := slices.Index(l.served, c.from); best < 0 || r < rank {
-			best, rank = i, r
-		}
-		if len(seen) == len(l.has) {
-			break
-		}
-	}
-	if best < 0 {
-		return nil
-	}
-	c := l.waiting[best]
-	l.waiting = slices.Delete(l.waiting, best, best+1)
-	l.leave(c)
-	return c
-}
-
-// serve notes whose command begins.
-func (l *lane) serve(from string) {
-	const most = 64 // a longer memory is not worth its room
-	l.served = append(slices.DeleteFunc(l.served, func(s string) bool { return s == from }), from)
-	if len(l.served) > most {
-		l.served = slices.Delete(l.served, 0, 1)
-	}
-}
-
-// newQueue returns a queue in which so many readings run at once, and one change.
-func newQueue(concurrency, size int, run func(context.Context, command) reading, deliver func(any, reading), discard func(any)) *queue {
+// newQueue returns a queue that runs concurrency readings at once, and one change.
+// In each of the two lanes size commands may wait.
+func newQueue(concurrency, size int, run func(context.Context, command) reading,
+	deliver func(any, reading), discard func(any)) *queue {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
-		run: run, deliver: deliver, discard: discard, size: size, ctx: ctx, cancel: cancel,
-		readings: lane{limit: concurrency, has: make(map[string]int)}, changes: lane{limit: 1, has: make(map[string]int)},
-		active: make(map[any]*command),
+		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
+		size: size, readings: newLane(concurrency), changes: newLane(1),
+		active: make(map[any]*job), latest: make(map[string]*job),
 	}
 }
 
-// resize changes how many readings run at once and how many commands wait.
+// resize changes how many readings run at once and how many commands may wait.
 func (q *queue) resize(concurrency, size int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.readings.limit, q.size = concurrency, size
-	for len(q.readings.running) < q.readings.limit {
-		c := q.readings.next()
-		if c == nil {
-			break
-		}
-		q.start(&q.readings, c)
-	}
-	q.letIn()
+	q.start(&q.readings)
+	q.admitOutside()
 }
 
 // count is how many commands wait.
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return len(q.readings.waiting) + len(q.changes.waiting)
+	return q.readings.waiting + q.changes.waiting
 }
 
-func (q *queue) lane(c *command) *lane {
-	if c.change == "" {
-		return &q.readings
-	}
-	return &q.changes
-}
-
-// accept takes a command on, waiting for room until the deadline or the end of
-// ctx, first come, first served. A command equal to one that waits or runs is
-// that one. Any other with a ticket that is known takes its place: the monitor
-// has given the ticket away again, and no reading is delivered for the command
-// before.
+// accept takes a command on, and waits for room until the deadline or the end of
+// ctx, first come, first served. Its error is a fault.
+//
+// A command with the ticket of an equal one that waits or runs is that one. Any
+// other command with a known ticket takes the ticket away: the monitor has given
+// it to two commands, and only the later one's reading is delivered.
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	j := &job{command: c, tickets: []any{c.ticket}}
 	q.mu.Lock()
-	taken, err := q.take(&c)
-	if taken || err != nil {
+	admitted, err := q.admit(j)
+	if admitted || err != nil {
 		q.mu.Unlock()
 		return err
 	}
-	a := &applicant{&c, make(chan error, 1)}
-	q.outside = append(q.outside, a)
+	j.accepted = make(chan error, 1)
+	q.outside = append(q.outside, j)
 	q.mu.Unlock()
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	select {
-	case err := <-a.taken:
+	case err := <-j.accepted:
 		return err
 	case <-ctx.Done():
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if i := slices.Index(q.outside, a); i >= 0 {
-		q.outside = slices.Delete(q.outside, i, i+1)
-		return faultf(faultBusy, "the queue of %d commands is full", q.size)
+	i := slices.Index(q.outside, j)
+	if i < 0 {
+		return <-j.accepted
 	}
-	return <-a.taken
+	q.outside = slices.Delete(q.outside, i, i+1)
+	return faultf(faultBusy, "the queue of %d commands is full", q.size)
 }
 
-// letIn takes on those who wait outside, as far as there is room.
-func (q *queue) letIn() {
-	q.outside = slices.DeleteFunc(q.outside, func(a *applicant) bool {
-		taken, err := q.take(a.c)
-		if taken || err != nil {
-			a.taken <- err
-		}
-		return taken || err != nil
-	})
-}
-
-// take takes a command on if there is room for it.
-func (q *queue) take(c *command) (taken bool, err error) {
-	l, known := q.lane(c), q.known(c)
-	switch {
+// admit gives a command a place in the queue, or reports false if there is no room.
+func (q *queue) admit(j *job) (bool, error) {
+	l, known, ticket := &q.readings, q.active[j.ticket], j.ticket
+	if j.change != "" {
+		l = &q.changes
+	}
+	switch latest := q.latest[j.sensor]; {
 	case q.closed:
 		return false, faultf(faultBusy, "the agent is shutting down")
-	case known != nil && known.equal(*c):
+	case known != nil && known.sameWork(j.command):
 		return true, nil
-	case l == &q.readings && slices.Contains(l.waiting, known):
-		l.leave(known)
-		l.has[c.from]++
-		*known = *c // nobody wants the other reading
-		c = known
-	case len(l.running) < l.limit:
-		q.start(l, c)
-	case len(l.waiting) < q.size, len(l.waiting) < 2*q.size && l.has[c.from] < max(1, q.size/4):
-		l.wait(c)
+	case j.change != "" && latest != nil && latest.waits && latest.sameWork(j.command):
+		latest.tickets = append(latest.tickets, ticket) // not past another change of the sensor
+		j = latest
+	case j.change == "" && known != nil && known.waits && known.change == "":
+		known.sensor, known.args = j.sensor, j.args // nobody wants the other reading
+		j = known
+	case l.mayRun(j.sensor), l.waiting < q.size, l.waiting < 2*q.size && len(l.lines[j.from]) < max(1, q.size/4):
+		l.push(j)
+		if j.change != "" {
+			q.latest[j.sensor] = j
+		}
 	default:
 		return false, nil
 	}
-	if c.ticket != nil {
-		q.active[c.ticket] = c
-		q.discard(c.ticket)
+	if ticket != nil {
+		q.active[ticket] = j
+		q.discard(ticket)
 	}
+	q.start(l)
 	return true, nil
 }
 
-// start runs a command, and those after it.
-func (q *queue) start(l *lane, c *command) {
-	l.running = append(l.running, c)
-	l.serve(c.from)
-	q.done.Add(1)
-	go q.work(c)
-}
-
-// known returns the command that waits or runs with the same ticket; of a
-// change without a ticket, one that is the same.
-func (q *queue) known(c *command) *command {
-	if c.ticket != nil {
-		return q.active[c.ticket]
-	}
-	for _, other := range append(slices.Clone(q.changes.running), q.changes.waiting...) {
-		if other.equal(*c) {
-			return other
+// admitOutside gives places to those who wait for one, as far as there is room.
+func (q *queue) admitOutside() {
+	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
+		admitted, err := q.admit(j)
+		if admitted || err != nil {
+			j.accepted <- err
 		}
-	}
-	return nil
+		return admitted || err != nil
+	})
 }
 
-// work runs commands of a lane until none waits.
-func (q *queue) work(c *command) {
-	defer q.done.Done()
-	for c != nil {
-		c = q.finish(c, q.run(q.ctx, *c))
+// start runs commands of a lane, as many as may.
+func (q *queue) start(l *lane) {
+	for j := l.next(); j != nil; j = l.next() {
+		q.work.Add(1)
+		go func(j *job) {
+			defer q.work.Done()
+			for j != nil {
+				j = q.finish(l, j, q.run(q.ctx, j.command))
+			}
+		}(j)
 	}
 }
 
-// finish hands in the reading of a command, and returns the next to run. Who
-// waits for the same change joins: it is made once.
-func (q *queue) finish(c *command, r reading) *command {
+// finish delivers the reading of a command, and returns the next one to run.
+func (q *queue) finish(l *lane, j *job, r reading) *job {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.hand(c, r)
-	l := q.lane(c)
-	l.running = slices.DeleteFunc(l.running, func(other *command) bool { return other == c })
-	if l == &q.changes {
-		join := true // up to one that asks something else of the same sensor
-		l.waiting = slices.DeleteFunc(l.waiting, func(other *command) bool {
-			if join = join && (other.sensor != c.sensor || other.sameWork(*c)); join && other.sameWork(*c) {
-				q.hand(other, r)
-				l.leave(other)
-				return true
-			}
-			return false
-		})
+	q.deliverAll(j, r)
+	l.done(j)
+	if q.latest[j.sensor] == j {
+		delete(q.latest, j.sensor)
 	}
-	var next *command
-	if len(l.running) < l.limit {
-		next = l.next()
-	}
-	if next != nil {
-		l.running = append(l.running, next)
-		l.serve(next.from)
-	}
-	q.letIn()
+	next := l.next()
+	q.admitOutside()
 	return next
 }
 
-// hand hands in a reading, unless there is no ticket, or it was given away again.
-func (q *queue) hand(c *command, r reading) {
-	if c.ticket == nil || q.active[c.ticket] != c {
-		return
+// deliverAll delivers the reading of a command under each of its tickets that
+// was not given to another.
+func (q *queue) deliverAll(j *job, r reading) {
+	for _, ticket := range j.tickets {
+		if q.active[ticket] == j {
+			delete(q.active, ticket)
+			q.deliver(ticket, r)
+		}
 	}
-	delete(q.active, c.ticket)
-	q.deliver(c.ticket, r)
 }
 
 // close takes no more commands. Those that wait get the reading of a run that
 // SIGTERM ended; those that run have until ctx ends. When close returns, nothing
-// runs and every reading has been handed in.
+// runs and every reading has been delivered.
 func (q *queue) close(ctx context.Context) {
 	q.mu.Lock()
 	q.closed = true
 	for _, l := range []*lane{&q.readings, &q.changes} {
-		for _, c := range l.waiting {
-			q.hand(c, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+		for _, caller := range l.callers {
+			for _, j := range l.lines[caller] {
+				q.deliverAll(j, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+			}
 		}
-		l.waiting, l.has = nil, make(map[string]int)
+		l.callers, l.lines, l.waiting = nil, nil, 0
 	}
-	q.letIn() // which tells them
+	q.admitOutside() // which refuses them
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()
-	q.done.Wait()
+	q.work.Wait()
 	q.cancel()
 }
 
@@ -1088,520 +1116,391 @@ func (c *cond) broadcast() {
 }
 
 const (
-	maxKept     = 1024            // readings kept in memory alone for a monitor that is away
-	maxBackoff  = 5 * time.Minute // between two attempts to reach it
-	maxTries    = 3               // of a reading that the monitor answers with a fault
-	faultFactor = 10              // a fault waits so much longer than a monitor that is away: a locked database takes its time
-	lastTime    = time.Second     // for an attempt when the agent ends
-	lastMisses  = 4               // after so many then, one after the other, the monitor counts as away
-	roomForRuns = 64              // readings of those that run when no more may begin
-	spoolRetry  = time.Minute     // before a spool that cannot be written is tried again
-	marksAtOnce = 64              // delivered readings that are marked in the spool in one go
-	markTime    = time.Second / 10
-	spoolTime   = 5 * time.Second // for the last of it when the agent ends
+	maxPending  = 1024            // readings that wait for the monitor in memory alone
+	roomForRuns = 64              // of them, kept free for the runs that go on when no more may begin
+	maxBackoff  = 5 * time.Minute // between two attempts to reach a monitor that is away
+	maxTries    = 3               // faults after which a reading is dropped
+	faultFactor = 10              // times the backoff of a monitor that is away: a locked database takes its time
+	lastTime    = time.Second     // for each attempt when the agent ends
+	lastMisses  = 4               // attempts in a row that may fail then
+	spoolRetry  = time.Minute     // before a spool that could not be written is tried again
+	spoolTime   = 5 * time.Second // for the last write to the spool when the agent ends
 )
 
-// A reading is what one run of a sensor came to.
+// A reading is the outcome of one run of a sensor.
 type reading struct {
 	code   int       // 0, or why there is no number
 	value  string    // the sensor's own digits; "" where there is no number
-	taken  time.Time // with the monotonic clock's reading, unless it is of an earlier boot
+	taken  time.Time // when the run ended
 	reason string    // for the log, where the code is not 0; never sent
 }
 
-// An undelivered is a reading that the monitor does not have yet.
-type undelivered struct {
+// A pendingReading is a reading that the monitor does not have yet.
+type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
-	missed    int       // attempts that found the monitor away
-	faults    int       // attempts that the monitor answered with a fault
-	notBefore time.Time // the next attempt
-	sending   bool
-	last      bool   // its attempt when the agent ends has begun
-	discarded bool   // not to be kept if this attempt fails
-	earlier   bool   // taken in an earlier boot: the time has no monotonic clock
-	toSave    bool   // on its way to the spool, or there
-	record    uint64 // its number in the spool; 0 where it is not there
-	gone      bool   // it is undelivered no more
+	takenAt   clocks    // when the run ended, by all clocks of the box
+	misses    int       // attempts that the monitor did not answer
+	failures  int       // of them, those right after an answer: the monitor fails on this reading
+	faults    int       // attempts that it answered with a fault
+	notBefore time.Time // of the next attempt
+	record    uint64    // its number in the spool; 0: it does not belong there
+	size      int       // bytes of its record
+	onDisk    bool      // the record is written
+	done      bool      // it is pending no more
 }
 
-// A delivery hands readings in at the monitor with cmd_store_probe_data, the
-// oldest first and one at a time: old monitors serve one connection, and the
-// next one only when that is closed. Once the monitor is back, those that had to
-// wait take turns with fresh ones. A reading leaves the delivery when the
-// monitor has taken it, has answered three times with a fault or has given
-// its ticket away again, and when there is no more room: for 1,024 in memory,
-// and for what the spool holds.
+// A delivery hands readings in at the monitor with cmd_store_probe_data, one at
+// a time: old monitors serve one connection after the other. One rule chooses
+// the next reading: the one tried least often, in turn from the oldest and from
+// the newest end. So neither a backlog nor a reading on which the monitor always
+// fails holds up the others.
 //
-// With a spool, a reading that the monitor did not take at the first attempt,
-// and each one while it is away or the agent ends, is on the disk as soon as
-// that allows.
+// A reading leaves the delivery when the monitor has taken it, has answered it
+// with three faults or has given its ticket away again. The oldest is dropped
+// when there is no more room: for 1,024 readings in memory, and for what the spool
+// may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
+// seconds, at most 5 minutes, ±50 %, however many readings wait.
+//
+// With a spool, a reading that the monitor did not take at the first attempt is
+// on the disk as soon as the disk allows, and so is every other one while the
+// monitor is away or the agent ends. A goroutine of its own writes the spool: a
+// disk that hangs holds up neither sensors nor the delivery.
 type delivery struct {
-	clock   func(now time.Time) time.Time // what the box's clock shows: now itself, but for tests
-	retry   time.Duration                 // before the second attempt; doubled from then on, up to 5 minutes
-	cancel  context.CancelFunc
-	done    chan struct{} // closed when nothing is sent any more
-	saved   chan struct{} // closed when nothing is written to the spool any more
+	retry   time.Duration // the first backoff
+	clocks  func() clocks
+	cancel  context.CancelFunc // ends the attempt that is under way
+	sent    chan struct{}      // closed when the sender has ended
+	saved   chan struct{}      // closed when the spool is written no more
 	dropped logLimit
+	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
-	mu       sync.Mutex // guards what is below
-	zone     *time.Location
-	noValue  string // sent where there is no number
-	client   *client
-	changed  *sync.Cond     // what may be sent, or how much room there is
-	kept     []*undelivered // oldest first
-	old      int            // of them, those that had to wait while the monitor was away
-	turn     bool           // the next attempt is with a fresh one, if there is any
-	away     time.Time      // since when the monitor has been away; zero when it is not
-	missed   int            // attempts since then
-	probeAt  time.Time      // the next one
-	outage   time.Duration  // how long the monitor had been away; zero once the old ones are through
-	caughtUp int            // delivered since then
-	last     bool           // what comes now is the last: not limited, and to be saved at once
-	closing  bool
-	abort    context.CancelFunc // of the attempt under way
-	totals   deliveryTotals
+	mu           cond // guards what is below, and is broadcast at each change
+	client       *client
+	zone         *time.Location
+	noValue      string            // sent where there is no number
+	pending      []*pendingReading // oldest first
+	inMemory     int               // of pending, those that are not on the disk
+	fromNewest   bool              // the next reading is looked for from the newest end
+	awaySince    time.Time         // zero while the monitor is there
+	misses       int               // attempts without an answer since the latest answer
+	retryAt      time.Time         // no attempt before that
+	waitingSince time.Time         // since when runs have waited and the monitor has taken nothing
+	ending       bool              // there is no limit any more, and everything is saved
+	closing      bool              // the sender is to end
+	sealed       bool              // what is to be written to the spool now is the last
+	totals       deliveryTotals
 
-	spool    *spool         // nil: readings are in memory alone
-	inSpool  int            // of kept, those that are in the spool
-	held     int64          // bytes of those that are or will be in the spool
-	unsaved  []*undelivered // to be written to the spool
-	marks    []uint64       // records to be marked as delivered
-	marksBy  time.Time      // when the first of them is due
-	syncMark bool           // one of them must not come back after a power cut
-	sealed   bool           // nothing more will come
-	respool  func()         // changes the spool; for the goroutine that writes it
-	retired  []*spool       // hold what the new one does not have yet
-	toWrite  *sync.Cond     // any of these
+	records      []byte       // to be added to the spool
+	syncRecords  bool         // they must survive a power cut
+	lastRecord   uint64       // the highest number of a record
+	held         int          // bytes of the records of pending readings
+	needsRewrite bool         // the file is to be written anew
+	reused       map[any]bool // tickets given away again before the spool was read; then nil
 }
 
-// DeliveryTotals count since the start of the agent.
+// deliveryTotals counts readings since the start of the agent.
 type deliveryTotals struct {
+	undelivered        int // at present
 	delivered, dropped int
-	latest             time.Time // the latest delivery
+	latest             time.Time // the latest delivery; zero before the first
 	spoolBytes         int64     // at present
 }
 
-// newDelivery returns a delivery that is at work until close. What the spool
-// holds (nil: there is none) is the oldest to deliver.
+// newDelivery returns a delivery that works until close. What the spool holds
+// (nil: there is none) joins its readings as soon as it is read. The second
+// attempt to reach a monitor comes about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	ctx, cancel := context.WithCancel(context.Background())
 	d := &delivery{
-		client: c, zone: zone, noValue: noValue, clock: func(now time.Time) time.Time { return now }, retry: retry, cancel: cancel,
-		done: make(chan struct{}), saved: make(chan struct{}), dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
+		retry: retry, clocks: systemClocks(), cancel: cancel, sent: make(chan struct{}), saved: make(chan struct{}),
+		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
+		client: c, zone: zone, noValue: noValue, needsRewrite: true,
 	}
-	d.changed, d.toWrite = sync.NewCond(&d.mu), sync.NewCond(&d.mu)
 	if s != nil {
-		d.load()
+		d.reused = make(map[any]bool)
 	}
 	go func() {
-		defer close(d.done)
-		for u, c := d.next(); u != nil; u, c = d.next() {
-			d.settle(u, c, d.attempt(ctx, u, c))
+		defer close(d.sent)
+		for p, c := d.next(ctx); p != nil; p, c = d.next(ctx) {
+			d.record(ctx, p, c, d.send(ctx, p, c))
 		}
 	}()
 	go func() {
 		defer close(d.saved)
-		for w, more := d.awaitSpoolWork(); more; w, more = d.awaitSpoolWork() {
-			d.writeSpool(w)
-		}
-		for _, r := range d.retired {
-			log.Printf(severe+"spool %s: left as it was: the one that takes its place could not be written", r.file())
-			r.close()
-		}
-		if d.spool != nil {
-			d.spool.close()
+		if s != nil {
+			d.writeSpool()
 		}
 	}()
 	return d
 }
 
-// configure has readings sent as these settings have it from now on, at once
-// where they could not be before.
+// configure applies new settings to all further attempts, and retries at once.
+// What another monitor did with a reading does not count.
 func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.zone, d.noValue = zone, noValue
-	d.callFrom(c)
-}
-
-func (d *delivery) callFrom(c *client) {
 	moved := d.client.url.String() != c.url.String()
-	d.missed, d.probeAt = 0, time.Time{}
 	if moved {
-		if !d.away.IsZero() {
-			log.Printf(notice+"monitor %s: no longer the monitor, after %s away", d.client.url.Redacted(), age(time.Since(d.away)))
-		}
-		d.reportBack()
-		d.away, d.outage = time.Time{}, 0
-		for _, u := range d.kept {
-			u.missed, u.faults, u.notBefore = 0, 0, time.Time{}
+		d.awaySince = time.Time{}
+	}
+	d.misses, d.retryAt = 0, time.Time{}
+	for _, p := range d.pending {
+		p.notBefore = time.Time{}
+		if moved {
+			p.misses, p.failures, p.faults = 0, 0, 0
 		}
 	}
 	d.client.close()
-	d.client = c
-	d.changed.Broadcast()
+	d.client, d.zone, d.noValue = c, zone, noValue
+	d.mu.broadcast()
 }
 
-// put takes a reading to deliver. It never blocks.
-func (d *delivery) put(ticket any, r reading) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	limit := maxKept
-	if d.away.IsZero() { // waitRoom limits those behind the ones that had to wait
-		limit = 2 * maxKept
-	}
-	if len(d.kept)-d.inSpool >= limit && !d.last {
-		d.dropOldest(func(u *undelivered) bool { return u.record == 0 }, fmt.Sprintf("more than %d undelivered", limit))
-	}
-	u := &undelivered{reading: r, ticket: ticket}
-	d.kept = append(d.kept, u)
-	if d.last || !d.away.IsZero() {
-		d.save(u)
-	}
-	d.changed.Broadcast()
-}
-
-// dropOldest gives up the oldest reading that may be, if there is one.
-func (d *delivery) dropOldest(may func(*undelivered) bool, why string) *undelivered {
-	i := slices.IndexFunc(d.kept, func(u *undelivered) bool { return !u.sending && may(u) })
-	if i < 0 {
-		return nil
-	}
-	u := d.kept[i]
-	d.remove(u)
-	d.totals.dropped++
-	d.dropped.printf(warning+"%s: reading dropped: the oldest of %s", ticketText(u.ticket), why)
-	return u
-}
-
-// save has a reading written to the spool.
-func (d *delivery) save(u *undelivered) {
-	if d.spool != nil && !u.toSave && !u.gone {
-		u.toSave = true
-		d.held += u.length()
-		if len(d.unsaved) > 2*maxKept { // a disk that hangs
-			d.unsaved = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
-		}
-		d.unsaved = append(d.unsaved, u)
-		d.toWrite.Signal()
-	}
-}
-
-func (d *delivery) saveAll() {
-	for _, u := range d.kept {
-		d.save(u)
-	}
-}
-
-// putLast lets more than 1,024 readings in from now on: when the agent ends,
-// those of the commands that waited must not push out what was measured. All
-// go to the spool at once: an init may not wait for long.
-func (d *delivery) putLast() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.last = true
-	d.saveAll()
-	d.changed.Broadcast()
-}
-
-// waitRoom waits while the monitor is there, but slower than the sensors: then
-// it is the dispatcher that has to wait, and nothing is dropped.
-func (d *delivery) waitRoom(ctx context.Context) {
-	stop := context.AfterFunc(ctx, d.wake)
-	defer stop()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for len(d.kept)-d.old >= maxKept-roomForRuns && d.away.IsZero() && !d.last && !d.closing && ctx.Err() == nil {
-		d.changed.Wait()
-	}
-}
-
-// wake has everybody who waits look again.
-func (d *delivery) wake() {
-	d.mu.Lock() // not before Wait waits
-	defer d.mu.Unlock()
-	d.changed.Broadcast()
-	d.toWrite.Signal()
-}
-
-// discard forgets an undelivered reading: the monitor has given its ticket
-// away again.
-func (d *delivery) discard(ticket any) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for i := 0; i < len(d.kept); i++ {
-		u := d.kept[i]
-		if u.ticket != ticket || u.discarded {
-			continue
-		}
-		if u.discarded = true; !u.sending {
-			d.remove(u)
-			i--
-		}
-		d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
-	}
-}
-
-// count is how many readings are undelivered, and what has become of the others.
-func (d *delivery) count() (undelivered int, t deliveryTotals) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return len(d.kept), d.totals
-}
-
-// remove forgets a reading, and has its record marked.
-func (d *delivery) remove(u *undelivered) {
-	i := slices.Index(d.kept, u)
-	if i < 0 {
-		return
-	}
-	if i == 0 {
-		d.kept[0] = nil
-		d.kept = d.kept[1:] // a backlog of thousands leaves from here
-	} else {
-		d.kept = slices.Delete(d.kept, i, i+1)
-	}
-	if i < d.old {
-		d.old--
-	}
-	u.gone = true
-	if u.toSave {
-		d.held -= u.length()
-		if d.held == 0 && d.spool != nil {
-			d.spool.retryAt = time.Time{} // to empty a file takes no room
-			d.toWrite.Signal()
-		}
-	}
-	if u.record != 0 {
-		d.inSpool--
-		d.mark(u)
-	}
-	d.changed.Broadcast()
-}
-
-// mark has the record of a reading that is gone marked in the spool.
-func (d *delivery) mark(u *undelivered) {
-	d.marks = append(d.marks, u.record)
-	d.syncMark = d.syncMark || u.discarded
-	if len(d.marks) == 1 {
-		d.marksBy = time.Now().Add(markTime)
-	}
-	if len(d.marks) == 1 || d.marksDue() {
-		d.toWrite.Signal()
-	}
-}
-
-// marksDue reports whether marks are to be written now: a backlog's are written
-// in batches.
-func (d *delivery) marksDue() bool {
-	return len(d.marks) >= marksAtOnce || len(d.marks) > 0 && (d.inSpool == 0 || d.syncMark || d.sealed || !time.Now().Before(d.marksBy))
-}
-
-// monitor is the client of the monitor that readings go to.
+// monitor returns the client of the monitor that readings go to.
 func (d *delivery) monitor() *client {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.client
 }
 
-// moveTo has readings go to another monitor from now on, those that are kept
-// too, and at once; unless they go to somebody else than before by now, which it
-// reports.
-func (d *delivery) moveTo(before, c *client) bool {
+// count returns how many readings are pending, and what became of the others.
+func (d *delivery) count() deliveryTotals {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.client != before {
-		return false
-	}
-	d.callFrom(c)
-	return true
+	totals := d.totals
+	totals.undelivered = len(d.pending)
+	return totals
 }
 
-// next waits for a reading that may be sent now, and says to whom. It returns
-// nil when the delivery closes and there is none.
-func (d *delivery) next() (*undelivered, *client) {
+// put takes a reading to deliver. It never blocks.
+func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for {
-		u, at := d.pick(time.Now())
-		switch {
-		case u != nil:
-			u.sending = true
-			return u, d.client
-		case d.closing:
-			return nil, nil
+	if d.inMemory >= maxPending && !d.ending {
+		d.dropOldest(func(p *pendingReading) bool { return !p.onDisk }, fmt.Sprintf("more than %d undelivered", maxPending))
+	}
+	now, since := d.clocks(), time.Since(r.taken)
+	p := &pendingReading{reading: r, ticket: ticket, takenAt: clocks{now.wall.Add(-since), now.age - since, now.boot}}
+	d.pending = append(d.pending, p)
+	d.inMemory++
+	if d.ending || !d.awaySince.IsZero() {
+		d.save(p)
+	}
+	d.mu.broadcast()
+}
+
+// dropOldest drops the oldest reading for which may returns true. It reports
+// whether there was one.
+func (d *delivery) dropOldest(may func(*pendingReading) bool, of string) bool {
+	i := slices.IndexFunc(d.pending, may)
+	if i >= 0 {
+		d.drop(d.pending[i], "the oldest of "+of)
+	}
+	return i >= 0
+}
+
+// drop gives a reading up and logs why.
+func (d *delivery) drop(p *pendingReading, why string) {
+	d.remove(p)
+	d.totals.dropped++
+	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
+}
+
+// remove ends the life of a reading that is delivered, dropped or discarded, in
+// the spool as well.
+func (d *delivery) remove(p *pendingReading) {
+	if p.done {
+		return
+	}
+	p.done = true
+	if d.pending[0] == p { // as a backlog of thousands leaves
+		d.pending[0] = nil
+		d.pending = d.pending[1:]
+	} else {
+		i := slices.Index(d.pending, p)
+		d.pending = slices.Delete(d.pending, i, i+1)
+	}
+	if !p.onDisk {
+		d.inMemory--
+	}
+	if p.record != 0 {
+		d.held -= p.size
+		d.addRecord(markRecord(p.record), false)
+	}
+}
+
+// discard forgets the pending readings of a ticket that the monitor has given
+// away again.
+func (d *delivery) discard(ticket any) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.reused != nil && len(d.reused) < maxPending {
+		d.reused[ticket] = true
+	}
+	for i := len(d.pending) - 1; i >= 0; i-- {
+		if d.pending[i].ticket == ticket {
+			d.remove(d.pending[i])
+			d.syncRecords = true // it must not come back
+			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 		}
-		d.waitUntil(d.changed, at)
+	}
+	d.mu.broadcast()
+}
+
+// full reports whether runs have to wait: the monitor is there, but slower than
+// the sensors. While it is away nobody waits for it.
+func (d *delivery) full() bool {
+	return d.inMemory >= maxPending-roomForRuns && d.awaySince.IsZero() && !d.ending
+}
+
+// waitRoom waits until a run may begin or ctx ends. So a monitor that is slower
+// than the sensors makes its dispatcher wait, and nothing is dropped.
+func (d *delivery) waitRoom(ctx context.Context) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for d.full() && ctx.Err() == nil {
+		if d.waitingSince.IsZero() {
+			d.waitingSince = time.Now()
+		}
+		d.mu.wait(ctx)
+	}
+	if !d.full() {
+		d.waitingSince = time.Time{}
 	}
 }
 
-// waitUntil waits for a signal or a moment (zero: none). The mutex is held.
-func (d *delivery) waitUntil(signal *sync.Cond, at time.Time) {
-	if !at.IsZero() {
-		defer time.AfterFunc(time.Until(at), d.wake).Stop()
+// stalledSince returns since when runs have waited for room and the monitor has
+// taken no reading. It returns zero where no run has to wait.
+func (d *delivery) stalledSince() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.full() {
+		return time.Time{}
 	}
-	signal.Wait()
+	return d.waitingSince
 }
 
-// pick chooses the reading to send now, or says when there may be one (zero:
-// nobody knows). It is the oldest, or in turn with those that had to wait the
-// oldest fresh one. While the monitor is away, or the agent ends, every second
-// attempt is made with the newest, and no reading is tried much more often than
-// others: one that the monitor always chokes on must not hold up the rest.
-func (d *delivery) pick(now time.Time) (best *undelivered, at time.Time) {
-	away := !d.away.IsZero()
-	if away && now.Before(d.probeAt) {
-		return nil, d.probeAt
+// next waits for a reading that may be tried, and returns it with the client to
+// send it with. It returns nil when the delivery closes.
+func (d *delivery) next(ctx context.Context) (*pendingReading, *client) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for !d.closing {
+		p, at := d.choose(time.Now())
+		if p != nil {
+			d.fromNewest = !d.fromNewest
+			return p, d.client
+		}
+		d.waitUntil(ctx, at)
 	}
-	from := 0
-	if d.turn && !away && !d.closing && len(d.kept) > d.old {
-		from = d.old
+	return nil, nil
+}
+
+// choose returns the reading to try now, or when there may be one (zero: after
+// the next change).
+func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
+	if now.Before(d.retryAt) {
+		return nil, d.retryAt
 	}
-	for i := range d.kept {
-		u := d.kept[(i+from)%len(d.kept)]
+	for i := range d.pending {
+		p := d.pending[i]
+		if d.fromNewest {
+			p = d.pending[len(d.pending)-1-i]
+		}
 		switch {
-		case now.Before(u.notBefore):
-			if at.IsZero() || u.notBefore.Before(at) {
-				at = u.notBefore
+		case now.Before(p.notBefore):
+			if at.IsZero() || p.notBefore.Before(at) {
+				at = p.notBefore
 			}
-		case !away && !d.closing:
-			d.turn = !d.turn
-			return u, at
-		case best == nil, d.closing && u.missed < best.missed, away && u.missed/8 < best.missed/8, away && !d.closing && d.missed%2 == 0:
-			best = u
+		case p.misses == 0: // as a rule the first
+			return p, at
+		case best == nil || p.misses < best.misses:
+			best = p
 		}
 	}
 	return best, at
 }
 
-// attempt tries to deliver one reading; when the agent ends, not for long.
-func (d *delivery) attempt(ctx context.Context, u *undelivered, c *client) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// waitUntil waits for a change, or until at where that is not zero.
+func (d *delivery) waitUntil(ctx context.Context, at time.Time) {
+	if !at.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, at)
+		defer cancel()
+	}
+	d.mu.wait(ctx)
+}
+
+// send makes one attempt to deliver a reading.
+func (d *delivery) send(ctx context.Context, p *pendingReading, c *client) error {
 	d.mu.Lock()
-	d.abort = cancel
-	u.last = d.closing
-	zone, value := d.zone, u.value
+	zone, value := d.zone, p.value
 	if value == "" {
 		value = d.noValue
 	}
 	d.mu.Unlock()
-	if u.last {
-		defer time.AfterFunc(lastTime, cancel).Stop()
-	}
-	now := time.Now()
-	taken := takenAt(u.taken, now, d.clock(now)).In(zone)
-	_, err := c.call(ctx, "cmd_store_probe_data", u.ticket, []any{u.code, value}, dateTime(taken.Format(dateTimeLayout)))
+	taken := p.takenAt.corrected(d.clocks()).In(zone)
+	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, dateTime(taken.Format(dateTimeLayout)))
 	return err
 }
 
-// clockStep is how much the clock must be off before it counts as set: less may
-// be the correction of a clock that runs slow.
-const clockStep = 2 * time.Second
-
-// takenAt is when a reading was taken by a clock that shows wall now: what the
-// clock showed then or, where it was set since, as on a box that boots in 1970,
-// now less the reading's age by the monotonic clock.
-func takenAt(taken, now, wall time.Time) time.Time {
-	t, shown := wall.Add(-now.Sub(taken)), taken.Round(0)
-	if t.Sub(shown).Abs() < clockStep {
-		return shown
-	}
-	return t
-}
-
-// settle notes how an attempt ended.
-func (d *delivery) settle(u *undelivered, c *client, err error) {
+// record notes how an attempt ended. When ctx has ended, an error is the
+// agent's doing and says nothing of the monitor.
+func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	defer d.changed.Broadcast()
-	u.sending = false
-	now := time.Now()
 	var f *fault
-	switch {
+	switch now := time.Now(); {
 	case err == nil:
-		d.reached(now)
+		d.remove(p)
 		d.totals.delivered++
-		d.totals.latest = now
-		if d.outage > 0 {
-			d.caughtUp++
-		}
-		d.remove(u)
-	case c != d.client: // which is no longer the monitor
-		d.save(u)
+		d.totals.latest, d.waitingSince = now, time.Time{}
+		d.answered(now)
+	case c != d.client: // it was not the monitor any more
+	case ctx.Err() != nil:
+		p.misses++ // so that others are tried before it
 	case errors.As(err, &f):
-		d.reached(now)
-		u.faults++
-		u.notBefore = now.Add(backoff(d.retry*faultFactor, u.faults))
-		d.save(u)
-		if u.faults == maxTries {
-			d.remove(u)
-			d.totals.dropped++
-			d.dropped.printf(warning+"%s: reading dropped: monitor %s: %v", ticketText(u.ticket), d.client.url.Redacted(), err)
+		p.faults++
+		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
+		if p.faults == maxTries && !p.done {
+			d.drop(p, fmt.Sprintf("monitor %s: %v", c.url.Redacted(), err))
 		}
+		d.answered(now)
 	default:
-		d.toWrite.Signal() // the clock may have been set
-		if d.away.IsZero() {
-			d.reportBack()
-			d.away = now
-			log.Printf(warning+"monitor %s: away: %v", d.client.url.Redacted(), oneLine(err.Error()))
-			d.saveAll()
-		}
-		d.missed++
-		u.missed++
-		d.probeAt = now.Add(backoff(d.retry, d.missed))
-		if u.notBefore = d.probeAt; u.missed > d.missed { // it choked on this one before
-			u.notBefore = now.Add(backoff(d.retry, u.missed))
-		}
-		if d.closing && d.missed < lastMisses { // the others still have their chance
-			d.probeAt = time.Time{}
-		}
-		if d.closing && !u.last {
-			u.notBefore = time.Time{}
-		}
+		d.missed(p, now, err)
 	}
-	if u.discarded {
-		d.remove(u)
+	d.save(p)
+	d.mu.broadcast()
+}
+
+// answered notes that the monitor is there.
+func (d *delivery) answered(now time.Time) {
+	if !d.awaySince.IsZero() {
+		away := now.Sub(d.awaySince).Round(time.Second)
+		log.Printf(notice+"monitor %s: back after %s, %d to deliver", d.client.url.Redacted(), away, len(d.pending))
 	}
-	if d.outage > 0 && d.old == 0 {
-		d.reportBack()
+	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
+}
+
+// missed notes an attempt that got no answer.
+func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
+	if d.awaySince.IsZero() {
+		d.awaySince = now
+		log.Printf(warning+"monitor %s: away: %s", d.client.url.Redacted(), oneLine(err.Error()))
+		d.saveAll()
+	}
+	d.misses++
+	p.misses++
+	d.retryAt = now.Add(backoff(d.retry, d.misses))
+	if d.misses == 1 {
+		p.failures++
+		p.notBefore = now.Add(backoff(d.retry, p.failures))
 	}
 }
 
-// reached notes that the monitor has answered.
-func (d *delivery) reached(now time.Time) {
-	if !d.away.IsZero() {
-		d.outage, d.caughtUp, d.old = now.Sub(d.away), 0, len(d.kept)
-	}
-	d.away, d.missed = time.Time{}, 0
-}
-
-// reportBack logs the end of an outage, when those that had to wait are
-// through, or never will be.
-func (d *delivery) reportBack() {
-	if d.outage == 0 {
-		return
-	}
-	line := fmt.Sprintf("monitor %s: back after %s, %s delivered", d.client.url.Redacted(), age(d.outage), plural(d.caughtUp, "reading"))
-	if d.old > 0 {
-		line += fmt.Sprintf(", %d more to deliver", d.old)
-	}
-	log.Print(notice + line)
-	d.outage = 0
-}
-
-// age is a duration for people: 12s, 5m7s, 3h12m.
-func age(d time.Duration) string {
-	if d < time.Hour {
-		return d.Round(time.Second).String()
-	}
-	return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
-}
-
-// backoff is how long to wait after n failures: doubled each time, at most 5
-// minutes, and then anything from half of that to one and a half, so that a
-// thousand boxes do not all call when their monitor is back.
+// backoff returns how long to wait after n failures in a row: first, doubled
+// with each of them up to 5 minutes. Of that it is 50 to 150 %, by chance, so
+// that a thousand boxes do not all call when their monitor is back.
 func backoff(first time.Duration, n int) time.Duration {
 	d := maxBackoff
 	if n <= 20 {
@@ -1610,231 +1509,232 @@ func backoff(first time.Duration, n int) time.Duration {
 	return d/2 + time.Duration(rand.Int63n(int64(d)+1))
 }
 
-// close makes one more attempt for every reading, as long as ctx and the
-// monitor allow, and then sends nothing any more. What is left is in the spool,
-// if there is one.
+// putLast prepares the end of the agent: put drops nothing any more, as the
+// readings of commands that waited must not push out what was measured. All go to
+// the spool at once, as an init may not wait for long.
+func (d *delivery) putLast() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ending = true
+	d.saveAll()
+	d.mu.broadcast()
+}
+
+// close tries each pending reading once more, as long as ctx and the monitor
+// allow, and ends the delivery. What is left is logged, and in the spool if there
+// is one. A disk that hangs holds up the end by five seconds at most.
 func (d *delivery) close(ctx context.Context) {
+	d.putLast()
 	d.mu.Lock()
-	d.closing, d.last = true, true
-	d.probeAt, d.missed = time.Time{}, 0
-	for _, u := range d.kept {
-		u.notBefore = time.Time{}
-		d.save(u)
-	}
-	if d.abort != nil { // an attempt may have been under way for long
-		defer time.AfterFunc(lastTime, d.abort).Stop()
-	}
-	d.changed.Broadcast()
+	d.closing = true
+	d.mu.broadcast()
 	d.mu.Unlock()
-	stop := context.AfterFunc(ctx, d.cancel)
-	defer stop()
-	<-d.done
-	d.cancel()
-	d.client.close()
+	attempt, cancel := context.WithTimeout(ctx, lastTime) // the one under way may have been so for long
+	context.AfterFunc(attempt, d.cancel)
+	<-d.sent
+	cancel()
+	d.sendLast(ctx)
 	d.mu.Lock()
-	d.reportBack()
 	d.sealed = true
-	d.toWrite.Signal()
+	d.mu.broadcast()
 	d.mu.Unlock()
 	select {
 	case <-d.saved:
-	case <-time.After(spoolTime): // a disk that hangs must not keep the process
+	case <-time.After(spoolTime):
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if n := len(d.kept); n > 0 {
-		fate := ""
-		if d.spool != nil {
-			fate = fmt.Sprintf(", %d of them in the spool", d.inSpool)
-		}
-		log.Printf(warning+"monitor %s: %s not delivered%s", d.client.url.Redacted(), plural(n, "reading"), fate)
+	d.client.close()
+	if n := len(d.pending); n > 0 {
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(),
+			plural(n, "reading"), n-d.inMemory)
 	}
 }
 
-// A spoolWork is what is to be written to the spool in one go.
-type spoolWork struct {
-	add   []*undelivered
-	marks []uint64
-	sync  bool
-	empty bool                  // nothing in the file is undelivered any more
-	all   func() []*undelivered // what is in the file and undelivered, oldest first
-}
-
-// useSpool has readings kept in another spool from now on (nil: in none), or
-// in the same one with another limit. The one before is emptied as soon as the
-// new one has what was in it.
-func (d *delivery) useSpool(s *spool) {
+// sendLast tries what is pending, the readings tried least often first. Each
+// attempt has a second; after four in a row without an answer it gives up.
+func (d *delivery) sendLast(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.respool = func() { d.changeSpool(s) }
-	d.toWrite.Signal()
-}
-
-func (d *delivery) changeSpool(s *spool) {
-	if s != nil && d.spool != nil && s.dir == d.spool.dir {
-		d.spool.limit = s.limit
-		d.spool.stale = d.spool.stale || d.spool.size > s.limit
-		return
-	}
-	if d.spool != nil && d.spool.f != nil {
-		d.retired = append(d.retired, d.spool)
-	}
-	d.spool, d.totals.spoolBytes = s, 0
-	if s != nil {
-		i := slices.IndexFunc(d.retired, func(r *spool) bool { return r.dir == s.dir })
-		if i >= 0 { // the file is still open, and its lock is held
-			d.spool = d.retired[i]
-			d.spool.limit, d.spool.err, d.spool.stale = s.limit, nil, true
-			d.retired = slices.Delete(d.retired, i, i+1)
-		}
-	}
-	d.forgetRecords()
-}
-
-// forgetRecords has all that was in the spool, or should be in one, written
-// again, as the file is another.
-func (d *delivery) forgetRecords() {
-	d.unsaved, d.marks, d.inSpool, d.held = nil, nil, 0, 0
-	for _, u := range d.kept {
-		again := u.toSave || u.missed > 0 || u.faults > 0 || d.last || !d.away.IsZero()
-		u.record, u.toSave = 0, false
-		if again {
-			d.save(u)
-		}
-	}
-}
-
-// awaitSpoolWork waits for something to write, and takes it. It reports false
-// when the delivery is closed and there is nothing. From here on the spool is
-// only used by the goroutine that calls this.
-func (d *delivery) awaitSpoolWork() (w spoolWork, more bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for {
-		if d.respool != nil {
-			d.respool()
-			d.respool = nil
-		}
-		var at time.Time
-		waits := len(d.unsaved) > 0 || d.marksDue()
-		s := d.spool
-		if s == nil || s.f != nil && s.err == nil && !s.stale && len(d.unsaved) == 0 {
-			for _, r := range d.retired {
-				r.retire()
-			}
-			d.retired = nil
-		}
-		switch {
-		case s == nil:
-		case waits || s.f == nil || s.stale || d.inSpool > 0 && s.clockStepped(d.clock):
-			if s.err == nil || d.sealed && waits || !time.Now().Before(s.retryAt) {
-				return d.takeSpoolWork(), true
-			}
-			at = s.retryAt
-		case len(d.marks) > 0:
-			at = d.marksBy
-		}
-		if d.sealed {
-			return w, false
-		}
-		d.waitUntil(d.toWrite, at)
-	}
-}
-
-// takeSpoolWork takes what is to be written. Where that is more than the spool
-// may hold, the oldest go.
-func (d *delivery) takeSpoolWork() spoolWork {
-	for d.held > d.spool.room() {
-		if d.dropOldest(func(u *undelivered) bool { return u.toSave }, "what the spool holds") == nil {
-			break
-		}
-	}
-	w := spoolWork{marks: d.marks, sync: d.syncMark}
-	w.add = slices.DeleteFunc(d.unsaved, func(u *undelivered) bool { return u.gone })
-	w.empty = d.inSpool == 0 && len(w.add) == 0
-	w.all = func() []*undelivered {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		return slices.DeleteFunc(slices.Clone(d.kept), func(u *undelivered) bool { return u.record == 0 })
-	}
-	d.unsaved, d.marks, d.syncMark = nil, nil, false
-	return w
-}
-
-// writeSpool writes to the spool, and notes what has come of it.
-func (d *delivery) writeSpool(w spoolWork) {
-	found, fresh, err := d.spool.open()
-	if err == nil && !fresh {
-		err = d.spool.write(w, d.clock)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	defer d.changed.Broadcast()
-	s := d.spool
-	d.totals.spoolBytes = s.size
-	if err != nil {
-		s.stop(err)
-		d.unsaved = append(slices.DeleteFunc(w.add, func(u *undelivered) bool { return u.gone }), d.unsaved...)
-		d.marks = append(w.marks, d.marks...)
-		d.syncMark = d.syncMark || w.sync
-		if d.sealed {
-			d.unsaved, d.marks = nil, nil // the process is about to end
-		}
-		return
-	}
-	s.resume()
-	if fresh { // what was in another one is to be written again
-		d.forgetRecords()
-		d.adopt(found)
-		return
-	}
-	for i, u := range w.add {
-		u.record = s.last - uint64(len(w.add)-1-i)
-		if u.gone { // meanwhile
-			d.mark(u)
-		} else {
-			d.inSpool++
-		}
-	}
-}
-
-// load takes what the spool holds from the time before.
-func (d *delivery) load() {
-	found, _, err := d.spool.open()
-	if err != nil {
-		d.spool.stop(err)
-		return
-	}
-	d.adopt(found)
-	d.totals.spoolBytes = d.spool.size
-}
-
-// adopt puts readings of the time before in front of the others, but for those
-// whose ticket was given away again since.
-func (d *delivery) adopt(found []*undelivered) {
-	taken := make(map[any]bool)
-	for _, u := range d.kept {
-		taken[u.ticket] = true
-	}
-	var kept []*undelivered
-	for i := len(found) - 1; i >= 0; i-- { // the newest of a ticket is the one that counts
-		u := found[i]
-		if taken[u.ticket] {
-			u.discarded = true
-			d.mark(u)
+	left := slices.Clone(d.pending)
+	slices.SortStableFunc(left, func(a, b *pendingReading) int { return a.misses - b.misses })
+	d.misses = 0
+	for _, p := range left {
+		if p.done {
 			continue
 		}
-		taken[u.ticket] = true
-		kept = append(kept, u)
-		d.held += u.length()
+		if d.misses == lastMisses || ctx.Err() != nil {
+			return
+		}
+		c := d.client
+		d.mu.Unlock()
+		attempt, cancel := context.WithTimeout(ctx, lastTime)
+		err := d.send(attempt, p, c)
+		cancel()
+		d.record(ctx, p, c, err)
+		d.mu.Lock()
 	}
-	slices.Reverse(kept)
-	d.inSpool += len(kept)
-	d.old += len(kept)
-	d.kept = append(kept, d.kept...)
-	if len(kept) > 0 {
-		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(kept), "reading"))
+}
+
+// save puts a reading into the spool, if there is one. Where that is more than it
+// may hold, the oldest go: a quarter of the file is left for marks, so that it need
+// not be written anew for each reading.
+func (d *delivery) save(p *pendingReading) {
+	if d.spool == nil || p.record != 0 || p.done {
+		return
 	}
+	d.lastRecord++
+	p.record = d.lastRecord
+	record := readingRecord(p, d.clocks())
+	p.size = len(record)
+	d.held += p.size
+	d.addRecord(record, true)
+	d.fitSpool()
+}
+
+func (d *delivery) fitSpool() {
+	inSpool := func(p *pendingReading) bool { return p.record != 0 }
+	for d.held > d.spool.limit/4*3 && d.dropOldest(inSpool, "what the spool holds") {
+	}
+}
+
+func (d *delivery) saveAll() {
+	for _, p := range slices.Clone(d.pending) { // save may drop some
+		d.save(p)
+	}
+}
+
+// addRecord adds a record to those that are to be written, unless the file is to
+// be written anew. So it is where too many come, as while the disk hangs.
+func (d *delivery) addRecord(record string, sync bool) {
+	if d.needsRewrite {
+		return
+	}
+	d.records = append(d.records, record...)
+	d.syncRecords = d.syncRecords || sync
+	if len(d.records) > d.spool.limit {
+		d.records, d.needsRewrite = nil, true
+	}
+}
+
+// writeSpool writes to the spool until the delivery is sealed. After an error
+// the whole file is written anew, a minute later.
+func (d *delivery) writeSpool() {
+	s := d.spool
+	defer s.close()
+	for last := false; !last; {
+		last = d.awaitSpoolWork()
+		found, opened, err := s.open()
+		if opened {
+			d.adopt(found)
+		}
+		if err == nil {
+			err = d.flushSpool()
+		}
+		d.mu.Lock()
+		d.totals.spoolBytes = int64(s.size)
+		switch failed := !s.retryAt.IsZero(); {
+		case err != nil:
+			if !failed {
+				log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+			}
+			s.retryAt, d.needsRewrite = time.Now().Add(spoolRetry), true
+		case failed:
+			log.Printf(notice+"spool %s: works again", s.file())
+			s.retryAt = time.Time{}
+		}
+		d.mu.Unlock()
+	}
+}
+
+// awaitSpoolWork waits until there is something to write and the spool may be
+// tried. It reports whether it is for the last time.
+func (d *delivery) awaitSpoolWork() (last bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for !d.sealed {
+		var at time.Time
+		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
+			d.needsRewrite = true // the times in the file are wrong
+		}
+		if len(d.records) > 0 || d.needsRewrite {
+			if at = d.spool.retryAt; !time.Now().Before(at) {
+				return false
+			}
+		}
+		d.waitUntil(context.Background(), at)
+	}
+	return true
+}
+
+// flushSpool writes what is to be written now. A file that would become too
+// large is written anew.
+func (d *delivery) flushSpool() error {
+	s, now := d.spool, d.clocks()
+	d.mu.Lock()
+	records, sync, last := d.records, d.syncRecords, d.lastRecord
+	size := s.size + len(records)
+	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
+	d.records, d.syncRecords, d.needsRewrite = nil, false, false
+	var all []*pendingReading
+	if rewrite {
+		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
+	}
+	d.mu.Unlock()
+	if rewrite {
+		if err := s.rewrite(all, now); err != nil {
+			return err
+		}
+	} else if err := s.append(records, sync); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s.written = now
+	for i := 0; i < len(d.pending) && (rewrite || sync); i++ { // else there were only marks
+		p := d.pending[i]
+		if !p.onDisk && p.record != 0 && p.record <= last {
+			p.onDisk = true
+			d.inMemory--
+		}
+	}
+	d.mu.broadcast()
+	return nil
+}
+
+// adopt puts what a file was found to hold in front of the other readings. Of
+// a ticket only the newest reading counts, and none where the ticket was given
+// away again since. What was in another file before belongs in this one.
+func (d *delivery) adopt(found []*pendingReading) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	newest := make(map[any]*pendingReading)
+	for _, p := range found {
+		newest[p.ticket] = p
+	}
+	for _, p := range d.pending {
+		delete(newest, p.ticket)
+		p.onDisk = false
+	}
+	adopted := slices.DeleteFunc(found, func(p *pendingReading) bool {
+		return newest[p.ticket] != p || d.reused[p.ticket]
+	})
+	s, now := d.spool, d.clocks()
+	d.needsRewrite = s.damaged > 0 || len(adopted) < len(found) || d.lastRecord > 0
+	for _, p := range adopted {
+		p.record += d.lastRecord
+		d.held += p.size
+		d.needsRewrite = d.needsRewrite || p.takenAt.stepped(now)
+	}
+	d.lastRecord += s.last
+	d.inMemory = len(d.pending)
+	d.pending, d.reused = append(adopted, d.pending...), nil
+	if len(adopted) > 0 {
+		log.Printf(notice+"spool %s: %s to deliver from the time before", s.file(), plural(len(adopted), "reading"))
+		d.addRecord("\n", false) // the last line may have no end
+	}
+	d.fitSpool()
+	d.mu.broadcast()
 }
 
 // A spool is a file of readings that the monitor does not have yet,
@@ -1842,94 +1742,299 @@ func (d *delivery) adopt(found []*undelivered) {
 //
 //	1d3f6a02 r 17 4b825dc6 81234560 1795633401250 0 0.42 int 7
 //	53ab0c11 d 17
-//	0be27711 c 0 4b825dc6 81299000 1795633466690
 //
 // r is a reading: its number, the boot it was taken in, when that was by the
-// uptime and by the clock (both in milliseconds), exit code, value (- where there
-// is none), the ticket's type and the ticket. d marks one as delivered. c says
-// what the clock showed at some uptime: it may have been set. A torn or damaged
+// time since boot and by the clock (both in milliseconds), exit code, value (-
+// where there is none), the ticket's type and the ticket. d marks one as done.
+// Records of type c, which older agents wrote, are passed over. A torn or damaged
 // line costs itself alone.
 //
-// The file is written only where there is something to keep, each time synced
-// once; marks of delivered readings are not, so that after a power cut some may be
-// delivered again. It is emptied when nothing in it is undelivered, and written
-// anew without the delivered ones before it grows past its limit.
+// A write with new readings is synced once; marks are not, so that some readings
+// may be delivered again after a power cut. The file is empty when nothing in it
+// is pending.
 //
-// It belongs to one goroutine.
+// What another user of the box puts in the way, in the directory or on the path
+// to it, makes the spool fail; nothing elsewhere is read or written.
+//
+// A spool belongs to one goroutine.
 type spool struct {
 	dir     string
-	limit   int64 // bytes
-	f       *os.File
-	size    int64  // bytes of the file that are whole
-	last    uint64 // the highest number
-	stale   bool   // it holds what is to go, without a mark
-	started time.Time
-	step    time.Duration // by how much the clock was set between started and the last record
-	err     error         // why it cannot be used at present; logged
-	retryAt time.Time
+	limit   int       // bytes of the file
+	folder  *os.File  // the directory
+	f       *os.File  // the file; nil: not open
+	size    int       // bytes of the file
+	last    uint64    // the highest number that was found
+	damaged int       // lines that were found
+	written clocks    // when the file was written
+	retryAt time.Time // after an error; zero while the spool works
 }
 
-func newSpool(dir string, limit int64) *spool {
-	return &spool{dir: dir, limit: limit, started: time.Now()}
-}
+func newSpool(dir string, limit int64) *spool { return &spool{dir: dir, limit: int(limit)} }
 
-func (s *spool) file() string { return filepath.Join(s.dir, "readings") }
+const (
+	spoolFile = "readings"
+	spoolNext = "readings.next" // becomes the file when that is written anew
+	maxRecord = 16 << 10        // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
+)
 
-// room is how many bytes of readings are kept: a quarter of the file is left
-// for marks, so that it need not be written anew for each reading.
-func (s *spool) room() int64 { return s.limit / 4 * 3 }
+func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
-// stop notes that the spool cannot be used for a while.
-func (s *spool) stop(err error) {
-	if s.err == nil {
-		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+// open opens the file, which stays locked, unless it is open and still the one
+// of that name. It reports whether it did, and returns what the file holds.
+func (s *spool) open() (found []*pendingReading, opened bool, err error) {
+	if s.f != nil && s.isCurrent() {
+		return nil, false, nil
 	}
-	s.err, s.retryAt = err, time.Now().Add(spoolRetry)
+	s.close()
+	if s.folder, err = openFolder(s.dir); err != nil {
+		return nil, false, err
+	}
+	s.f, err = openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW)
+	if err == nil {
+		err = s.claim()
+	}
+	if err == nil {
+		found, err = s.read(s.f)
+	}
+	if err != nil {
+		s.close()
+		return nil, false, err
+	}
+	if s.damaged > 0 {
+		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
+	}
+	return found, true, nil
 }
 
-// resume notes that it can be used.
-func (s *spool) resume() {
-	if s.err != nil {
-		log.Printf(notice+"spool %s: works again", s.file())
+// claim locks the file that was opened, and makes sure that it is the agent's.
+func (s *spool) claim() error {
+	info, err := s.f.Stat()
+	if err != nil {
+		return err
 	}
-	s.err = nil
+	if !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1 {
+		return errors.New("not a plain file with one name: who put it there?")
+	}
+	err = syscall.Flock(int(s.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // of other errors: a file system without locks
+	if errors.Is(err, syscall.EWOULDBLOCK) || !s.isCurrent() {
+		return errors.New("another process uses it")
+	}
+	if err := s.f.Chmod(0o600); err != nil {
+		return err
+	}
+	return syncFolder(s.folder) // the file may be new
 }
 
 func (s *spool) close() {
-	if s.f != nil {
-		s.f.Close()
-		s.f = nil
-	}
+	s.f.Close() // which of nil does nothing
+	s.folder.Close()
+	s.f, s.folder = nil, nil
 }
 
-// retire empties a spool for good.
-func (s *spool) retire() {
-	if s.f != nil {
-		if err := s.empty(); err != nil {
-			log.Printf(severe+"spool %s: %v; what it holds will be delivered again when it is used again", s.file(), err)
+// isCurrent reports whether the open file is the one that the path names:
+// somebody may have removed it, or mounted a disk over it.
+func (s *spool) isCurrent() bool {
+	named, err := os.Lstat(s.file())
+	opened, err2 := s.f.Stat()
+	return err == nil && err2 == nil && os.SameFile(named, opened)
+}
+
+// append adds records at the end of the file.
+func (s *spool) append(records []byte, sync bool) error {
+	if _, err := s.f.WriteAt(records, int64(s.size)); err != nil {
+		return err
+	}
+	s.size += len(records)
+	if !sync {
+		return nil
+	}
+	return s.f.Sync()
+}
+
+// rewrite makes a file of these readings alone. At every moment the old file or
+// the new one is there, whole.
+func (s *spool) rewrite(all []*pendingReading, now clocks) error {
+	if len(all) == 0 { // which takes no space on the disk
+		if err := s.f.Truncate(0); err != nil {
+			return err
 		}
+		s.size = 0
+		return s.f.Sync()
 	}
-	s.close()
+	dir := int(s.folder.Fd())
+	syscall.Unlinkat(dir, spoolNext) // of a power cut
+	f, err := openIn(s.folder, spoolNext, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
+	out, size := bufio.NewWriter(f), 0
+	for _, p := range all {
+		n, _ := out.WriteString(readingRecord(p, now)) // Flush returns the error
+		size += n
+	}
+	if err = out.Flush(); err == nil {
+		err = f.Sync()
+	}
+	if err == nil {
+		err = syscall.Renameat(dir, spoolNext, dir, spoolFile)
+	}
+	if err != nil {
+		f.Close()
+		syscall.Unlinkat(dir, spoolNext)
+		return err
+	}
+	s.f.Close()
+	s.f, s.size = f, size
+	return syncFolder(s.folder)
 }
 
-// drift is by how much the clock was set since the spool was made.
-func (s *spool) drift(clock func(time.Time) time.Time) time.Duration {
-	now := time.Now()
-	return clock(now).Round(0).Sub(s.started.Round(0).Add(now.Sub(s.started)))
+// openFolder opens a directory and makes what is missing of its path. A link
+// on it is followed only where nobody but the agent and root can have made it.
+func openFolder(path string) (*os.File, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	const oPath = 0x200000 // a directory need not be readable; Linux before 2.6.39 ignores it
+	dir, err := os.Open("/")
+	for _, name := range strings.Split(path, "/")[1:] {
+		if err != nil {
+			return nil, err
+		}
+		above, flags := dir, oPath|syscall.O_DIRECTORY
+		if !isPrivate(above) {
+			flags |= syscall.O_NOFOLLOW
+		}
+		if dir, err = openIn(above, name, flags); errors.Is(err, syscall.ENOENT) {
+			if err = syscall.Mkdirat(int(above.Fd()), name, 0o700); err == nil {
+				syncFolder(above) // which whoever may write there need not be able to
+				dir, err = openIn(above, name, flags)
+			}
+		}
+		above.Close()
+	}
+	return dir, err
 }
 
-// clockStepped reports whether the clock was set since the last record.
-func (s *spool) clockStepped(clock func(time.Time) time.Time) bool {
-	return (s.drift(clock) - s.step).Abs() > clockStep
+// syncFolder syncs an open directory, as far as its file system can.
+func syncFolder(dir *os.File) error {
+	f, err := openIn(dir, ".", os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
+		return err
+	}
+	return nil
 }
 
-// length is about how many bytes the record of a reading has: up to 15 more
-// where its number and its code are very long, for which there is room.
-func (u *undelivered) length() int64 {
-	return int64(75 + len(u.value) + len(wireTicket(u.ticket)))
+// isPrivate reports whether only the agent and root can write to a directory.
+func isPrivate(dir *os.File) bool {
+	info, err := dir.Stat()
+	if err != nil || info.Mode()&0o022 != 0 {
+		return false
+	}
+	owner := int(info.Sys().(*syscall.Stat_t).Uid)
+	return owner == 0 || owner == os.Geteuid()
 }
 
-// wireTicket is a ticket with its type, as a record has it.
+// openIn opens a file in an open directory. It waits for no pipe.
+func openIn(dir *os.File, name string, flags int) (*os.File, error) {
+	path := filepath.Join(dir.Name(), name)
+	fd, err := syscall.Openat(int(dir.Fd()), name, flags|syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0o600)
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENOTDIR) {
+		err = fmt.Errorf("%w (and a link that somebody else may have made is not followed)", err)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// read reads the records of a spool and returns the readings that are not marked.
+func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
+	s.size, s.last, s.damaged = 0, 0, 0
+	done := make(map[uint64]bool)
+	lines := bufio.NewReaderSize(r, maxRecord)
+	for err == nil {
+		var line []byte
+		line, err = lines.ReadSlice('\n')
+		s.size += len(line)
+		for errors.Is(err, bufio.ErrBufferFull) {
+			line, err = lines.ReadSlice('\n')
+			s.size += len(line)
+			line = []byte("longer than any record")
+		}
+		if len(line) == 0 || line[0] == '\n' {
+			continue
+		}
+		p, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
+		p.size = len(line)
+		switch {
+		case !ok:
+			s.damaged++
+		case p.done:
+			done[p.record] = true
+		default:
+			found = append(found, p)
+		}
+		s.last = max(s.last, p.record)
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return slices.DeleteFunc(found, func(p *pendingReading) bool { return done[p.record] }), err
+}
+
+// parseRecord parses a line of a spool, without its end, and reports whether it
+// is a record. A mark comes back as a reading that is done.
+func parseRecord(line string) (p *pendingReading, ok bool) {
+	p = &pendingReading{onDisk: true}
+	sum, text, _ := strings.Cut(line, " ")
+	if sum != checksum(text) {
+		return p, false
+	}
+	if n, _ := fmt.Sscanf(text, "d %d", &p.record); n == 1 || strings.HasPrefix(text, "c ") {
+		p.done = true
+		return p, true
+	}
+	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
+	var age, wall int64
+	n, _ := fmt.Sscanf(text, "r %d %s %d %d %d %s", &p.record, &p.takenAt.boot, &age, &wall, &p.code, &p.value)
+	if n < 6 || len(words) < 9 || p.record == 0 {
+		return p, false
+	}
+	p.takenAt.age, p.takenAt.wall = time.Duration(age)*time.Millisecond, time.UnixMilli(wall)
+	var err, err2 error
+	if p.value == "-" {
+		p.value = ""
+	} else {
+		_, err = parseDecimal(p.value)
+	}
+	p.ticket, err2 = parseTicket(words[7], words[8])
+	return p, err == nil && err2 == nil
+}
+
+// readingRecord returns the record of a reading, with its time corrected.
+func readingRecord(p *pendingReading, now clocks) string {
+	at, value := p.takenAt, p.value
+	if value == "" {
+		value = "-"
+	}
+	wall := at.corrected(now).UnixMilli()
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s",
+		p.record, at.boot, at.age.Milliseconds(), wall, p.code, value, wireTicket(p.ticket)))
+}
+
+func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
+
+func withChecksum(text string) string { return checksum(text) + " " + text + "\n" }
+
+func checksum(text string) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(text))) }
+
+// wireTicket returns a ticket as a record has it: its type and what it is.
 func wireTicket(ticket any) string {
 	switch t := ticket.(type) {
 	case int64:
@@ -1940,368 +2045,94 @@ func wireTicket(ticket any) string {
 	return fmt.Sprint("int ", ticket)
 }
 
-// An instant is one moment by all clocks of the box.
-type instant struct {
-	now  time.Time // with the monotonic clock's reading
-	wall time.Time
-	boot string // names this boot; "-" where that is not known
-	up   int64  // milliseconds since then
-}
-
-func instantOf(clock func(time.Time) time.Time) instant {
-	now := time.Now()
-	at := instant{now: now, wall: clock(now), boot: "-"}
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	text, err2 := os.ReadFile("/proc/uptime")
-	seconds, _, _ := strings.Cut(string(text), " ")
-	up, err3 := strconv.ParseFloat(seconds, 64)
-	if err == nil && err2 == nil && err3 == nil && len(id) > 8 {
-		at.boot, at.up = string(id[:8]), int64(up*1000)
-	}
-	return at
-}
-
-func readingRecord(number uint64, u *undelivered, at instant) string {
-	boot, up := at.boot, at.up-at.now.Sub(u.taken).Milliseconds()
-	if u.earlier || boot == "-" {
-		boot, up = "-", 0
-	}
-	value := u.value
-	if value == "" {
-		value = "-"
-	}
-	return summed(fmt.Sprintf("r %d %s %d %d %d %s %s", number, boot, up, takenAt(u.taken, at.now, at.wall).UnixMilli(), u.code, value, wireTicket(u.ticket)))
-}
-
-func clockRecord(at instant) string {
-	return summed(fmt.Sprintf("c 0 %s %d %d", at.boot, at.up, at.wall.UnixMilli()))
-}
-
-func markRecord(number uint64) string { return summed(fmt.Sprintf("d %d", number)) }
-
-// summed is a line with its checksum in front.
-func summed(line string) string {
-	return fmt.Sprintf("%08x %s\n", crc32.ChecksumIEEE([]byte(line)), line)
-}
-
-// open opens the file, unless it is open, and still the one of that name. A
-// fresh one comes with the readings in it that are not marked, oldest first.
-func (s *spool) open() (found []*undelivered, fresh bool, err error) {
-	if s.f != nil {
-		before, err := s.f.Stat()
-		now, err2 := os.Lstat(s.file())
-		if err == nil && err2 == nil && os.SameFile(before, now) {
-			return nil, false, nil
-		}
-		s.close()
-	}
-	_, known := os.Stat(s.dir)
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
-		return nil, false, err
-	}
-	f, err := os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
-	if err != nil {
-		return nil, false, err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-		}
-	}()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, false, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, false, errors.New("not a file")
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
-		return nil, false, errors.New("another process uses it")
-	}
-	os.Remove(s.nextFile()) // of a power cut
-	if err := f.Chmod(0o600); err != nil {
-		return nil, false, err
-	}
-	if err := syncDir(s.dir); err != nil { // the file may be new
-		return nil, false, err
-	}
-	if known != nil {
-		syncDir(filepath.Dir(s.dir)) // which whoever may write there need not be able to
-	}
-	c, err := readSpool(f, instantOf(func(now time.Time) time.Time { return now }))
-	if err != nil {
-		return nil, false, err
-	}
-	if c.damaged > 0 {
-		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(c.damaged, "damaged record"))
-	}
-	s.f, s.size, s.last, s.stale = f, info.Size(), c.last, c.damaged > 0 || c.moved
-	if c.cutOff { // what is written next begins a line
-		if _, err := f.WriteAt([]byte("\n"), s.size); err == nil {
-			s.size++
-		} else {
-			s.stale = true
-		}
-	}
-	return c.readings, true, nil
-}
-
-func (s *spool) nextFile() string { return s.file() + ".next" }
-
-// A spoolContent is what a spool was found to hold.
-type spoolContent struct {
-	readings []*undelivered // that are not marked
-	last     uint64         // the highest number
-	damaged  int            // lines
-	cutOff   bool           // the last line has no end
-	moved    bool           // the clock was set since, in this boot
-}
-
-// readSpool reads what a spool holds. A reading of this boot gets the time that
-// its age by the uptime makes now; one of an earlier boot what the clock would
-// have shown then had it been what it was last known to be in that boot.
-func readSpool(r io.Reader, at instant) (spoolContent, error) {
-	var c spoolContent
-	byNumber := make(map[uint64]*spoolRecord)
-	offsets := make(map[string]int64) // of a boot: the clock at its beginning, as last known
-	lines := bufio.NewReaderSize(r, maxRecord)
-	for {
-		line, err := lines.ReadSlice('\n')
-		tooLong := errors.Is(err, bufio.ErrBufferFull)
-		for errors.Is(err, bufio.ErrBufferFull) {
-			_, err = lines.ReadSlice('\n')
-		}
-		if err != nil && !errors.Is(err, io.EOF) {
-			return c, err
-		}
-		if len(line) > 0 {
-			c.cutOff = errors.Is(err, io.EOF)
-		}
-		rec, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
-		switch {
-		case len(line) == 0 || string(line) == "\n":
-		case tooLong || !ok:
-			c.damaged++
-		case rec.kind == "d":
-			delete(byNumber, rec.number)
-		default:
-			if rec.boot != "-" {
-				offsets[rec.boot] = rec.wall - rec.up
-			}
-			if rec.kind == "r" {
-				byNumber[rec.number] = rec
-			}
-		}
-		if ok {
-			c.last = max(c.last, rec.number)
-		}
-		if err != nil {
-			break
-		}
-	}
-	for _, rec := range byNumber {
-		if offset, known := offsets[rec.boot]; known {
-			if stepped := rec.up + offset - rec.wall; (time.Duration(stepped) * time.Millisecond).Abs() > clockStep {
-				rec.wall += stepped
-			}
-		}
-		rec.u.taken, rec.u.earlier = time.UnixMilli(rec.wall), true
-		if since := time.Duration(at.up-rec.up) * time.Millisecond; rec.boot == at.boot && rec.boot != "-" && since >= 0 { // a container may begin anew in the same boot
-			exact := at.wall.Round(0).Sub(rec.u.taken)
-			if (exact - since).Abs() < clockStep {
-				since = exact // the uptime has hundredths only
-			}
-			c.moved = c.moved || since != exact
-			rec.u.taken, rec.u.earlier = at.now.Add(-since), false
-		}
-		c.readings = append(c.readings, rec.u)
-	}
-	slices.SortFunc(c.readings, func(a, b *undelivered) int {
-		if a.record < b.record {
-			return -1
-		}
-		return 1
-	})
-	return c, nil
-}
-
-// A spoolRecord is one line of a spool.
-type spoolRecord struct {
-	kind     string
-	number   uint64
-	boot     string
-	up, wall int64 // milliseconds
-	u        *undelivered
-}
-
-const (
-	maxRecord      = 16 << 10 // bytes of a line: a ticket of 1 KiB, quoted, and a value of 4 KiB
-	maxRecordValue = 4 << 10
-)
-
-// parseRecord reads a line of a spool, without its end, and reports whether it
-// is one.
-func parseRecord(line string) (*spoolRecord, bool) {
-	sum, rest, _ := strings.Cut(line, " ")
-	if want, err := strconv.ParseUint(sum, 16, 32); err != nil || len(sum) != 8 || uint32(want) != crc32.ChecksumIEEE([]byte(rest)) {
-		return nil, false
-	}
-	word := func() (w string) { w, rest, _ = strings.Cut(rest, " "); return w }
-	bad := false
-	number := func(bits int) int64 {
-		n, err := strconv.ParseInt(word(), 10, bits)
-		bad = bad || err != nil
-		return n
-	}
-	rec := &spoolRecord{kind: word()}
-	var err error
-	rec.number, err = strconv.ParseUint(word(), 10, 64)
-	if rec.kind == "d" {
-		return rec, err == nil && rest == ""
-	}
-	rec.boot, rec.up, rec.wall = word(), number(64), number(64)
-	if rec.kind == "c" {
-		return rec, !bad && rest == ""
-	}
-	rec.u = &undelivered{record: rec.number, toSave: true}
-	rec.u.code, rec.u.value = int(number(32)), word()
-	if rec.u.value == "-" {
-		rec.u.value = ""
-	} else if _, err := parseDecimal(rec.u.value); err != nil || len(rec.u.value) > maxRecordValue {
-		bad = true
-	}
-	switch kind := word(); kind {
+// parseTicket is the reverse of wireTicket.
+func parseTicket(kind, text string) (any, error) {
+	switch kind {
 	case "int":
-		rec.u.ticket = int(number(32))
+		n, err := strconv.ParseInt(text, 10, 32)
+		return int(n), err
 	case "i8":
-		rec.u.ticket = number(64)
+		return strconv.ParseInt(text, 10, 64)
 	case "string":
-		var text string
-		text, err = strconv.Unquote(rest)
-		rec.u.ticket, rest = text, ""
-	default:
-		bad = true
+		return strconv.Unquote(text)
 	}
-	return rec, rec.kind == "r" && err == nil && !bad && rest == "" && rec.number > 0
+	return nil, fmt.Errorf("a ticket of the type %q", kind)
 }
 
-// write does the work and, where it returns nil, has it on the disk: the
-// readings to add have the numbers up to the last one. Where it fails, what was
-// in the file before still counts.
-func (s *spool) write(w spoolWork, clock func(time.Time) time.Time) error {
-	if w.empty {
-		return s.empty()
-	}
-	var b bytes.Buffer
-	for _, n := range w.marks {
-		b.WriteString(markRecord(n))
-	}
-	stepped := s.clockStepped(clock)
-	full := s.stale || s.size+int64(b.Len()) > s.limit
-	if !stepped && !full && len(w.add) == 0 { // as after each delivery of a backlog
-		return s.append(b.Bytes(), w.sync)
-	}
-	at := instantOf(clock)
-	if stepped {
-		b.WriteString(clockRecord(at))
-	}
-	last := s.last
-	for _, u := range w.add {
-		last++
-		b.WriteString(readingRecord(last, u, at))
-	}
-	if full || s.size+int64(b.Len()) > s.limit {
-		return s.rewrite(w, at, s.drift(clock))
-	}
-	if err := s.append(b.Bytes(), true); err != nil {
-		return err
-	}
-	s.last, s.step = last, s.drift(clock)
-	return nil
-}
-
-// append writes records at the end of the file, all of them or none.
-func (s *spool) append(records []byte, sync bool) error {
-	_, err := s.f.WriteAt(records, s.size)
-	if err == nil && sync {
-		err = s.f.Sync()
-	}
-	if err != nil {
-		if s.f.Truncate(s.size) != nil { // what was half written could be taken for more
-			s.stale = true
-		}
-		return err
-	}
-	s.size += int64(len(records))
-	return nil
-}
-
-// empty empties the file: everything in it was delivered.
-func (s *spool) empty() error {
-	if err := s.f.Truncate(0); err != nil {
-		return err
-	}
-	s.size, s.stale = 0, false
-	return s.f.Sync()
-}
-
-// rewrite writes the file anew, with what is undelivered only. At every moment
-// the old file or the new one is there, whole.
-func (s *spool) rewrite(w spoolWork, at instant, step time.Duration) (err error) {
-	next := s.nextFile()
-	os.Remove(next)
-	f, err := os.OpenFile(next, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(next)
-		}
-	}()
-	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
-	out, size, last := bufio.NewWriter(f), 0, s.last
-	add := func(number uint64, u *undelivered) {
-		n, _ := out.WriteString(readingRecord(number, u, at)) // Flush has the error
-		size += n
-	}
-	for _, u := range w.all() {
-		add(u.record, u)
-	}
-	for _, u := range w.add {
-		last++
-		add(last, u)
-	}
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(next, s.file()); err != nil {
-		return err
-	}
-	s.f.Close()
-	s.f, s.size, s.last, s.step, s.stale = f, int64(size), last, step, false
-	if err := syncDir(s.dir); err != nil { // the old file may come back: it is as good, but for these
-		log.Printf(severe+"spool %s: %v", s.file(), err)
-	}
-	return nil
-}
-
-// ticketText is a ticket for the log.
+// ticketText returns a ticket for the log.
 func ticketText(ticket any) string {
-	if s, ok := ticket.(string); ok {
-		return "ticket " + cut(s)
-	}
-	if ticket == nil {
+	switch t := ticket.(type) {
+	case nil:
 		return "no ticket"
+	case string:
+		return "ticket " + cut(t)
 	}
 	return fmt.Sprint("ticket ", ticket)
 }
 
-// localZone is the zone that the box's own date shows: TZ (the name or path
+// A clocks is one moment by all clocks of the box.
+type clocks struct {
+	wall time.Time     // what the clock showed, which may have been wrong
+	age  time.Duration // since boot, in suspend as well
+	boot string        // names the boot
+}
+
+// clockStep is how much the clock must be off before it counts as set: less may
+// be the correction of a clock that runs slow.
+const clockStep = 2 * time.Second
+
+// corrected returns what a clock that is right now would have shown at c: what it
+// shows now, less the time that passed. A box without a battery clock boots in
+// 1970. Of another boot nothing is known, and c.wall counts.
+func (c clocks) corrected(now clocks) time.Time {
+	t := now.wall.Add(c.age - now.age)
+	if c.boot != now.boot || c.age > now.age || t.Sub(c.wall).Abs() < clockStep {
+		return c.wall
+	}
+	return t
+}
+
+// stepped reports whether the clock was set between c and now.
+func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
+
+// systemClocks returns a function that reads the clocks of the box. Where it
+// names no boot or tells no time since then, each process counts as a boot.
+func systemClocks() func() clocks {
+	start := time.Now()
+	_, known := sinceBoot()
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || len(id) < 8 || !known {
+		id = []byte(fmt.Sprintf("%08x", rand.Uint32()))
+	}
+	boot := string(id[:8])
+	return func() clocks {
+		now := time.Now()
+		age := now.Sub(start)
+		if known {
+			age, _ = sinceBoot()
+		}
+		return clocks{now.Round(0), age, boot}
+	}
+}
+
+// sinceBoot returns the time since boot, in suspend as well, and whether the box
+// tells it. Linux before 2.6.39 has it in /proc/uptime alone.
+func sinceBoot() (time.Duration, bool) {
+	const clockBoottime = 7
+	var t syscall.Timespec
+	_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clockBoottime, uintptr(unsafe.Pointer(&t)), 0)
+	if errno == 0 {
+		return time.Duration(t.Nano()), true
+	}
+	text, err := os.ReadFile("/proc/uptime") // 350735.47 1265389.12
+	seconds, _, _ := strings.Cut(string(text), " ")
+	age, err2 := time.ParseDuration(seconds + "s")
+	return age, err == nil && err2 == nil
+}
+
+const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
+
+// localZone returns the zone that the box's own date shows: TZ (the name or path
 // of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
 // /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. What
 // can't be read there counts as UTC, as it does for date, and is logged.
@@ -2310,14 +2141,10 @@ func localZone() *time.Location {
 	return zoneOf(tz, ok, "/etc")
 }
 
-const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
-
 func zoneOf(tz string, ok bool, etc string) *time.Location {
 	if !ok {
-		if data, err := readSmall(filepath.Join(etc, "localtime"), maxZone); err == nil {
-			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
-				return zone
-			}
+		if zone, err := zoneFile(filepath.Join(etc, "localtime")); err == nil {
+			return zone
 		}
 		text, err := readSmall(filepath.Join(etc, "TZ"), maxZone)
 		if err != nil {
@@ -2326,16 +2153,14 @@ func zoneOf(tz string, ok bool, etc string) *time.Location {
 		tz = strings.TrimSpace(string(text))
 	}
 	tz = strings.TrimPrefix(tz, ":")
+	load := time.LoadLocation
 	if strings.HasPrefix(tz, "/") {
-		if data, err := readSmall(tz, maxZone); err == nil {
-			if zone, err := time.LoadLocationFromTZData("Local", data); err == nil {
-				return zone
-			}
-		}
-	} else if zone, err := time.LoadLocation(tz); err == nil {
-		return zone
+		load = zoneFile
 	}
-	zone, err := posixZone(tz)
+	zone, err := load(tz)
+	if err != nil {
+		zone, err = posixZone(tz)
+	}
 	if err != nil {
 		log.Printf("time zone: %v; UTC instead", err)
 		return time.UTC
@@ -2343,12 +2168,20 @@ func zoneOf(tz string, ok bool, etc string) *time.Location {
 	return zone
 }
 
+// zoneFile reads a zone's file.
+func zoneFile(file string) (*time.Location, error) {
+	data, err := readSmall(file, maxZone)
+	if err != nil {
+		return nil, err
+	}
+	return time.LoadLocationFromTZData("Local", data)
+}
+
 // posixZone makes a zone of a POSIX TZ string. Go reads one only as the last
-// line of a TZif file (RFC 8536), so here is one with nothing else in it.
+// line of a TZif file (RFC 8536), so this makes one with nothing else in it.
 func posixZone(tz string) (*time.Location, error) {
 	const placeholder = "-00"
-	header := "TZif2" + strings.Repeat("\x00", 15)
-	block := header + strings.Repeat("\x00\x00\x00\x00", 4) + "\x00\x00\x00\x01\x00\x00\x00\x04" + // one zone, four letters
+	block := "TZif2" + strings.Repeat("\x00", 15+16) + "\x00\x00\x00\x01\x00\x00\x00\x04" + // one zone, four letters
 		strings.Repeat("\x00", 6) + placeholder + "\x00"
 	zone, err := time.LoadLocationFromTZData("Local", []byte(block+block+"\n"+tz+"\n"))
 	if err != nil {

@@ -1,42 +1,46 @@
 package main
 
-// The commands that change the agent itself: new code for a sensor, the way
-// back from it, and the move to another monitor.
+// The commands that change the agent itself: new code for a sensor, the way back from it, and the
+// move to another monitor.
 //
-// A package is SENSOR.tar.bz2 (gzip and plain tar are taken, too) with one
-// directory at the top, the sensor's name:
+// A package is SENSOR.tar.bz2 (gzip and plain tar are taken, too) with one directory at the top, the
+// sensor's name:
 //
-//	disk/
+//	disk/                disk/check alone is enough
 //	disk/check
 //	disk/version         1.4.2: no older version replaces this one
 //
-// Its signature, SENSOR.tar.bz2.sig, is what OpenBSD's signify and OpenWrt's
-// usign write, and so are the public keys:
+// Its signature, SENSOR.tar.bz2.sig, is what OpenBSD's signify and OpenWrt's usign write, and so are
+// the public keys:
 //
 //	untrusted comment: verify with fleet.pub
 //	RWQ...               base64 of "Ed", 8 bytes of key number, 64 bytes of signature or 32 of key
 //
-// An update goes through these names, and recover knows from them how far it
-// had come when the power went:
+// A change makes these names one after the other. They tell recover how far it had come when the
+// power went:
 //
-//	sensors/.picket-lock        is locked by the process that changes sensors
-//	sensors/.picket-staging     the package and what is unpacked of it: worth nothing
-//	sensors/.picket-trial-disk  complete, being tried: worth nothing
-//	sensors/.picket-new-disk    complete, tried and on the disk
-//	sensors/.picket-old-disk    the version that gives way, for an instant
-//	sensors_backup/disk_2010-03-07T21:24:33
-//	sensors_backup/.disk_2010-03-07T21:24:33   being copied or removed: worth nothing
+//	.sensors.picket-staging-4f2a...            the package and what is unpacked of it; it is tried there
+//	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
+//	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
+//	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
+//	sensors/.picket-gone-disk                  the installed version, out of the way; runs may still be in it
+//	sensors/disk                               the new version
+//
+// The other hidden ones are worth nothing, and recover removes them. It also knows what older versions
+// left: .picket-lock, .picket-old-disk.
+//
+// Root may change sensors in a directory of another user, who can put links in the way at any moment.
+// So everything is done in open directories, and no link is followed (see dir).
 
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"compress/bzip2"
 	"compress/gzip"
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -54,29 +58,28 @@ import (
 )
 
 const (
-	maxEntries   = 1024      // files and directories in a package
-	maxPath      = 255       // bytes of an entry's name
-	maxPadding   = 1 << 20   // bytes of zeros behind the last entry: tar pads to 10 KiB
-	maxKeyFile   = 4 << 10   // bytes of a public key or signature: they have about 150
-	maxVersion   = 256       // bytes of a file named version
-	spaceReserve = 256 << 10 // bytes of a file system that an update leaves free
+	maxEntries   = 1024            // files and directories in a package
+	maxPath      = 255             // bytes of an entry's name
+	maxNesting   = 200             // directories in each other: maxPath allows for 128
+	maxPadding   = 1 << 20         // bytes behind the last entry: tar pads to 10 KiB
+	maxKeyFile   = 4 << 10         // bytes of a public key or signature: they have about 150
+	maxVersion   = 256             // bytes that are read of a file named version
+	spaceReserve = 256 << 10       // bytes of a file system that an update leaves free
+	dirSpace     = 4 << 10         // bytes that a directory is taken to need
+	lockTime     = time.Minute     // to wait for another process that changes sensors
+	otherRuns    = 5 * time.Second // to wait for runs of another process in a version that gave way
 
-	dirSpace = 4 << 10     // bytes that a directory is taken to need
-	lockTime = time.Minute // to wait for another process that changes sensors
-
-	lockName     = ".picket-lock"
-	stagingName  = ".picket-staging"
-	trialPrefix  = ".picket-trial-"
-	newPrefix    = ".picket-new-"
-	oldPrefix    = ".picket-old-"
+	lockName     = ".picket-lock"  // of older versions
+	oldPrefix    = ".picket-old-"  // of older versions: the version that gave way
+	newPrefix    = ".picket-new-"  // complete, tried and on the disk
+	gonePrefix   = ".picket-gone-" // to be removed
 	backupLayout = "2006-01-02T15:04:05"
 )
 
 // An updater replaces sensors by packages, and by their backups.
 //
-// Whatever fails, power included, at every moment the old version or the new
-// one is complete in its place for whoever asks the sensors, and after recover
-// nothing else is left.
+// Whatever fails, power included, at every moment the old version or the new one is complete on the
+// disk, and after recover it is in its place and nothing else is left.
 type updater struct {
 	sensors     *sensors
 	backup      string // the directory of backups
@@ -86,25 +89,24 @@ type updater struct {
 	keep        int    // backups of a sensor; 0 keeps all
 
 	progress func(step string)       // is told what is being done
-	change   func(what string) error // is asked before each change of the file system
+	step     func(what string) error // is asked before each change of the file system
 }
 
 // newUpdater returns an updater that reports to nobody.
 func newUpdater(s *sensors, backup, keys string, maxPackage, maxUnpacked int64, keep int) *updater {
 	return &updater{
 		sensors: s, backup: backup, keys: keys, maxPackage: maxPackage, maxUnpacked: maxUnpacked, keep: keep,
-		progress: func(string) {}, change: func(string) error { return nil },
+		progress: func(string) {}, step: func(string) error { return nil },
 	}
 }
 
-// A source is where a package comes from.
+// A source provides a package and its signature.
 type source struct {
 	archive   func(ctx context.Context, to io.Writer) error
 	signature func(ctx context.Context) ([]byte, error)
 }
 
-// fromMonitor is the package of a sensor as the monitor has it, up to a limit
-// of bytes.
+// fromMonitor provides the package of a sensor that the monitor has, up to a limit of bytes.
 func fromMonitor(c *client, name string, limit int64) source {
 	return source{
 		archive: func(ctx context.Context, to io.Writer) error {
@@ -112,25 +114,23 @@ func fromMonitor(c *client, name string, limit int64) source {
 		},
 		signature: func(ctx context.Context) ([]byte, error) {
 			v, err := c.call(ctx, "cmd_get_sensor_signature", name)
-			switch v := v.(type) {
-			case []byte:
-				return v, err
-			case string:
-				return []byte(v), err
+			if text, ok := v.(string); ok {
+				return []byte(text), err
 			}
-			if err == nil {
+			text, ok := v.([]byte)
+			if err == nil && !ok {
 				err = fmt.Errorf("got %s; want base64 or string", typeName(v))
 			}
-			return nil, err
+			return text, err
 		},
 	}
 }
 
-// fromFile is a package that lies on the box, its signature beside it.
+// fromFile provides a package that lies on the box, its signature beside it.
 func fromFile(file string) source {
 	return source{
 		archive: func(_ context.Context, to io.Writer) error {
-			f, err := os.Open(file)
+			f, err := openRegular(file)
 			if err != nil {
 				return err
 			}
@@ -142,540 +142,728 @@ func fromFile(file string) source {
 	}
 }
 
-// at is a path in the directory of sensors.
-func (u *updater) at(elements ...string) string {
-	return filepath.Join(append([]string{u.sensors.path}, elements...)...)
-}
-
-// install fetches a package, verifies it, unpacks it, tries it and puts it in
-// the place of the sensor, whose version before becomes a backup. An error
-// means that nothing has changed.
+// install fetches a package, verifies it, unpacks it, tries it and puts it in the place of the
+// sensor. The installed version becomes a backup. An error means that nothing has changed.
 func (u *updater) install(ctx context.Context, name string, from source) error {
-	return u.exclusively(ctx, name, lockTime, func() error {
-		archive, err := u.fetch(ctx, from)
-		if err != nil {
-			return err
-		}
-		if err := u.verify(ctx, archive, from); err != nil {
-			return err
-		}
-		u.progress("unpack")
-		if err := u.unpack(archive, name); err != nil {
-			return err
-		}
-		if err := u.checkVersion(name); err != nil {
-			return err
-		}
-		if err := u.moveSynced(u.at(stagingName, name), u.at(trialPrefix+name)); err != nil {
-			return err
-		}
-		u.progress("try")
-		switch o := u.sensors.runIn(ctx, u.at(trialPrefix+name), trialPrefix+name, []string{u.sensors.help}, nil); o.code {
-		case 0:
-		case codeNotFound:
-			return fmt.Errorf("it holds no executable %s", u.sensors.executable)
-		default:
-			return fmt.Errorf("try %s %s: %s", u.sensors.executable, u.sensors.help, o)
-		}
-		if err := u.moveSynced(u.at(trialPrefix+name), u.at(newPrefix+name)); err != nil {
-			return err
-		}
-		u.progress("swap")
-		if err := u.swap(ctx, name); err != nil {
-			return err
-		}
-		u.tidy(u.prune(name))
-		return nil
-	})
+	c := &change{updater: u, ctx: ctx, name: name, from: from}
+	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, c.giveAway, c.replace)
 }
 
-// rollback puts the newest backup of a sensor in its place. The version before
-// becomes a backup, the one that was put back is none any more.
+// rollback puts the newest backup of a sensor in its place. The installed version becomes a backup;
+// the one that was put back is none any more. An error means that nothing has changed.
 func (u *updater) rollback(ctx context.Context, name string) error {
-	return u.exclusively(ctx, name, lockTime, func() error {
-		backups, err := u.backups(name)
+	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
+	return c.make(func() error {
+		backups, err := c.backupsOf(name, false)
 		if err != nil {
 			return err
 		}
 		if len(backups) == 0 {
 			return errors.New("there is no backup")
 		}
-		newest := backups[len(backups)-1]
-		u.progress("copy")
-		if err := u.mkdir(u.at(stagingName), 0o700); err != nil {
-			return err
-		}
-		if err := u.copyDir(filepath.Join(u.backup, newest), u.at(stagingName, name), os.Link); err != nil {
-			return err
-		}
-		if err := u.moveSynced(u.at(stagingName, name), u.at(newPrefix+name)); err != nil {
-			return err
-		}
-		u.progress("swap")
-		if err := u.swap(ctx, name); err != nil {
-			return err
-		}
-		u.tidy(u.removeBackup(newest))
-		u.tidy(u.prune(name))
+		c.progress("copy")
+		newest = backups[len(backups)-1]
+		return c.copy(c.backups, newest, c.staging, name)
+	}, c.replace, func() error {
+		c.tidy(c.removeBackup(newest))
 		return nil
 	})
 }
 
-// exclusively does work while no other process changes these sensors, after
-// an interrupted change of before was settled, and leaves no staging.
-func (u *updater) exclusively(ctx context.Context, name string, wait time.Duration, work func() error) error {
-	for _, dir := range []string{u.sensors.path, u.backup} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
+// recover finishes what a power cut interrupted, and removes what is left. It can be interrupted
+// and repeated itself. It does not wait for the lock: whoever holds it has recovered already. Where
+// nothing is left it writes nothing.
+func (u *updater) recover(ctx context.Context) error {
+	entries, err := os.ReadDir(u.sensors.path)
+	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".picket-") }
+	if err != nil || !exists(u.backup) && !slices.ContainsFunc(entries, isHidden) {
+		return nil
 	}
-	path, err := os.Stat(u.sensors.path)
-	if err != nil {
+	c := &change{updater: u, ctx: ctx}
+	defer c.close()
+	if err := c.begin(0); errors.Is(err, context.DeadlineExceeded) {
+		return nil
+	} else if err != nil {
 		return err
 	}
-	backup, err := os.Stat(u.backup)
-	if err != nil {
-		return err
-	}
-	if os.SameFile(path, backup) {
-		return fmt.Errorf("%s and %s are the same directory", u.sensors.path, u.backup)
-	}
-	lock, err := os.OpenFile(u.at(lockName), os.O_RDWR|os.O_CREATE, 0o600) // for nobody else to hold
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	if owner := path.Sys().(*syscall.Stat_t); os.Geteuid() == 0 { // an agent that is not root must get at it, too
-		if err := lock.Chown(int(owner.Uid), int(owner.Gid)); err != nil {
-			return err
-		}
-	}
-	if err := flockWithin(ctx, lock, syscall.LOCK_EX, wait); err != nil {
-		return fmt.Errorf("another process is changing the sensors: %w", err)
-	}
-	err = u.settle()
-	if name != "" && (exists(u.at(oldPrefix+name)) || exists(u.at(newPrefix+name))) {
-		return fmt.Errorf("an earlier change is not settled: %w", err)
-	}
-	u.tidy(err)
-	if err := work(); err != nil {
-		u.tidy(u.abandon(name))
-		return err
-	}
-	u.tidy(u.settle())
-	return nil
+	return errors.Join(c.settle(), c.prune())
 }
 
-// tidy logs what went wrong after a change was made: too late to call it off,
-// and recover will try again.
-func (u *updater) tidy(err error) {
+// ownerWarning returns a line for the log where an agent of root has sensors that belong to another
+// user and backups that belong to root, else "". That is so where tar gave the sensors to the user
+// number of whoever packed them.
+func (u *updater) ownerWarning() string {
+	sensors, err := os.Stat(u.sensors.path)
+	backups, err2 := os.Stat(u.backup)
+	if err != nil || err2 != nil || os.Geteuid() != 0 || ownerOf(sensors).Uid == 0 || ownerOf(backups).Uid != 0 {
+		return ""
+	}
+	uid, gid := ownerOf(sensors).Uid, ownerOf(sensors).Gid
+	return fmt.Sprintf("%s belongs to user %d, who can change what the agent runs, but %s to root: "+
+		"give both to root with chown -R 0:0 %s, or both to him with chown -R %d:%d %s",
+		u.sensors.path, uid, u.backup, u.sensors.path, uid, gid, u.backup)
+}
+
+// A change is the state of one change of a sensor, or of recovery. Its directories are open, and
+// locked for all other changes.
+type change struct {
+	*updater
+	ctx       context.Context
+	name      string // of the sensor; "" in recovery
+	from      source
+	installed dir             // the sensors
+	owner     *syscall.Stat_t // of that directory
+	backups   dir
+	beside    dir // the directory that holds the one of the sensors
+	staging   dir
+	archive   *os.File // the package
+	tooLate   bool     // to undo it: the installed version is half removed
+	keepGone  bool     // runs are still in the version that gave way
+}
+
+// make takes the steps of a change, while no other process changes sensors. Before, it settles what
+// an interrupted change left; afterwards, it leaves nothing.
+func (c *change) make(steps ...func() error) error {
+	defer c.close()
+	if err := c.begin(lockTime); err != nil {
+		return err
+	}
+	err := c.settle()
+	if err != nil && c.isUnsettled() {
+		return fmt.Errorf("an earlier change is not settled: %w", err)
+	}
+	c.tidy(err)
+	err = c.stage()
+	for _, step := range steps {
+		if err == nil {
+			err = step()
+		}
+	}
+	if err == nil {
+		c.tidy(c.prune())
+	}
+	c.tidy(c.settle())
+	return err
+}
+
+// tidy logs what went wrong after a change was made: it is too late to call it off, and recover
+// will try again.
+func (c *change) tidy(err error) {
 	if err != nil {
 		log.Printf(warning+"tidy sensors: %v", err)
 	}
 }
 
-// abandon undoes what a change that failed has made, so that settle does not
-// finish it.
-func (u *updater) abandon(name string) error {
-	if err := u.undo(name); err != nil {
-		return err // recover will decide
+// begin opens the directories, makes those that are missing, and locks that of the backups: nobody
+// else can, because nobody else can read it.
+func (c *change) begin(wait time.Duration) (err error) {
+	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
+		return err
 	}
-	if exists(u.at(newPrefix + name)) {
-		if err := u.drop(newPrefix, name); err != nil {
-			return err
+	c.beside = c.installed
+	if real, err := filepath.EvalSymlinks(c.sensors.path); err == nil {
+		if f, err := os.OpenFile(filepath.Dir(real), syscall.O_DIRECTORY, 0); err == nil {
+			c.beside = dir{File: f, step: c.step}
 		}
 	}
-	return u.settle()
+	isNew := !exists(c.backup)
+	if c.backups, err = c.openBase(c.backup, 0o700); err != nil {
+		return err
+	}
+	sensors, err := c.installed.Stat()
+	backups, err2 := c.backups.Stat()
+	if err := errors.Join(err, err2); err != nil {
+		return err
+	}
+	if os.SameFile(sensors, backups) {
+		return fmt.Errorf("%s and %s are the same directory", c.sensors.path, c.backup)
+	}
+	c.owner = ownerOf(sensors)
+	if mode := backups.Mode().Perm(); isNew {
+		err = chown(c.backups.File, c.owner)
+	} else if c.name != "" && mode&0o077 != 0 {
+		c.backups.Chmod(mode &^ 0o077) // older versions made it open; only its owner can close it
+	}
+	if err != nil {
+		return err
+	}
+	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
+		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
+	}
+	return nil
 }
 
-// recover finishes or undoes what a power cut interrupted. It can be
-// interrupted and repeated itself. Where nothing was, it writes nothing.
-func (u *updater) recover(ctx context.Context) error {
-	if !u.interrupted() {
+// close also unlocks. What is not open does not mind.
+func (c *change) close() {
+	for _, f := range []*os.File{c.installed.File, c.backups.File, c.beside.File, c.staging.File, c.archive} {
+		f.Close()
+	}
+}
+
+// openBase opens one of the two directories. Where it is missing it makes it, with this mode
+// whatever the umask. Root follows no link that another user could have put there.
+func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
+	flags := syscall.O_DIRECTORY
+	if info, err := os.Stat(filepath.Dir(path)); err == nil && os.Geteuid() == 0 &&
+		(ownerOf(info).Uid != 0 || info.Mode().Perm()&0o002 != 0) {
+		flags |= syscall.O_NOFOLLOW
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return dir{File: f, step: c.step}, err
+	}
+	parent, err := c.openBase(filepath.Dir(path), 0o755)
+	if err != nil {
+		return dir{}, err
+	}
+	defer parent.Close()
+	return parent.mkdir(filepath.Base(path), mode)
+}
+
+func ownerOf(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }
+
+// chown gives an open file to an owner, if there is one. Only root can, and others need not.
+func chown(f *os.File, owner *syscall.Stat_t) error {
+	if owner == nil || os.Geteuid() != 0 {
 		return nil
 	}
-	err := u.exclusively(ctx, "", 0, u.pruneAll)
-	if errors.Is(err, context.DeadlineExceeded) {
-		return nil // another process is at it
+	return f.Chown(int(owner.Uid), int(owner.Gid))
+}
+
+// stage makes the staging directory, with a name that nobody can guess. It lies beside the
+// directory of the sensors, where the owner of that cannot exchange it; or in it, where nothing can
+// be renamed from outside. Trying is the only way to know: two mounts may be of one device.
+func (c *change) stage() (err error) {
+	random := make([]byte, 8)
+	if _, err := rand.Read(random); err != nil {
+		return err
 	}
+	name := fmt.Sprintf("%s%x", c.stagingPrefix(), random)
+	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
+		probe, err := c.staging.mkdir(name, 0o700)
+		probe.Close()
+		if err == nil && c.staging.rename(name, c.installed, name) == nil {
+			return c.installed.remove(name)
+		}
+		c.staging.Close()
+	}
+	c.staging, err = c.installed.mkdir(name, 0o711)
 	return err
 }
 
-// interrupted reports whether there is anything to recover.
-func (u *updater) interrupted() bool {
-	entries, _ := os.ReadDir(u.sensors.path)
-	for _, e := range entries {
-		if name := e.Name(); strings.HasPrefix(name, ".picket-") && name != lockName {
-			return true
-		}
-	}
-	entries, _ = os.ReadDir(u.backup)
-	count := make(map[string]int)
-	for _, e := range entries {
-		if isHidden(e.Name()) {
-			return true
-		}
-		if name, ok := backedUp(e.Name()); ok {
-			if count[name]++; u.keep > 0 && count[name] > u.keep {
-				return true
-			}
-		}
-	}
-	return false
+// stagingPrefix begins the name of each staging directory: there may be other sensors beside these.
+func (c *change) stagingPrefix() string {
+	return "." + filepath.Base(c.sensors.path) + ".picket-staging-"
 }
 
-// settle brings the two directories into one of the states that mean
-// something: what is complete is put in its place, the rest removed. What goes
-// wrong with one sensor does not keep it from the others.
-func (u *updater) settle() error {
-	var errs []error
-	entries, err := os.ReadDir(u.sensors.path)
-	errs = append(errs, err)
-	for _, e := range entries {
-		if name := e.Name(); name == stagingName || strings.HasPrefix(name, trialPrefix) {
-			errs = append(errs, u.removeAll(u.at(name)))
+// try runs the staged version once, for its help text.
+func (c *change) try() error {
+	c.progress("try")
+	s, dir := c.sensors, c.staging.path(c.name)
+	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
+	case 0:
+		return nil
+	case codeNotFound:
+		return fmt.Errorf("it holds no executable %s", s.executable)
+	default:
+		return fmt.Errorf("try %s %s: %s", s.executable, s.help, o)
+	}
+}
+
+// giveAway gives the staged version to the owner of the directory of sensors, so that his agent can
+// replace it. It goes from the inside out, and so touches nothing that he can already exchange.
+func (c *change) giveAway() error {
+	if os.Geteuid() != 0 || c.owner.Uid == 0 {
+		return nil
+	}
+	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), syncFile(f)) })
+}
+
+// replace puts the staged version in the place of the sensor, and the installed one among the
+// backups. One rename decides: before it nothing has changed, after it settle can do the rest at
+// any time.
+func (c *change) replace() error {
+	c.progress("swap")
+	backup, isNew := "", !c.installed.has(c.name)
+	if !isNew {
+		var err error
+		if backup, err = c.backUp(c.name, c.name); err != nil {
+			return err
 		}
 	}
-	for _, e := range entries {
-		if name, ok := strings.CutPrefix(e.Name(), newPrefix); ok {
-			errs = append(errs, u.settleNew(name))
+	if err := c.staging.rename(c.name, c.installed, newPrefix+c.name); err != nil {
+		return err
+	}
+	err := c.installed.sync()
+	if err == nil {
+		err = c.finish(c.name)
+	}
+	if err != nil && c.tooLate { // to undo it
+		err = c.finish(c.name)
+	}
+	if err != nil && c.installed.has(newPrefix+c.name) {
+		if !c.tooLate {
+			c.tidy(c.undo(backup))
+		}
+		return err
+	}
+	c.tidy(err) // of the last sync: the new version is in its place, as all can see
+	c.keepGone = !isNew && !c.awaitRuns()
+	return nil
+}
+
+// backUp makes a hidden backup of what is a version of a sensor, and returns the name that the
+// backup is to have.
+func (c *change) backUp(name, file string) (backup string, err error) {
+	if backup, err = c.nextBackup(name); err != nil {
+		return "", err
+	}
+	if err := c.copy(c.installed, file, c.backups, "."+backup); err != nil {
+		return "", err
+	}
+	return backup, c.backups.sync()
+}
+
+// finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant
+// there is no sensor; runs wait for that.
+func (c *change) finish(name string) error {
+	made, err := c.backupsOf(name, true)
+	if err != nil {
+		return err
+	}
+	for _, backup := range made {
+		if err := c.backups.renameSynced(backup, c.backups, backup[1:]); err != nil {
+			return err
 		}
 	}
-	for _, e := range entries {
-		if name, ok := strings.CutPrefix(e.Name(), oldPrefix); ok && !exists(u.at(name)) {
-			errs = append(errs, u.moveSynced(u.at(oldPrefix+name), u.at(name)))
+	if c.installed.has(name) {
+		err = c.installed.rename(name, c.installed, gonePrefix+name)
+	}
+	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
+		c.tooLate = true
+		if d, err := c.installed.open(name, syscall.O_DIRECTORY); err == nil {
+			os.Remove(d.at(c.sensors.executable)) // first, so that no run begins in what is left
+			d.Close()
+		}
+		err = c.installed.remove(name)
+	}
+	if err != nil {
+		return err
+	}
+	return c.installed.renameSynced(newPrefix+name, c.installed, name)
+}
+
+// undo takes back a change that was decided but could not be finished. It leaves hidden names,
+// which settle removes.
+func (c *change) undo(backup string) error {
+	if gone := gonePrefix + c.name; c.installed.has(gone) {
+		if err := c.installed.rename(gone, c.installed, c.name); err != nil {
+			return err
 		}
 	}
-	backups, err := os.ReadDir(u.backup)
-	errs = append(errs, err)
-	for _, e := range backups {
-		if isHidden(e.Name()) {
-			errs = append(errs, u.removeAll(filepath.Join(u.backup, e.Name())))
+	if err := c.discard(newPrefix, c.name); err != nil || backup == "" || !c.backups.has(backup) {
+		return err
+	}
+	return c.backups.renameSynced(backup, c.backups, "."+backup)
+}
+
+// awaitRuns waits for the runs that are in the version that gave way: they keep their directory. It
+// reports whether they have ended before the change must.
+func (c *change) awaitRuns() bool {
+	select {
+	case <-c.sensors.retire(c.name):
+	case <-c.ctx.Done():
+		return false
+	}
+	for end := time.Now().Add(otherRuns); c.inUse(gonePrefix+c.name) && time.Now().Before(end); {
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-c.ctx.Done():
+			return false
 		}
 	}
-	for _, e := range entries {
-		name, ok := strings.CutPrefix(e.Name(), oldPrefix)
-		if ok && exists(u.at(e.Name())) && !exists(u.at(newPrefix+name)) { // else settleNew has failed
-			errs = append(errs, u.settleOld(name))
+	return true
+}
+
+// inUse reports whether any process is in a directory among the sensors, as a run of the agent is
+// while picket install changes its sensor.
+func (c *change) inUse(name string) bool {
+	sensors, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", c.installed.Fd()))
+	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
+	return err == nil && slices.ContainsFunc(links, func(link string) bool {
+		cwd, _ := os.Readlink(link) // a stat could hang on a dead disk or network
+		return strings.HasPrefix(cwd+"/", filepath.Join(sensors, name)+"/")
+	})
+}
+
+// settle finishes the changes that were decided, and removes what is worth nothing. What goes wrong
+// with one sensor does not keep it from the others.
+func (c *change) settle() error {
+	errs := []error{c.removeRubbish()}
+	files, err := c.installed.names()
+	if err != nil {
+		return err
+	}
+	isOld := slices.Contains(files, lockName)
+	if isOld { // an older version decides otherwise, and what it hides is not complete
+		if err := c.removeHiddenBackups(); err != nil {
+			return err
+		}
+	}
+	for _, file := range files {
+		name, ok := versionOf(file, newPrefix)
+		switch {
+		case !ok:
+		case isOld && c.installed.has(name) && !c.installed.has(oldPrefix+name): // it had not begun to swap
+			errs = append(errs, c.discard(newPrefix, name))
+		default:
+			errs = append(errs, c.finish(name))
+		}
+	}
+	for _, file := range files {
+		if name, ok := versionOf(file, oldPrefix); ok && !c.installed.has(newPrefix+name) {
+			errs = append(errs, c.settleOld(name))
+		}
+	}
+	errs = append(errs, c.removeHiddenBackups(), c.removeRubbish())
+	if isOld && errors.Join(errs...) == nil {
+		return c.installed.remove(lockName)
+	}
+	return errors.Join(errs...)
+}
+
+// settleOld makes a backup of a version that gave way in an older picket, or puts it back where
+// nothing is in its place.
+func (c *change) settleOld(name string) error {
+	old := oldPrefix + name
+	if !c.installed.has(name) {
+		return c.installed.renameSynced(old, c.installed, name)
+	}
+	backup, err := c.nextBackup(name)
+	if err != nil {
+		return err
+	}
+	if c.installed.renameSynced(old, c.backups, backup) == nil {
+		return c.installed.sync()
+	}
+	if backup, err = c.backUp(name, old); err != nil { // on another file system
+		return err
+	}
+	if err := c.backups.renameSynced("."+backup, c.backups, backup); err != nil {
+		return err
+	}
+	return c.discard(oldPrefix, name)
+}
+
+// discard makes rubbish of the new or the old version of a sensor: half removed, it must not be
+// taken for whole.
+func (c *change) discard(prefix, name string) error {
+	return c.installed.renameSynced(prefix+name, c.installed, gonePrefix+name)
+}
+
+// versionOf returns the sensor of which a hidden name with this prefix is a version.
+func versionOf(file, prefix string) (name string, ok bool) {
+	name, ok = strings.CutPrefix(file, prefix)
+	_, err := sensorName(name) // above all it is not ".."
+	return name, ok && err == nil
+}
+
+// removeRubbish removes staging directories and all hidden names among the sensors that stand for
+// no version, but not a directory that runs are still in.
+func (c *change) removeRubbish() error {
+	beside, err := c.beside.names()
+	installed, err2 := c.installed.names()
+	errs := []error{err, err2}
+	for _, file := range beside {
+		if strings.HasPrefix(file, c.stagingPrefix()) {
+			errs = append(errs, c.beside.remove(file))
+		}
+	}
+	for _, file := range installed {
+		_, isNew := versionOf(file, newPrefix)
+		_, isOld := versionOf(file, oldPrefix)
+		keep := isNew || isOld || file == lockName || c.keepGone && file == gonePrefix+c.name
+		if !keep && (strings.HasPrefix(file, ".picket-") || strings.HasPrefix(file, c.stagingPrefix())) {
+			errs = append(errs, c.installed.remove(file))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// settleNew finishes a swap in which the old version is out of the way, or
-// copied (see takeAway), or never was; else the swap had not begun.
-func (u *updater) settleNew(name string) error {
-	switch {
-	case !exists(u.at(name)):
-	case exists(u.at(oldPrefix + name)):
-		if err := u.removeAll(u.at(name)); err != nil {
-			return err
+// removeHiddenBackups removes what is half made or half removed.
+func (c *change) removeHiddenBackups() error {
+	files, err := c.backups.names()
+	errs := []error{err}
+	for _, file := range files {
+		if _, isHidden, ok := parseBackup(file); ok && isHidden {
+			errs = append(errs, c.backups.remove(file))
 		}
-	default:
-		return u.drop(newPrefix, name)
 	}
-	return u.moveSynced(u.at(newPrefix+name), u.at(name))
+	return errors.Join(errs...)
 }
 
-// drop removes the new or the old version of a sensor, which is worth nothing
-// from the first moment on: half removed, it must not be taken for whole.
-func (u *updater) drop(prefix, name string) error {
-	if err := u.moveSynced(u.at(prefix+name), u.at(trialPrefix+name)); err != nil {
+// isUnsettled reports whether something is left of an earlier change of this sensor.
+func (c *change) isUnsettled() bool {
+	made, err := c.backupsOf(c.name, true)
+	return err != nil || len(made) > 0 ||
+		slices.ContainsFunc([]string{newPrefix, oldPrefix, gonePrefix}, func(prefix string) bool {
+			return c.installed.has(prefix + c.name)
+		})
+}
+
+// backupsOf lists the backups of a sensor, oldest first, or those that are hidden.
+func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
+	files, err := c.backups.names()
+	return slices.DeleteFunc(files, func(file string) bool {
+		of, isHidden, ok := parseBackup(file)
+		return !ok || of != name || isHidden != hidden
+	}), err
+}
+
+// parseBackup returns the sensor of which a directory is the backup, and whether it is hidden: it
+// is then being made or removed.
+func parseBackup(file string) (name string, isHidden, ok bool) {
+	file, isHidden = strings.CutPrefix(file, ".")
+	i := len(file) - len("_"+backupLayout)
+	if i < 1 || file[i] != '_' {
+		return "", false, false
+	}
+	_, err := time.Parse(backupLayout, file[i+1:])
+	return file[:i], isHidden, err == nil
+}
+
+// nextBackup returns the name of a new backup: the local time, or where the clock is behind the
+// newest backup a second after that, so that order is kept.
+func (c *change) nextBackup(name string) (string, error) {
+	backups, err := c.backupsOf(name, false)
+	if err != nil {
+		return "", err
+	}
+	stamp, err := time.Parse(backupLayout, time.Now().Format(backupLayout)) // without its zone
+	if n := len(backups); n > 0 && err == nil {
+		var newest time.Time
+		newest, err = time.Parse(backupLayout, strings.TrimPrefix(backups[n-1], name+"_"))
+		if !stamp.After(newest) {
+			stamp = newest.Add(time.Second)
+		}
+	}
+	return name + "_" + stamp.Format(backupLayout), err
+}
+
+// prune removes the oldest backups of each sensor beyond those to keep.
+func (c *change) prune() error {
+	files, err := c.backups.names()
+	errs, count := []error{err}, make(map[string]int)
+	for i := len(files) - 1; i >= 0 && c.keep > 0; i-- {
+		name, isHidden, ok := parseBackup(files[i])
+		if !ok || isHidden {
+			continue
+		}
+		if count[name]++; count[name] > c.keep {
+			errs = append(errs, c.removeBackup(files[i]))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeBackup removes a backup, which is none from the first moment on.
+func (c *change) removeBackup(backup string) error {
+	if err := c.backups.renameSynced(backup, c.backups, "."+backup); err != nil {
 		return err
 	}
-	return u.removeAll(u.at(trialPrefix + name))
+	return c.backups.remove("." + backup)
 }
 
-// settleOld makes a backup of the version that gave way.
-func (u *updater) settleOld(name string) error {
-	to, err := u.nextBackup(name)
+// copy copies a sensor, or part of one, with its owner; the copy is on the disk when copy returns
+// nil. Files are linked where that can be, which takes no space.
+func (c *change) copy(from dir, name string, to dir, as string) error {
+	info, err := os.Lstat(from.at(name))
 	if err != nil {
 		return err
 	}
-	if err := u.moveSynced(u.at(oldPrefix+name), to); !errors.Is(err, syscall.EXDEV) {
+	link := func(string) error { return os.Link(from.at(name), to.at(as)) }
+	switch kind := info.Mode().Type(); {
+	case kind.IsDir():
+		return c.copyDir(from, name, to, as)
+	case kind == fs.ModeSymlink: // of an administrator's own sensor
+		target, err := os.Readlink(from.at(name))
+		if err != nil {
+			return err
+		}
+		return to.do("link", as, func(path string) error { return os.Symlink(target, path) })
+	case !kind.IsRegular():
+		return fmt.Errorf("copy %s: neither a file nor a directory", from.path(name))
+	case to.do("link", as, link) == nil:
+		return nil
+	}
+	f, err := from.open(name, 0)
+	if err != nil {
 		return err
 	}
-	if err := u.copyBackup(u.at(oldPrefix+name), to); err != nil {
+	defer f.Close()
+	if info, err = f.Stat(); err != nil {
 		return err
 	}
-	if err := u.moveSynced(hidden(to), to); err != nil {
+	if err := to.enoughSpace(info.Size()); err != nil {
 		return err
 	}
-	return u.drop(oldPrefix, name)
+	// Where a pipe has been put in its place, the size is 0 and nothing is read.
+	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 }
+
+func (c *change) copyDir(from dir, name string, to dir, as string) error {
+	source, err := from.open(name, syscall.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	info, err := source.Stat()
+	if err != nil {
+		return err
+	}
+	target, err := to.mkdir(as, info.Mode().Perm()|0o700)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	names, err := source.names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := c.copy(source, name, target, name); err != nil {
+			return err
+		}
+	}
+	if err := chown(target.File, ownerOf(info)); err != nil { // last: until here he cannot change it
+		return err
+	}
+	return target.sync()
+}
+
+// A dir is an open directory. What is done in it is done there and nowhere else, whatever its owner
+// exchanges meanwhile: the names are single path elements, and no link is followed. Each change
+// that is made in it is asked for first (see updater.step).
+type dir struct {
+	*os.File
+	depth int // below a directory that was opened by its path
+	step  func(what string) error
+}
+
+// at returns a path that leads to a name in this very directory, wherever that was moved. Only calls
+// that follow no link may use it. Where there is no /proc it is the usual path.
+func (d dir) at(name string) string {
+	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
+		return filepath.Join(open, name)
+	}
+	return d.path(name)
+}
+
+// has reports whether there is anything with this name.
+func (d dir) has(name string) bool { return exists(d.at(name)) }
 
 func exists(file string) bool {
 	_, err := os.Lstat(file)
 	return err == nil
 }
 
-// swap puts .picket-new-NAME in the place of the sensor. Readings of the sensor that
-// run have ended by then, others wait meanwhile.
-func (u *updater) swap(ctx context.Context, name string) error {
-	deployed := !exists(u.at(name))
-	to, err := u.nextBackup(name)
-	if err != nil {
-		return err
-	}
-	apart := false // the backups are on another file system: what takes time is done before
-	if !deployed {
-		if apart, err = u.apart(); err != nil {
-			return err
-		}
-		if apart {
-			if err := u.copyBackup(u.at(name), to); err != nil {
-				return err
-			}
-		}
-	}
-	err = u.sensors.whileUnused(ctx, name, func() error {
-		err := error(nil)
-		if !deployed {
-			err = u.takeAway(name)
-		}
-		if err == nil {
-			err = u.move(u.at(newPrefix+name), u.at(name))
-		}
-		switch {
-		case err != nil || deployed:
-		case apart:
-			err = u.move(hidden(to), to)
-		default:
-			err = u.move(u.at(oldPrefix+name), to)
-		}
-		if err != nil {
-			u.tidy(u.undo(name)) // before anybody sees the gap
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	u.tidy(syncDirs([]string{u.sensors.path, u.backup})) // it is done, as all can see
-	if apart {
-		u.tidy(u.drop(oldPrefix, name))
-	}
-	return nil
-}
-
-// takeAway moves the installed version out of the way. On an overlay file
-// system a directory of the lower layer cannot be renamed: it is copied, and
-// then removed.
-func (u *updater) takeAway(name string) error {
-	err := u.moveSynced(u.at(name), u.at(oldPrefix+name))
-	if !errors.Is(err, syscall.EXDEV) {
-		return err
-	}
-	if err := u.removeAll(u.at(stagingName)); err != nil {
-		return err
-	}
-	if err := u.mkdir(u.at(stagingName), 0o700); err != nil {
-		return err
-	}
-	if err := u.copyDir(u.at(name), u.at(stagingName, name), nil); err != nil {
-		return err
-	}
-	if err := u.moveSynced(u.at(stagingName, name), u.at(oldPrefix+name)); err != nil {
-		return err
-	}
-	return u.removeAll(u.at(name))
-}
-
-// undo puts the version that gave way back in its place, if there is one.
-func (u *updater) undo(name string) error {
-	if !exists(u.at(oldPrefix + name)) {
-		return nil
-	}
-	var err error
-	switch {
-	case !exists(u.at(name)):
-	case exists(u.at(newPrefix + name)): // the old one, perhaps half removed
-		err = u.removeAll(u.at(name))
-	default:
-		err = u.move(u.at(name), u.at(newPrefix+name))
-	}
-	if err != nil {
-		return err
-	}
-	return u.moveSynced(u.at(oldPrefix+name), u.at(name))
-}
-
-// apart reports whether a sensor cannot be renamed to become a backup. Trying
-// is the only way to know: two mounts may be of one device.
-func (u *updater) apart() (bool, error) {
-	probe, to := u.at(stagingName, "probe"), hidden(filepath.Join(u.backup, "probe_"+backupLayout))
-	if err := os.Mkdir(probe, 0o700); err != nil {
-		return false, err
-	}
-	err := os.Rename(probe, to)
-	if errors.Is(err, syscall.EXDEV) {
-		return true, os.Remove(probe)
-	}
-	if err != nil {
-		return false, err
-	}
-	return false, os.Remove(to)
-}
-
-// backups lists the backups of a sensor, oldest first.
-func (u *updater) backups(name string) ([]string, error) {
-	entries, err := os.ReadDir(u.backup)
-	if err != nil {
+// names lists the directory, in order.
+func (d dir) names() ([]string, error) {
+	if _, err := d.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	var backups []string
-	for _, e := range entries {
-		if of, ok := backedUp(e.Name()); ok && of == name {
-			backups = append(backups, e.Name())
-		}
-	}
-	return backups, nil
+	names, err := d.Readdirnames(-1)
+	slices.Sort(names)
+	return names, err
 }
 
-// nextBackup is the name of a new backup: the time, or where the clock is
-// behind the newest backup a second after that, so that order is kept.
-func (u *updater) nextBackup(name string) (string, error) {
-	backups, err := u.backups(name)
+// path returns the usual path of a name.
+func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
+
+// open opens a file or directory for reading, without waiting for a pipe.
+func (d dir) open(name string, flags int) (dir, error) {
+	if d.depth == maxNesting {
+		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
+	}
+	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
+	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
 	if err != nil {
-		return "", err
+		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
 	}
-	now := time.Now()
-	stamp := time.Date(now.Year(), now.Month(), now.Day(), now.Hour(), now.Minute(), now.Second(), 0, time.UTC) // local, with no zone
-	if n := len(backups); n > 0 {
-		newest, err := time.Parse(backupLayout, strings.TrimPrefix(backups[n-1], name+"_"))
-		if err != nil {
-			return "", err
-		}
-		if !stamp.After(newest) {
-			stamp = newest.Add(time.Second)
-		}
-	}
-	return filepath.Join(u.backup, name+"_"+stamp.Format(backupLayout)), nil
+	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
 }
 
-// prune removes the oldest backups of a sensor beyond those to keep.
-func (u *updater) prune(name string) error {
-	backups, err := u.backups(name)
-	if err != nil || u.keep == 0 {
+// do asks step and then makes a change. Its error shows the usual path, not the one through /proc.
+func (d dir) do(what, name string, change func(path string) error) error {
+	if err := d.step(what + " " + d.path(name)); err != nil {
 		return err
 	}
-	var errs []error
-	for ; len(backups) > u.keep; backups = backups[1:] {
-		errs = append(errs, u.removeBackup(backups[0]))
-	}
-	return errors.Join(errs...)
-}
-
-// pruneAll prunes the backups of every sensor.
-func (u *updater) pruneAll() error {
-	entries, err := os.ReadDir(u.backup)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if name, ok := backedUp(e.Name()); ok {
-			if err := u.prune(name); err != nil {
-				return err
-			}
-		}
+	if err := change(d.at(name)); err != nil {
+		return &os.PathError{Op: what, Path: d.path(name), Err: errors.Unwrap(err)}
 	}
 	return nil
 }
 
-// backedUp returns the sensor of which there is a backup with this name.
-func backedUp(backup string) (name string, ok bool) {
-	i := len(backup) - len("_"+backupLayout)
-	if i < 1 || backup[i] != '_' {
-		return "", false
-	}
-	_, err := time.Parse(backupLayout, backup[i+1:])
-	return backup[:i], err == nil && backup[0] != '.'
+func (d dir) rename(name string, to dir, newName string) error {
+	return d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
 }
 
-// removeBackup removes a backup, which is none from the first moment on.
-func (u *updater) removeBackup(backup string) error {
-	file := filepath.Join(u.backup, backup)
-	if err := u.moveSynced(file, hidden(file)); err != nil {
+// renameSynced renames and, when it returns nil, has the new name on the disk.
+func (d dir) renameSynced(name string, to dir, newName string) error {
+	if err := d.rename(name, to, newName); err != nil {
 		return err
 	}
-	return u.removeAll(hidden(file))
+	return to.sync()
 }
 
-// hidden is the name of a backup that is being copied or removed.
-func hidden(backup string) string {
-	return filepath.Join(filepath.Dir(backup), "."+filepath.Base(backup))
-}
+// sync writes the names in the directory to the disk.
+func (d dir) sync() error { return syncFile(d.File) }
 
-// isHidden reports whether a name is one that hidden has made.
-func isHidden(name string) bool {
-	backup, ok := strings.CutPrefix(name, ".")
-	if ok {
-		_, ok = backedUp(backup)
-	}
-	return ok
-}
-
-// copyBackup copies a sensor to where a backup is made.
-func (u *updater) copyBackup(from, to string) error {
-	return u.copyDir(from, hidden(to), nil)
-}
-
-// The changes of the file system, each of which change is asked for before.
-
-func (u *updater) mkdir(dir string, mode fs.FileMode) error {
-	if err := u.change("mkdir " + dir); err != nil {
+// syncFile writes an open file or directory to the disk, on a file system that can.
+func syncFile(f *os.File) error {
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
 		return err
 	}
-	if err := os.Mkdir(dir, mode); err != nil {
-		return err
-	}
-	return os.Chmod(dir, mode) // whatever the umask
+	return nil
 }
 
-func (u *updater) move(from, to string) error {
-	if err := u.change("rename " + from); err != nil {
-		return err
+// mkdir makes a directory, with this mode whatever the umask, and opens it. It fails where the
+// owner of the outer one has put another in its place.
+func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
+	if err := d.do("mkdir", name, func(path string) error { return os.Mkdir(path, 0o700) }); err != nil {
+		return dir{}, err
 	}
-	return os.Rename(from, to)
-}
-
-// moveSynced renames and, when it returns nil, has the new name on the disk.
-func (u *updater) moveSynced(from, to string) error {
-	if err := u.move(from, to); err != nil {
-		return err
+	made, err := d.open(name, syscall.O_DIRECTORY)
+	if err != nil {
+		return dir{}, err
 	}
-	if err := syncDir(filepath.Dir(to)); err != nil {
-		return err
-	}
-	if filepath.Dir(from) == filepath.Dir(to) {
-		return nil
-	}
-	return syncDir(filepath.Dir(from))
-}
-
-func (u *updater) removeAll(file string) error {
-	if err := u.change("remove " + file); err != nil {
-		return err
-	}
-	if err := os.RemoveAll(file); err == nil {
-		return nil
-	}
-	// A trial may have left directories that their owner cannot enter.
-	filepath.WalkDir(file, func(name string, e fs.DirEntry, err error) error {
-		if e != nil && e.IsDir() {
-			os.Chmod(name, 0o700)
+	info, err := made.Stat()
+	if err == nil {
+		var names []string
+		if names, err = made.names(); len(names) > 0 || int(ownerOf(info).Uid) != os.Geteuid() {
+			err = fmt.Errorf("mkdir %s: somebody has exchanged it", made.Name())
 		}
-		return nil
-	})
-	return os.RemoveAll(file)
+	}
+	if err == nil {
+		err = made.Chmod(mode)
+	}
+	if err != nil {
+		made.Close()
+	}
+	return made, err
 }
 
-// writeFile writes a file of a sensor, synced, and counts nothing.
-func (u *updater) writeFile(file string, from io.Reader, mode fs.FileMode) error {
-	if err := u.change("create " + file); err != nil {
-		return err
+// create makes a file that is not there yet, to write and read it.
+func (d dir) create(name string) (dir, error) {
+	if err := d.step("create " + d.path(name)); err != nil {
+		return dir{}, err
 	}
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
+}
+
+// write writes a file and syncs it. Root gives it to the owner, where that is not nil.
+func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
+	f, err := d.create(name)
 	if err != nil {
 		return err
 	}
@@ -683,136 +871,94 @@ func (u *updater) writeFile(file string, from io.Reader, mode fs.FileMode) error
 	if _, err := io.Copy(f, from); err != nil {
 		return err
 	}
-	if err := u.change("sync " + file); err != nil {
+	if err := d.step("sync " + f.Name()); err != nil {
 		return err
 	}
-	if err := f.Chmod(mode); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	return f.Close()
+	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
-// copyDir copies a directory, of which the copy is on the disk when it
-// returns nil. Files are linked if there is a function for that and it can,
-// which takes no space.
-func (u *updater) copyDir(from, to string, link func(from, to string) error) error {
-	var dirs []string
-	err := filepath.WalkDir(from, func(file string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		inside, err := filepath.Rel(from, file)
-		if err != nil {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		target := filepath.Join(to, inside)
-		switch {
-		case e.IsDir():
-			dirs = append(dirs, target)
-			if err := u.mkdir(target, info.Mode().Perm()|0o700); err != nil {
-				return err
-			}
-			return keepOwnerOf(info, target)
-		case e.Type() == fs.ModeSymlink: // of an administrator's own sensor
-			to, err := os.Readlink(file)
-			if err != nil {
-				return err
-			}
-			if err := os.Symlink(to, target); err != nil {
-				return err
-			}
-			return keepOwnerOf(info, target)
-		case !e.Type().IsRegular():
-			return fmt.Errorf("copy %s: neither a file nor a directory", file)
-		}
-		if link != nil && link(file, target) == nil {
-			return nil
-		}
-		if err := u.enoughSpace(filepath.Dir(target), info.Size()); err != nil {
-			return err
-		}
-		f, err := os.Open(file)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if err := u.writeFile(target, f, info.Mode().Perm()); err != nil {
-			return err
-		}
-		return keepOwnerOf(info, target)
-	})
+// each calls visit for a file, or for all that is in a directory, however deep, and then for the
+// directory itself. It leaves out links, which a trial may have made.
+func (d dir) each(name string, visit func(*os.File) error) error {
+	f, err := d.open(name, 0)
 	if err != nil {
 		return err
-	}
-	return syncDirs(dirs)
-}
-
-// keepOwnerOf gives a copy the owner of the original, if root makes it.
-func keepOwnerOf(original fs.FileInfo, file string) error {
-	if os.Geteuid() != 0 {
-		return nil
-	}
-	owner := original.Sys().(*syscall.Stat_t)
-	return os.Lchown(file, int(owner.Uid), int(owner.Gid))
-}
-
-func syncDirs(dirs []string) error {
-	for _, dir := range dirs {
-		if err := syncDir(dir); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// enoughSpace returns an error where size more bytes would not leave the
-// reserve free.
-func (u *updater) enoughSpace(dir string, size int64) error {
-	var s syscall.Statfs_t
-	if err := syscall.Statfs(dir, &s); err != nil {
-		return &os.PathError{Op: "statfs", Path: dir, Err: err}
-	}
-	if s.Files > 0 && s.Ffree < spaceReserve/dirSpace {
-		return fmt.Errorf("no space: %d files can still be made in %s", s.Ffree, dir)
-	}
-	if free := int64(s.Bavail) * int64(s.Bsize); s.Blocks > 0 && free-size < spaceReserve { // ramfs counts nothing
-		return fmt.Errorf("no space: %d bytes free in %s, %d needed and %d to be left", free, dir, size, spaceReserve)
-	}
-	return nil
-}
-
-// fetch writes the package to the staging directory and returns its path.
-func (u *updater) fetch(ctx context.Context, from source) (string, error) {
-	if err := u.mkdir(u.at(stagingName), 0o700); err != nil {
-		return "", err
-	}
-	file := u.at(stagingName, "package")
-	if err := u.change("create " + file); err != nil {
-		return "", err
-	}
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return "", err
 	}
 	defer f.Close()
-	w := &packageWriter{updater: u, file: f}
-	if err := from.archive(ctx, w); err != nil {
-		return "", fmt.Errorf("fetch: %w", err)
+	names, err := f.names()
+	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
+		return err
 	}
-	return file, f.Close()
+	for _, name := range names {
+		if err := f.each(name, visit); err != nil && !errors.Is(err, syscall.ELOOP) {
+			return err
+		}
+	}
+	return visit(f.File)
 }
 
-// A packageWriter takes a package as it arrives, and no more than is allowed.
+// remove removes a name, with all that is in it.
+func (d dir) remove(name string) error {
+	if err := d.step("remove " + d.path(name)); err != nil {
+		return err
+	}
+	return d.removeAll(name)
+}
+
+func (d dir) removeAll(name string) error {
+	err := os.Remove(d.at(name))
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if os.Geteuid() != 0 { // a trial may have left a directory that its owner cannot enter; root can
+		os.Chmod(d.at(name), 0o700)
+	}
+	if inner, err := d.open(name, syscall.O_DIRECTORY); err == nil {
+		defer inner.Close()
+		names, _ := inner.names()
+		for _, name := range names {
+			if err := inner.removeAll(name); err != nil {
+				return err
+			}
+		}
+		if os.Remove(d.at(name)) == nil {
+			return nil
+		}
+	}
+	return &os.PathError{Op: "remove", Path: d.path(name), Err: errors.Unwrap(err)}
+}
+
+// enoughSpace returns an error where size more bytes would not leave the reserve free.
+func (d dir) enoughSpace(size int64) error {
+	var s syscall.Statfs_t
+	if err := syscall.Fstatfs(int(d.Fd()), &s); err != nil {
+		return &os.PathError{Op: "statfs", Path: d.Name(), Err: err}
+	}
+	if s.Files > 0 && s.Ffree < spaceReserve/dirSpace {
+		return fmt.Errorf("no space: %d files can still be made in %s", s.Ffree, d.Name())
+	}
+	if free := int64(s.Bavail) * int64(s.Bsize); s.Blocks > 0 && free-size < spaceReserve { // ramfs counts nothing
+		return fmt.Errorf("no space: %d bytes free in %s, %d needed and %d to be left", free, d.Name(), size, spaceReserve)
+	}
+	return nil
+}
+
+// fetch writes the package to the staging directory. Nothing of an earlier fetch is there.
+func (c *change) fetch() error {
+	f, err := c.staging.create("package")
+	if err != nil {
+		return err
+	}
+	c.archive = f.File
+	if err := c.from.archive(c.ctx, &packageWriter{c, 0}); err != nil {
+		return fmt.Errorf("fetch: %w", err)
+	}
+	return nil
+}
+
+// A packageWriter writes a package as it arrives, and no more than is allowed.
 type packageWriter struct {
-	*updater
-	file    *os.File
+	*change
 	written int64
 }
 
@@ -820,27 +966,26 @@ func (w *packageWriter) Write(p []byte) (int, error) {
 	if w.written+int64(len(p)) > w.maxPackage {
 		return 0, fmt.Errorf("larger than max_package, %d bytes", w.maxPackage)
 	}
-	if err := w.enoughSpace(filepath.Dir(w.file.Name()), int64(len(p))); err != nil {
+	if err := w.staging.enoughSpace(int64(len(p))); err != nil {
 		return 0, err
 	}
-	n, err := w.file.Write(p)
+	n, err := w.archive.Write(p)
 	w.written += int64(n)
 	w.progress(fmt.Sprintf("fetch %d bytes", w.written))
 	return n, err
 }
 
-// verify checks the package's signature, before anything in it is read as
-// more than bytes.
-func (u *updater) verify(ctx context.Context, archive string, from source) error {
-	if u.keys == "" {
+// verify checks the signature of the package, before anything in it is read as more than bytes.
+func (c *change) verify() error {
+	if c.keys == "" {
 		return nil
 	}
-	u.progress("verify")
-	keys, err := readKeys(u.keys)
+	c.progress("verify")
+	keys, err := readKeys(c.keys)
 	if err != nil {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
-	text, err := from.signature(ctx)
+	text, err := c.from.signature(c.ctx)
 	if err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
@@ -850,22 +995,17 @@ func (u *updater) verify(ctx context.Context, archive string, from source) error
 	}
 	key, ok := keys[number]
 	if !ok {
-		return fmt.Errorf("verify: signed with key %s, which is not known", hex.EncodeToString([]byte(number)))
+		return fmt.Errorf("verify: signed with key %x, which is not known", number)
 	}
-	f, err := os.Open(archive)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	info, err := f.Stat()
+	info, err := c.archive.Stat()
 	if err != nil {
 		return err
 	}
 	var message []byte
 	if info.Size() > 0 { // mapped, the package takes no memory of the heap
-		message, err = syscall.Mmap(int(f.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
+		message, err = syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
 		if err != nil {
-			return &os.PathError{Op: "mmap", Path: archive, Err: err}
+			return &os.PathError{Op: "mmap", Path: c.archive.Name(), Err: err}
 		}
 		defer syscall.Munmap(message)
 	}
@@ -877,10 +1017,12 @@ func (u *updater) verify(ctx context.Context, archive string, from source) error
 
 // readKeys reads a public key, or all NAME.pub of a directory, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
-	files := []string{file}
-	if info, err := os.Stat(file); err != nil {
+	info, err := os.Stat(file)
+	if err != nil {
 		return nil, err
-	} else if info.IsDir() {
+	}
+	files := []string{file}
+	if info.IsDir() {
 		entries, err := os.ReadDir(file)
 		if err != nil {
 			return nil, err
@@ -910,9 +1052,8 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	return keys, nil
 }
 
-// parseSignify reads a file of signify's: a comment, and base64 of "Ed", the
-// key number and a key or signature of so many bytes. Nothing else may be
-// in it.
+// parseSignify reads a file of signify's: a comment, and base64 of "Ed", the key number and a key
+// or signature of so many bytes. Nothing else may be in it.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
 	comment, rest, ok := strings.Cut(string(text), "\n")
 	switch {
@@ -937,20 +1078,19 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	return string(data[2:10]), data[10:], nil
 }
 
-// unpack unpacks the package into the staging directory, where the sensor's
-// directory is complete and on the disk when it returns nil.
-func (u *updater) unpack(archive, name string) error {
-	f, err := os.Open(archive)
-	if err != nil {
+// unpack unpacks the package into the staging directory, where the directory of the sensor is
+// complete and on the disk when it returns nil.
+func (c *change) unpack() error {
+	c.progress("unpack")
+	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	defer f.Close()
-	contents, err := uncompressed(bufio.NewReader(f))
+	contents, err := uncompressed(bufio.NewReader(c.archive))
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	limited := &limitedReader{r: contents, left: u.maxUnpacked + maxEntries*2048 + maxPadding, limit: u.maxUnpacked}
-	p := &unpacking{updater: u, name: name, left: u.maxUnpacked, seen: make(map[string]bool)}
+	limited := &limitedReader{r: contents, left: c.maxUnpacked + maxEntries*2048 + maxPadding, limit: c.maxUnpacked}
+	p := &unpacking{change: c, left: c.maxUnpacked, seen: make(map[string]bool)}
 	for r := tar.NewReader(limited); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -963,16 +1103,17 @@ func (u *updater) unpack(archive, name string) error {
 			return fmt.Errorf("unpack %s: %w", cut(h.Name), err)
 		}
 	}
-	if err := onlyZeros(limited); err != nil {
-		return fmt.Errorf("unpack: %w", err)
-	}
-	if limited.zeros < 2*512 {
+	if limited.ended { // before the two blocks of zeros that end an archive
 		return errors.New("unpack: the archive is cut off")
 	}
-	if !p.seen[name] {
-		return fmt.Errorf("unpack: no directory %s in the package", cut(name))
+	if _, err := io.Copy(io.Discard, limited); err != nil { // at the very end checksums are compared
+		return fmt.Errorf("unpack: %w", err)
 	}
-	return syncDirs(append(p.dirs, u.at(stagingName)))
+	err = c.staging.each(c.name, syncFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
+	}
+	return err
 }
 
 // uncompressed recognises bzip2, gzip and plain tar by what they begin with.
@@ -991,12 +1132,12 @@ func uncompressed(r *bufio.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// A limitedReader fails where there is more than it may read: a package of 785
-// bytes can unpack to 1 GiB.
+// A limitedReader fails where there is more than it may read: a package of 785 bytes can unpack to
+// 1 GiB.
 type limitedReader struct {
 	r           io.Reader
 	left, limit int64
-	zeros       int // bytes of zeros at the end of what was read so far
+	ended       bool // all has been read
 }
 
 func (l *limitedReader) Read(p []byte) (int, error) {
@@ -1005,42 +1146,15 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 	}
 	n, err := l.r.Read(p[:min(int64(len(p)), l.left)])
 	l.left -= int64(n)
-	if zeros := n - len(bytes.TrimRight(p[:n], "\x00")); zeros == n {
-		l.zeros += n
-	} else {
-		l.zeros = zeros
-	}
+	l.ended = n == 0 && errors.Is(err, io.EOF)
 	return n, err
-}
-
-// onlyZeros reads to the end, where checksums are compared.
-func onlyZeros(r io.Reader) error {
-	buf := make([]byte, 4096)
-	for read := 0; ; {
-		n, err := r.Read(buf)
-		if len(bytes.Trim(buf[:n], "\x00")) > 0 {
-			return errors.New("something follows the archive's end")
-		}
-		if read += n; read > maxPadding {
-			return errors.New("too many zeros follow the archive's end")
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // An unpacking is the state of one unpack.
 type unpacking struct {
-	*updater
-	name    string // of the sensor
-	entries int
-	left    int64           // bytes that may still come
-	seen    map[string]bool // the entries so far; false: a directory that was made for one in it
-	dirs    []string
+	*change
+	left int64           // bytes that may still come
+	seen map[string]bool // the entries so far; false: a directory that was made for one in it
 }
 
 // entry unpacks one entry of the package, if it is one that belongs there.
@@ -1049,36 +1163,36 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	if err != nil || name == "." {
 		return err
 	}
-	if err := p.count(); err != nil {
-		return err
-	}
-	made, known := p.seen[name]
-	if made || known && h.Typeflag != tar.TypeDir {
+	own, known := p.seen[name]
+	if own || known && h.Typeflag != tar.TypeDir {
 		return errors.New("twice in the package")
 	}
-	if err := p.parents(path.Dir(name)); err != nil {
-		return err
-	}
-	p.seen[name] = true
-	file := p.at(stagingName, filepath.FromSlash(name))
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
 	if h.Typeflag == tar.TypeDir {
-		if known {
-			return os.Chmod(file, mode|0o700)
-		}
-		return p.makeDir(file, mode|0o700)
+		d, err := p.directory(name, mode|0o700)
+		d.Close()
+		p.seen[name] = true
+		return err
+	}
+	parent, err := p.directory(path.Dir(name), 0)
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := p.count(name, true); err != nil {
+		return err
 	}
 	if p.left -= h.Size; p.left < 0 {
 		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
 	}
-	if err := p.enoughSpace(filepath.Dir(file), h.Size); err != nil {
+	if err := parent.enoughSpace(h.Size); err != nil {
 		return err
 	}
-	return p.writeFile(file, r, mode|0o400)
+	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
-// entryName returns the name of an entry that may be unpacked: a plain path in
-// the sensor's directory.
+// entryName returns the name of an entry that may be unpacked: a plain path in the sensor's
+// directory.
 func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	name := strings.TrimPrefix(h.Name, "./")
 	switch h.Typeflag {
@@ -1118,59 +1232,66 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	return name, nil
 }
 
-// parents makes the directories that have no entry of their own before what
-// is in them.
-func (p *unpacking) parents(dir string) error {
-	if _, known := p.seen[dir]; known || dir == "." {
-		return nil
+// directory opens a directory of the package, which it makes where it is missing. The mode is that
+// of its entry; without one it is 0, and the directory gets 755.
+func (p *unpacking) directory(name string, mode fs.FileMode) (dir, error) {
+	if name == "." {
+		return p.staging.open(".", syscall.O_DIRECTORY)
 	}
-	if err := p.parents(path.Dir(dir)); err != nil {
-		return err
+	parent, err := p.directory(path.Dir(name), 0)
+	if err != nil {
+		return dir{}, err
 	}
-	if err := p.count(); err != nil {
-		return err
+	defer parent.Close()
+	if _, known := p.seen[name]; known {
+		d, err := parent.open(path.Base(name), syscall.O_DIRECTORY)
+		if err == nil && mode != 0 {
+			err = d.Chmod(mode)
+		}
+		return d, err
 	}
-	p.seen[dir] = false
-	return p.makeDir(p.at(stagingName, filepath.FromSlash(dir)), 0o755)
+	if err := p.count(name, false); err != nil {
+		return dir{}, err
+	}
+	if err := parent.enoughSpace(dirSpace); err != nil {
+		return dir{}, err
+	}
+	if mode == 0 {
+		mode = 0o755
+	}
+	return parent.mkdir(path.Base(name), mode)
 }
 
-// count takes one of the entries that a package may have: also a directory
-// that only the names of others tell of is one.
-func (p *unpacking) count() error {
-	if p.entries++; p.entries > maxEntries {
+// count counts an entry, including directories that appear only in the path of a file, and fails
+// where there are too many.
+func (p *unpacking) count(name string, own bool) error {
+	p.seen[name] = own
+	if len(p.seen) > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
 	}
 	return nil
 }
 
-func (p *unpacking) makeDir(file string, mode fs.FileMode) error {
-	if err := p.enoughSpace(filepath.Dir(file), dirSpace); err != nil {
-		return err
-	}
-	p.dirs = append(p.dirs, file)
-	return p.mkdir(file, mode)
-}
-
-// checkVersion refuses an older version than the installed one and its
-// backups: an old package, though signed, may be played again by whoever sits on
-// the wire, also after a roll-back.
-func (u *updater) checkVersion(name string) error {
-	offered, err := readVersion(u.at(stagingName, name))
+// checkVersion refuses a version older than the installed one and its backups: whoever sits on the
+// wire may send an old package again, though it is signed, also after a roll-back.
+func (c *change) checkVersion() error {
+	offered, err := c.staging.version(c.name)
 	if err != nil {
 		return fmt.Errorf("version: %w", err)
 	}
-	backups, err := u.backups(name)
+	backups, err := c.backupsOf(c.name, false)
 	if err != nil {
 		return err
 	}
-	dirs := []string{u.at(name)}
+	installed, _ := c.installed.version(c.name) // without one, it says nothing that could be compared
+	known := [][]uint64{installed}
 	for _, backup := range backups {
-		dirs = append(dirs, filepath.Join(u.backup, backup))
+		version, _ := c.backups.version(backup)
+		known = append(known, version)
 	}
-	for _, dir := range dirs {
-		known, err := readVersion(dir)
+	for _, known := range known {
 		switch {
-		case err != nil || known == nil: // it says nothing that could be compared
+		case known == nil:
 		case offered == nil:
 			return fmt.Errorf("version: none in the package; %s is known here", versionText(known))
 		case slices.Compare(offered, known) < 0:
@@ -1180,20 +1301,36 @@ func (u *updater) checkVersion(name string) error {
 	return nil
 }
 
-// readVersion reads the file version of a sensor: decimal numbers with dots
-// between them. Without the file it returns nil.
-func readVersion(dir string) ([]uint64, error) {
-	text, err := readSmall(filepath.Join(dir, "version"), maxVersion)
+// version reads the file version of a sensor: decimal numbers with dots between them. Without the
+// file it returns nil.
+func (d dir) version(name string) (version []uint64, err error) {
+	sensor, err := d.open(name, syscall.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	defer sensor.Close()
+	f, err := sensor.open("version", 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	var version []uint64
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() { // reading a pipe could take for ever
+		err = fmt.Errorf("%s: not a regular file", f.Name())
+	}
+	if err != nil {
+		return nil, err
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxVersion+1))
+	if err != nil {
+		return nil, err
+	}
 	for _, part := range strings.Split(strings.TrimSpace(string(text)), ".") {
 		n, err := strconv.ParseUint(part, 10, 64)
-		if err != nil {
+		if err != nil || len(text) > maxVersion {
 			return nil, fmt.Errorf("%s is not a version such as 1.4.2", cut(string(text)))
 		}
 		version = append(version, n)
@@ -1204,16 +1341,13 @@ func readVersion(dir string) ([]uint64, error) {
 	return version, nil
 }
 
+// versionText writes a version with dots.
 func versionText(version []uint64) string {
-	var parts []string
-	for _, n := range version {
-		parts = append(parts, strconv.FormatUint(n, 10))
-	}
-	return strings.Join(parts, ".")
+	return strings.ReplaceAll(strings.Trim(fmt.Sprint(version), "[]"), " ", ".")
 }
 
-// nextMonitor asks the monitor where to move to, and returns a URL at which a
-// monitor answers. The check turns what was answered into a URL, or refuses it.
+// nextMonitor asks the monitor where to move to, and returns a URL at which a monitor answers. The
+// check turns what was answered into a URL, or refuses it.
 func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, error)) (*url.URL, error) {
 	host, err := os.Hostname()
 	if err != nil {
