@@ -33,7 +33,36 @@
 // # Files
 //
 // They depend downwards: main, update, sensors, rpc. The settings of config are
-// used by main alone; its functions that read and replace files, by all.
+// used by main alone; its functions that read, lock and replace files, by all.
+//
+// # The way of a reading
+//
+//  1. handler.ServeHTTP checks the caller, the path and the size of a request.
+//  2. decodeCall reads the method and its parameters.
+//  3. agent.submitReading makes a command of them: ticket, sensor, arguments.
+//  4. queue.accept gives it a place, or waits for one. The answer is OK.
+//  5. queue.start runs it when it is the turn of its caller.
+//  6. agent.runCommand waits until the delivery has room for a reading.
+//  7. sensors.runIn starts the executable, waits for its end and reaps it.
+//  8. sensors.read makes a reading of exit code and output.
+//  9. queue.finish hands it to delivery.put.
+//  10. delivery.next chooses it, send stores it at the monitor, and record forgets
+//     it or keeps it for another attempt, in the spool as well.
+//
+// # The way of an update
+//
+//  1. agent.submitChange makes a command of sensor and ticket.
+//  2. queue.accept joins it to an equal one that waits, or gives it a place.
+//  3. agent.runChange calls updater.install, which takes the steps of a change.
+//  4. begin opens the directories and locks them; settle finishes an earlier change.
+//  5. fetch writes the package to the staging directory.
+//  6. verify checks its signature.
+//  7. unpack unpacks it there; checkVersion refuses an older version.
+//  8. try runs it once, for its help text; giveAway gives it to its owner.
+//  9. replace links or copies the installed version to a hidden backup, decides by
+//     one rename, publishes the backup and swaps the versions.
+//  10. prune and settle remove what is left over; the outcome, 1 or nan, is
+//     delivered like a reading.
 package main
 
 import (
@@ -106,17 +135,14 @@ func main() {
 	if err == nil {
 		err = out.err
 	}
-	var coded *exitError
-	switch {
-	case errors.As(err, &coded):
-		if coded.err != nil {
-			log.Print(coded.err)
-		}
-		os.Exit(coded.code)
-	case err != nil:
-		log.Print(err)
-		os.Exit(exitFailed)
+	if err == nil {
+		return
 	}
+	coded := &exitError{exitFailed, err}
+	if errors.As(err, &coded); coded.err != nil {
+		log.Print(coded.err)
+	}
+	os.Exit(coded.code)
 }
 
 // closeOnExec marks every file above 2 that picket's parent left open to be
@@ -199,13 +225,15 @@ func subcommands() []subcommand {
 		{"list", "", "the sensors, what they can be asked", 0, 0, needsSettings, runList},
 		{"config", "", "check client.cfg, print every option", 0, 0, needsFile, runConfig},
 		{"config get", "SECTION OPTION", "print one value", 2, 2, needsFile, runConfigGet},
-		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place", 3, -1, needsFile, runConfigSet},
+		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place",
+			3, -1, needsFile, runConfigSet},
 		{"config unset", "SECTION [OPTION]", "remove an option or a section", 1, 2, needsFile, runConfigUnset},
 		{"update", "SENSOR", "fetch a package and install it", 1, 1, needsSettings, runUpdate},
 		{"rollback", "SENSOR", "put the newest backup back in place", 1, 1, needsSettings, runRollback},
 		{"install", "FILE.tar.bz2", "install a package that lies here", 1, 1, needsSettings, runInstall},
 		{"call", tlsArgs + " URL METHOD [ARG...]", "call an XML-RPC method", 2, -1, needsNothing, runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    " + tlsArgs, "a stand-in that prints readings", 0, -1, needsNothing, runMonitor},
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    " + tlsArgs,
+			"a stand-in that prints readings", 0, -1, needsNothing, runMonitor},
 		{"selftest", "", "prove that all works on this box", 0, 0, needsNoTTY, runSelftest},
 		{"version", "", "version, commit, Go, architecture", 0, 0, needsNothing, runVersion},
 		{"help", "", "this page", 0, -1, needsNothing, runHelp},
@@ -249,16 +277,11 @@ func execute(ctx context.Context, signals <-chan os.Signal, args []string, out i
 	if err == nil {
 		err = c.run(ctx, in)
 	}
-	if coded := (*exitError)(nil); errors.As(err, &coded) {
-		if coded.err == nil {
-			return coded
-		}
+	coded := &exitError{exitFailed, err}
+	if errors.As(err, &coded); coded.err != nil {
 		return &exitError{coded.code, maskedError{err}}
 	}
-	if err != nil {
-		return maskedError{err}
-	}
-	return nil
+	return err
 }
 
 // parse parses flags and keeps the other arguments. What there is to print is
@@ -416,21 +439,20 @@ func runAgent(ctx context.Context, in invocation) error {
 	a.signals = in.signals
 	a.applied = func(s settings) { logs.useSyslog.Store(s.syslog); limitMemory(s) }
 	a.applied(s)
-	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads)
+	if os.Getenv("GOGC") == "" { // collect when the heap has grown by a quarter; later, as it delays the first answer
+		defer time.AfterFunc(time.Second, func() { debug.SetGCPercent(25) }).Stop()
+	}
 	a.recover(ctx)
 	return a.run(ctx)
 }
 
-// limitMemory keeps the agent small: garbage is collected when the heap has
-// grown by a quarter, and more often from 12 MiB on, plus what a full queue and
-// a full spool take. GOGC and GOMEMLIMIT in the environment have precedence.
+// limitMemory makes the collector of garbage work harder from 12 MiB on, plus
+// what a full queue and a full spool take. GOMEMLIMIT in the environment has
+// precedence.
 func limitMemory(s settings) {
 	limit := int64(12<<20) + int64(s.queue)<<10
 	if s.spool != "" {
 		limit += 6 * s.spoolSize
-	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(25)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(limit)
@@ -577,7 +599,11 @@ func newAgent(s settings) (*agent, error) {
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
 	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
-	a.delivery = newDelivery(monitorClient(s), readingZone(s), s.noValue, time.Second, newSpool(s.spool, s.spoolSize))
+	var spool *spool
+	if s.spool != "" {
+		spool = newSpool(s.spool, s.spoolSize)
+	}
+	a.delivery = newDelivery(monitorClient(s), readingZone(s), s.noValue, time.Second, spool)
 	a.queue = newQueue(s.concurrency, s.queue, a.runCommand, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
@@ -620,14 +646,18 @@ func (a *agent) run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := a.active.Load().settings
-	log.Printf(notice+"%s on %s, sensors in %s, monitor %s", version(), a.listener.Addr(), s.path, s.monitor.Redacted())
+	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
+		version(), a.listener.Addr(), s.path, s.monitor.Redacted())
 	a.logWarnings()
+	var beside sync.WaitGroup
+	beside.Add(1)
+	go func() { defer beside.Done(); a.handleSignals(ctx) }()
 	if os.Getpid() == 1 {
-		go a.active.Load().sensors.reapOrphans(ctx)
+		beside.Add(1)
+		go func() { defer beside.Done(); a.active.Load().sensors.reapOrphans(ctx) }()
 	}
 	a.serve(a.listener)
-	handled := make(chan struct{})
-	go func() { defer close(handled); a.handleSignals(ctx) }()
+	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads) // before a sensor can use them all up
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")
@@ -637,7 +667,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 	a.delivery.putLast()
 	within(sensorsTime, a.queue.close)
 	a.cancel()
-	<-handled
+	beside.Wait()
 	a.active.Load().sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
 		if a.handler.http.Shutdown(ctx) != nil {
@@ -803,21 +833,27 @@ func (a *agent) relisten(address string) error {
 // ownSensor is the name of the sensor that is the agent itself.
 const ownSensor = "picket"
 
+// Vitals are what its health is read from, at one moment.
+type vitals struct {
+	*agent
+	deliveryTotals
+}
+
 // health lists what it can be asked. A value is "" where there is none yet.
 var health = []struct {
 	name, help string
-	value      func(*agent, deliveryTotals) string
+	value      func(vitals) any
 }{
-	{"uptime", "seconds since the agent started", func(a *agent, _ deliveryTotals) string { return seconds(a.started) }},
-	{"queued", "commands that wait", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.queue.count()) }},
-	{"running", "sensors that run", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.active.Load().sensors.running()) }},
-	{"undelivered", "readings that the monitor does not have yet", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.undelivered) }},
-	{"delivered", "readings delivered since the start", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.delivered) }},
-	{"dropped", "readings given up since the start", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.dropped) }},
-	{"refused", "calls refused since the start", func(a *agent, _ deliveryTotals) string { return fmt.Sprint(a.handler.count.Load()) }},
-	{"rss_kb", "resident memory in KiB", func(*agent, deliveryTotals) string { return residentKiB() }},
-	{"spool_bytes", "size of the spool", func(_ *agent, t deliveryTotals) string { return fmt.Sprint(t.spoolBytes) }},
-	{"last_delivery_age", "seconds since the latest delivery", func(_ *agent, t deliveryTotals) string { return seconds(t.latest) }},
+	{"uptime", "seconds since the agent started", func(v vitals) any { return seconds(v.started) }},
+	{"queued", "commands that wait", func(v vitals) any { return v.queue.count() }},
+	{"running", "sensors that run", func(v vitals) any { return v.active.Load().sensors.running() }},
+	{"undelivered", "readings that the monitor does not have yet", func(v vitals) any { return v.undelivered }},
+	{"delivered", "readings delivered since the start", func(v vitals) any { return v.delivered }},
+	{"dropped", "readings given up since the start", func(v vitals) any { return v.dropped }},
+	{"refused", "calls refused since the start", func(v vitals) any { return v.handler.count.Load() }},
+	{"rss_kb", "resident memory in KiB", func(vitals) any { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(v vitals) any { return v.spoolBytes }},
+	{"last_delivery_age", "seconds since the latest delivery", func(v vitals) any { return seconds(v.latest) }},
 }
 
 // seconds returns how many have passed since t, "" for the zero time.
@@ -844,7 +880,7 @@ func (a *agent) ownReading(args []string) reading {
 		if len(args) != 1 || args[0] != h.name {
 			continue
 		}
-		if value := h.value(a, a.delivery.count()); value != "" {
+		if value := fmt.Sprint(h.value(vitals{a, a.delivery.count()})); value != "" {
 			return reading{value: value, taken: time.Now()}
 		}
 		return reading{code: exitFailed, taken: time.Now(), reason: h.name + ": there is none yet"}
@@ -864,13 +900,13 @@ func ownHelp() string {
 
 // healthLine returns the agent's health in one line, as of one moment.
 func (a *agent) healthLine() string {
-	line, totals := "health:", a.delivery.count()
+	line, now := "health:", vitals{a, a.delivery.count()}
 	for _, h := range health {
-		value := h.value(a, totals)
+		value := h.value(now)
 		if value == "" {
 			value = "-"
 		}
-		line += " " + h.name + " " + value
+		line += fmt.Sprint(" ", h.name, " ", value)
 	}
 	return line
 }
@@ -930,7 +966,8 @@ func (a *agent) commands() []method {
 func (a *agent) submitReading(r request, params []any) (any, error) {
 	const name = "cmd_submit_reading"
 	if len(params) < 2 || len(params) > 3 {
-		return nil, faultf(faultParams, "%s takes ticket, sensor, [arguments]; got %s", name, plural(len(params), "parameter"))
+		return nil, faultf(faultParams, "%s takes ticket, sensor, [arguments]; got %s",
+			name, plural(len(params), "parameter"))
 	}
 	var c command
 	var err error
@@ -1051,7 +1088,7 @@ func (a *agent) move(ctx context.Context) error {
 	now := *a.active.Load()
 	now.settings.monitor = u
 	a.active.Store(&now)
-	a.delivery.configure(newClient(u, now.settings.monitorTimeout, present.tls), readingZone(now.settings), now.settings.noValue)
+	a.delivery.configure(monitorClient(now.settings), readingZone(now.settings), now.settings.noValue)
 	log.Printf(notice+"move: from now on the monitor is %s", u.Redacted())
 	return nil
 }
@@ -1147,7 +1184,9 @@ func runUpdate(ctx context.Context, in invocation) error {
 }
 
 func runRollback(ctx context.Context, in invocation) error {
-	return changeSensor(in, "rollback", in.args[0], func(u *updater, name string) error { return u.rollback(ctx, name) })
+	return changeSensor(in, "rollback", in.args[0], func(u *updater, name string) error {
+		return u.rollback(ctx, name)
+	})
 }
 
 func runInstall(ctx context.Context, in invocation) error {
@@ -1454,7 +1493,8 @@ func (m *monitor) serve(ctx context.Context, listener net.Listener) error {
 
 func (m *monitor) methods() []method {
 	return []method{
-		{"cmd_store_probe_data", "string int array dateTime.iso8601", "Takes a reading: ticket, [exit code, value], time.", m.store},
+		{"cmd_store_probe_data", "string int array dateTime.iso8601",
+			"Takes a reading: ticket, [exit code, value], time.", m.store},
 		{"cmd_get_sensor_code", "base64 string", "The package of a sensor.", m.sensorCode},
 		{"cmd_get_sensor_signature", "base64 string", "The signature of a sensor's package.", m.sensorSignature},
 		{"cmd_get_new_monitor_url", "string string", "The URL of the monitor that a host moves to.", m.nextURL},
@@ -1665,7 +1705,8 @@ func makeFiles(dir string, files map[string]string) error {
 
 // selfSettings returns s with the paths of the selftest's own sensors.
 func selfSettings(s settings, dir string, timeout time.Duration) settings {
-	s.file, s.path, s.backup = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors"), filepath.Join(dir, "backup")
+	s.file, s.path = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors")
+	s.backup = filepath.Join(dir, "backup")
 	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", timeout, true, ""
 	return s
 }
