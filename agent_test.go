@@ -1458,7 +1458,7 @@ func (q *testQueue) submitLater(c command) <-chan error {
 func (q *testQueue) counted() (n struct{ waiting, outside int }) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	n.waiting, n.outside = q.readings.waiting, len(q.outside)
+	n.waiting, n.outside = len(q.readings.waiting), len(q.outside)
 	return n
 }
 
@@ -2974,8 +2974,8 @@ func TestDeliverySlow(t *testing.T) {
 	receive(t, "an attempt", attempts)
 	answer <- 0
 	await(t, "the next run waits", func() bool { return d.stalledSince().After(taken) })
-	m.set(nil)
 	receive(t, "an attempt", attempts)
+	m.set(nil)
 	answer <- 0
 	if gets(t, m, 1, n); !d.stalledSince().IsZero() {
 		t.Errorf("stalled since %v", d.stalledSince())

@@ -826,78 +826,76 @@ func (c command) sameWork(d command) bool {
 // A job is a command in the queue.
 type job struct {
 	command
-	tickets  []any      // of all who asked for it
-	waits    bool       // it has a place in the queue, and does not run yet
-	accepted chan error // of one that waits for a place
+	tickets []any // of all who asked for it
+	turn    int   // the jobs of a lane run in this order; 0: it does not wait in one
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
 // one caller run in the order they came, but for those of a sensor at its limit.
 type lane struct {
 	limit   int // of running
-	running int
-	runs    map[string]int // of running, those of a sensor
-	waiting int
-	callers []string          // those with commands that wait, the next one first
-	lines   map[string][]*job // by caller
-}
-
-func newLane(limit int) lane {
-	return lane{limit: limit, runs: make(map[string]int), lines: make(map[string][]*job)}
+	running []*job
+	waiting []*job // the next one first
+	turn    int    // the latest one that has run
 }
 
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
 func (l *lane) mayRun(sensor string) bool {
-	return l.running < l.limit && (l.limit == 1 || l.runs[sensor] < l.limit-1)
+	runs := count(l.running, func(j *job) bool { return j.sensor == sensor })
+	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
-// push adds a command that waits.
+// hasRoom reports whether a command may enter: it can run at once, or fewer than
+// size wait, or fewer than twice as many and its caller has little in the queue.
+func (l *lane) hasRoom(c command, size int) bool {
+	isOwn := func(j *job) bool { return j.from == c.from }
+	return len(l.waiting) < size || l.mayRun(c.sensor) ||
+		len(l.waiting) < 2*size && count(l.waiting, isOwn) < max(1, size/4)
+}
+
+// count returns how many of the jobs are as is says.
+func count(jobs []*job, is func(*job) bool) (n int) {
+	for _, j := range jobs {
+		if is(j) {
+			n++
+		}
+	}
+	return n
+}
+
+// push adds a command: in the next turn, or in the one after the last of its caller.
 func (l *lane) push(j *job) {
-	if len(l.lines[j.from]) == 0 {
-		l.callers = append(l.callers, j.from)
+	j.turn = l.turn + 1
+	for _, other := range l.waiting {
+		if other.from == j.from {
+			j.turn = max(j.turn, other.turn+1)
+		}
 	}
-	l.lines[j.from] = append(l.lines[j.from], j)
-	l.waiting++
-	j.waits = true
+	i := len(l.waiting)
+	for i > 0 && l.waiting[i-1].turn > j.turn {
+		i--
+	}
+	l.waiting = slices.Insert(l.waiting, i, j)
 }
 
-// next takes the command that is to run next out of the lane: the oldest one that
-// may run, of the first caller who has one. It returns nil if there is none.
+// next takes the command that is to run next out of the lane: the first one that
+// may run. It returns nil if there is none.
 func (l *lane) next() *job {
-	for i, caller := range l.callers {
-		line := l.lines[caller]
-		k := slices.IndexFunc(line, func(j *job) bool { return l.mayRun(j.sensor) })
-		if k < 0 {
-			continue
-		}
-		j := line[k]
-		l.callers = slices.Delete(l.callers, i, i+1)
-		if l.lines[caller] = slices.Delete(line, k, k+1); len(line) > 1 {
-			l.callers = append(l.callers, caller)
-		} else {
-			delete(l.lines, caller)
-		}
-		l.waiting--
-		l.running++
-		l.runs[j.sensor]++
-		j.waits = false
-		return j
+	i := slices.IndexFunc(l.waiting, func(j *job) bool { return l.mayRun(j.sensor) })
+	if i < 0 {
+		return nil
 	}
-	return nil
-}
-
-// done notes that a command of the lane does not run any more.
-func (l *lane) done(j *job) {
-	l.running--
-	if l.runs[j.sensor]--; l.runs[j.sensor] == 0 {
-		delete(l.runs, j.sensor)
-	}
+	j := l.waiting[i]
+	l.waiting = slices.Delete(l.waiting, i, i+1)
+	l.turn, j.turn = max(l.turn, j.turn), 0
+	l.running = append(l.running, j)
+	return j
 }
 
 // A queue runs commands and delivers one reading for each ticket. Readings and
 // changes have a lane each, so that an update over a bad link does not hold up
-// what is measured. No caller can keep others out by filling it: who has less
+// what is measured. No caller can keep others out by filling it: whoever has less
 // than a quarter of it waiting finds room up to twice its size.
 type queue struct {
 	run     func(context.Context, command) reading
@@ -908,8 +906,8 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // what runs
 
-	mu       sync.Mutex // guards what is below
-	size     int        // of waiting, in each lane
+	mu       cond // guards what is below, and is broadcast when somebody outside gets in
+	size     int  // of waiting, in each lane
 	readings lane
 	changes  lane
 	active   map[any]*job    // waiting or running, by ticket
@@ -925,7 +923,7 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
-		size: size, readings: newLane(concurrency), changes: newLane(1),
+		size: size, readings: lane{limit: concurrency}, changes: lane{limit: 1},
 		active: make(map[any]*job), latest: make(map[string]*job),
 	}
 }
@@ -936,14 +934,14 @@ func (q *queue) resize(concurrency, size int) {
 	defer q.mu.Unlock()
 	q.readings.limit, q.size = concurrency, size
 	q.start(&q.readings)
-	q.admitOutside()
+	q.admit()
 }
 
 // count is how many commands wait.
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.readings.waiting + q.changes.waiting
+	return len(q.readings.waiting) + len(q.changes.waiting)
 }
 
 // accept takes a command on, and waits for room until the deadline or the end of
@@ -953,75 +951,65 @@ func (q *queue) count() int {
 // other command with a known ticket takes the ticket away: the monitor has given
 // it to two commands, and only the later one's reading is delivered.
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
-	j := &job{command: c, tickets: []any{c.ticket}}
-	q.mu.Lock()
-	admitted, err := q.admit(j)
-	if admitted || err != nil {
-		q.mu.Unlock()
-		return err
-	}
-	j.accepted = make(chan error, 1)
-	q.outside = append(q.outside, j)
-	q.mu.Unlock()
-	ctx, cancel := context.WithDeadline(ctx, deadline)
-	defer cancel()
-	select {
-	case err := <-j.accepted:
-		return err
-	case <-ctx.Done():
-	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	i := slices.Index(q.outside, j)
-	if i < 0 {
-		return <-j.accepted
+	j := &job{command: c, tickets: []any{c.ticket}}
+	q.outside = append(q.outside, j)
+	q.admit()
+	for err := error(nil); err == nil && !q.closed && slices.Contains(q.outside, j); {
+		err = q.mu.wait(ctx, deadline)
 	}
-	q.outside = slices.Delete(q.outside, i, i+1)
+	at := slices.Index(q.outside, j)
+	if at < 0 {
+		return nil
+	}
+	q.outside = slices.Delete(q.outside, at, at+1)
+	if q.closed {
+		return faultf(faultBusy, "the agent is shutting down")
+	}
 	return faultf(faultBusy, "the queue of %d commands is full", q.size)
 }
 
-// admit gives a command a place in the queue, or reports false if there is no room.
-func (q *queue) admit(j *job) (bool, error) {
+// admit lets those in who wait for room, as far as there is some.
+func (q *queue) admit() {
+	before := len(q.outside)
+	q.outside = slices.DeleteFunc(q.outside, q.enter)
+	if len(q.outside) < before || q.closed {
+		q.mu.broadcast()
+	}
+}
+
+// enter gives a command a place in the queue, or reports false if there is no room.
+func (q *queue) enter(j *job) bool {
 	l, known, ticket := &q.readings, q.active[j.ticket], j.ticket
 	if j.change != "" {
 		l = &q.changes
 	}
 	switch latest := q.latest[j.sensor]; {
 	case q.closed:
-		return false, faultf(faultBusy, "the agent is shutting down")
+		return false
 	case known != nil && known.sameWork(j.command):
-		return true, nil
-	case j.change != "" && latest != nil && latest.waits && latest.sameWork(j.command):
+		return true
+	case j.change != "" && latest != nil && latest.turn > 0 && latest.sameWork(j.command):
 		latest.tickets = append(latest.tickets, ticket) // not past another change of the sensor
 		j = latest
-	case j.change == "" && known != nil && known.waits && known.change == "":
+	case j.change == "" && known != nil && known.turn > 0 && known.change == "":
 		known.sensor, known.args = j.sensor, j.args // nobody wants the other reading
 		j = known
-	case l.mayRun(j.sensor), l.waiting < q.size, l.waiting < 2*q.size && len(l.lines[j.from]) < max(1, q.size/4):
+	case l.hasRoom(j.command, q.size):
 		l.push(j)
 		if j.change != "" {
 			q.latest[j.sensor] = j
 		}
 	default:
-		return false, nil
+		return false
 	}
 	if ticket != nil {
 		q.active[ticket] = j
 		q.discard(ticket)
 	}
 	q.start(l)
-	return true, nil
-}
-
-// admitOutside gives places to those who wait for one, as far as there is room.
-func (q *queue) admitOutside() {
-	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
-		admitted, err := q.admit(j)
-		if admitted || err != nil {
-			j.accepted <- err
-		}
-		return admitted || err != nil
-	})
+	return true
 }
 
 // start runs commands of a lane, as many as may.
@@ -1042,12 +1030,12 @@ func (q *queue) finish(l *lane, j *job, r reading) *job {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
-	l.done(j)
+	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
 	if q.latest[j.sensor] == j {
 		delete(q.latest, j.sensor)
 	}
 	next := l.next()
-	q.admitOutside()
+	q.admit()
 	return next
 }
 
@@ -1069,14 +1057,12 @@ func (q *queue) close(ctx context.Context) {
 	q.mu.Lock()
 	q.closed = true
 	for _, l := range []*lane{&q.readings, &q.changes} {
-		for _, caller := range l.callers {
-			for _, j := range l.lines[caller] {
-				q.deliverAll(j, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
-			}
+		for _, j := range l.waiting {
+			q.deliverAll(j, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
 		}
-		l.callers, l.lines, l.waiting = nil, nil, 0
+		l.waiting = nil
 	}
-	q.admitOutside() // which refuses them
+	q.admit() // which refuses them
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()
@@ -1084,15 +1070,20 @@ func (q *queue) close(ctx context.Context) {
 	q.cancel()
 }
 
-// A cond is a sync.Cond whose wait ends with a context.
+// A cond is a sync.Cond whose wait ends with a context, or at a time.
 type cond struct {
 	sync.Mutex
 	woken chan struct{} // nil: nobody waits
 }
 
-// wait unlocks the mutex until broadcast is called or ctx ends; it returns the
-// error of ctx. The mutex is locked again when it returns.
-func (c *cond) wait(ctx context.Context) error {
+// wait unlocks the mutex until broadcast is called. It returns an error where ctx
+// ends first, or at is reached, unless that is zero. The mutex is locked again then.
+func (c *cond) wait(ctx context.Context, at time.Time) error {
+	if !at.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, at)
+		defer cancel()
+	}
 	if c.woken == nil {
 		c.woken = make(chan struct{})
 	}
@@ -1175,21 +1166,21 @@ type delivery struct {
 	dropped logLimit
 	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
-	mu           cond // guards what is below, and is broadcast at each change
-	client       *client
-	zone         *time.Location
-	noValue      string            // sent where there is no number
-	pending      []*pendingReading // oldest first
-	inMemory     int               // of pending, those that are not on the disk
-	fromNewest   bool              // the next reading is looked for from the newest end
-	awaySince    time.Time         // zero while the monitor is there
-	misses       int               // attempts without an answer since the latest answer
-	retryAt      time.Time         // no attempt before that
-	waitingSince time.Time         // since when runs have waited and the monitor has taken nothing
-	ending       bool              // there is no limit any more, and everything is saved
-	closing      bool              // the sender is to end
-	sealed       bool              // what is to be written to the spool now is the last
-	totals       deliveryTotals
+	mu         cond // guards what is below, and is broadcast at each change
+	client     *client
+	zone       *time.Location
+	noValue    string            // sent where there is no number
+	pending    []*pendingReading // oldest first
+	inMemory   int               // of pending, those that are not on the disk
+	fromNewest bool              // the next reading is looked for from the newest end
+	awaySince  time.Time         // zero while the monitor is there
+	misses     int               // attempts without an answer since the latest answer
+	retryAt    time.Time         // no attempt before that
+	movedAt    time.Time         // when there was room for a run, or the monitor took a reading
+	ending     bool              // there is no limit any more, and everything is saved
+	closing    bool              // the sender is to end
+	sealed     bool              // what is to be written to the spool now is the last
+	totals     deliveryTotals
 
 	records      []byte       // to be added to the spool
 	syncRecords  bool         // they must survive a power cut
@@ -1279,6 +1270,9 @@ func (d *delivery) put(ticket any, r reading) {
 	if d.inMemory >= maxPending && !d.ending {
 		d.dropOldest(func(p *pendingReading) bool { return !p.onDisk }, fmt.Sprintf("more than %d undelivered", maxPending))
 	}
+	if !d.full() {
+		d.movedAt = time.Now()
+	}
 	now, since := d.clocks(), time.Since(r.taken)
 	p := &pendingReading{reading: r, ticket: ticket, takenAt: clocks{now.wall.Add(-since), now.age - since, now.boot}}
 	d.pending = append(d.pending, p)
@@ -1358,26 +1352,19 @@ func (d *delivery) full() bool {
 func (d *delivery) waitRoom(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for d.full() && ctx.Err() == nil {
-		if d.waitingSince.IsZero() {
-			d.waitingSince = time.Now()
-		}
-		d.mu.wait(ctx)
-	}
-	if !d.full() {
-		d.waitingSince = time.Time{}
+	for d.full() && d.mu.wait(ctx, time.Time{}) == nil {
 	}
 }
 
-// stalledSince returns since when runs have waited for room and the monitor has
-// taken no reading. It returns zero where no run has to wait.
+// stalledSince returns since when runs have had to wait and the monitor has taken
+// no reading. It returns zero where no run has to wait.
 func (d *delivery) stalledSince() time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.full() {
 		return time.Time{}
 	}
-	return d.waitingSince
+	return d.movedAt
 }
 
 // next waits for a reading that may be tried, and returns it with the client to
@@ -1391,7 +1378,7 @@ func (d *delivery) next(ctx context.Context) (*pendingReading, *client) {
 			d.fromNewest = !d.fromNewest
 			return p, d.client
 		}
-		d.waitUntil(ctx, at)
+		d.mu.wait(ctx, at)
 	}
 	return nil, nil
 }
@@ -1421,16 +1408,6 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 	return best, at
 }
 
-// waitUntil waits for a change, or until at where that is not zero.
-func (d *delivery) waitUntil(ctx context.Context, at time.Time) {
-	if !at.IsZero() {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, at)
-		defer cancel()
-	}
-	d.mu.wait(ctx)
-}
-
 // send makes one attempt to deliver a reading.
 func (d *delivery) send(ctx context.Context, p *pendingReading, c *client) error {
 	d.mu.Lock()
@@ -1454,7 +1431,7 @@ func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err
 	case err == nil:
 		d.remove(p)
 		d.totals.delivered++
-		d.totals.latest, d.waitingSince = now, time.Time{}
+		d.totals.latest, d.movedAt = now, now
 		d.answered(now)
 	case c != d.client: // it was not the monitor any more
 	case ctx.Err() != nil:
@@ -1478,6 +1455,7 @@ func (d *delivery) answered(now time.Time) {
 	if !d.awaySince.IsZero() {
 		away := now.Sub(d.awaySince).Round(time.Second)
 		log.Printf(notice+"monitor %s: back after %s, %d to deliver", d.client.url.Redacted(), away, len(d.pending))
+		d.movedAt = now // nobody had to wait
 	}
 	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
 }
@@ -1662,7 +1640,7 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 				return false
 			}
 		}
-		d.waitUntil(context.Background(), at)
+		d.mu.wait(context.Background(), at)
 	}
 	return true
 }
