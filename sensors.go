@@ -53,6 +53,7 @@ const (
 	slowRead     = 32 << 10              // bytes
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
 	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
+	nameCost     = 62                    // bytes of the tags around each name and its text
 	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
 	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
 	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
@@ -61,6 +62,10 @@ const (
 	startPause   = 10 * time.Millisecond // between two of them
 	orphanTime   = time.Second           // before orphans are looked for without a signal
 )
+
+// newPrefix begins the name of a sensor's next version, complete and on the disk,
+// until that is in its place.
+const newPrefix = ".picket-new-"
 
 const (
 	noHelp      = "no help: "   // begins the text of a sensor that did not give one
@@ -86,11 +91,10 @@ type sensors struct {
 
 // A runState is what sensors do at present. It stays when the settings change.
 type runState struct {
-	listing  chan struct{}        // holds an element while somebody uses helps
-	helps    map[string]helpEntry // by sensor
-	watch    sync.Once            // registers signals
-	signals  chan os.Signal       // SIGCHLD, from the first run on
-	starting sync.RWMutex         // is read-locked while a process starts, until its pid is noted
+	listing sync.Mutex           // is held while help texts are asked for
+	helps   map[string]helpEntry // by sensor
+	watch   sync.Once            // registers signals
+	signals chan os.Signal       // SIGCHLD, from the first run on
 
 	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
@@ -100,17 +104,16 @@ type runState struct {
 // A process runs a sensor.
 type process struct {
 	sensor string
-	pid    int           // 0 before it has started
+	pid    int           // 0 while it starts
 	stuck  bool          // SIGKILL did not end it
 	ended  chan struct{} // closed when its run is over
 }
 
 // A helpEntry is a help text that need not be asked for again.
 type helpEntry struct {
-	file  os.FileInfo // of the executable that gave it
-	asked string      // the argument
-	text  string
-	until time.Time // zero: until the file changes
+	version string // of the executable that gave it, and how it was asked
+	text    string
+	until   time.Time // zero: until the version changes
 }
 
 // newSensors returns the sensors of a directory. They run as user or, where
@@ -119,8 +122,8 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 	s := &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
 		runState: &runState{
-			listing: make(chan struct{}, 1), helps: make(map[string]helpEntry), signals: make(chan os.Signal, 1),
-			processes: make(map[*process]bool), signalled: make(chan struct{}),
+			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
+			signals: make(chan os.Signal, 1), signalled: make(chan struct{}),
 		},
 	}
 	if user != nil {
@@ -179,35 +182,35 @@ func sensorName(v any) (string, error) {
 // may hold twice as many, then takes 4 MiB.
 func arguments(v any) (args []string, err error) {
 	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
+	var list []any
 	switch v := v.(type) {
 	case nil:
+	case []any:
+		list = v
 	case string:
 		if len(v) > maxArguments {
 			return nil, tooLong
 		}
-		if args, err = splitWords(v); err != nil {
+		words, err := splitWords(v)
+		if err != nil {
 			return nil, err
 		}
-	case []any:
-		if len(v)*argumentCost > maxArguments {
-			return nil, tooLong
-		}
-		for _, e := range v {
-			arg, err := argument(e)
-			if err != nil {
-				return nil, err
-			}
-			args = append(args, arg)
+		for _, word := range words {
+			list = append(list, word)
 		}
 	default:
 		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
-	size := len(args) * argumentCost
-	for _, arg := range args {
-		size += len(arg)
-	}
-	if size > maxArguments {
-		return nil, tooLong
+	left := maxArguments
+	for _, e := range list {
+		arg, err := argument(e)
+		if err != nil {
+			return nil, err
+		}
+		if left -= len(arg) + argumentCost; left < 0 {
+			return nil, tooLong
+		}
+		args = append(args, arg)
 	}
 	return args, nil
 }
@@ -303,12 +306,8 @@ func (s *sensors) names() (names, unusable []string, err error) {
 // executable has changed since they were asked. Callers wait for each other, so
 // that no sensor is asked twice.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
-	select {
-	case s.listing <- struct{}{}:
-		defer func() { <-s.listing }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+	s.listing.Lock()
+	defer s.listing.Unlock()
 	names, _, err := s.names()
 	if err != nil {
 		return nil, err
@@ -316,13 +315,14 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	texts := make(map[string]string)
 	helps := make(map[string]helpEntry)
 	for _, name := range names {
-		file, err := os.Stat(filepath.Join(s.path, name, s.executable))
-		if err != nil {
+		var file syscall.Stat_t
+		if syscall.Stat(filepath.Join(s.path, name, s.executable), &file) != nil {
 			continue // it has just gone
 		}
+		version := fmt.Sprint(s.help, file.Dev, file.Ino, file.Size, file.Ctim)
 		h := s.helps[name]
-		if !h.isOf(file) || h.asked != s.help || !h.until.IsZero() && time.Now().After(h.until) {
-			h = helpEntry{file: file, asked: s.help}
+		if h.version != version || !h.until.IsZero() && time.Now().After(h.until) {
+			h = helpEntry{version: version}
 			if h.text, err = s.helpText(ctx, name); err != nil {
 				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
 			}
@@ -336,22 +336,16 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	return texts, nil
 }
 
-// isOf reports whether the text was given by the file, as it is now.
-func (h helpEntry) isOf(now os.FileInfo) bool {
-	return h.file != nil && os.SameFile(h.file, now) && h.file.ModTime().Equal(now.ModTime()) &&
-		h.file.Size() == now.Size() && h.file.Mode() == now.Mode()
-}
-
 // helpText asks a sensor what it can be asked.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 	quick := *s
 	quick.timeout = min(s.timeout, helpTime)
-	o := quick.run(ctx, name, []string{s.help}, nil)
-	text := strings.TrimSpace(string(o.output))
+	r := quick.run(ctx, name, []string{s.help}, nil)
+	text := strings.TrimSpace(r.value)
 	switch {
-	case o.code != 0:
-		return "", fmt.Errorf("%s %s: %s", name, s.help, o)
-	case o.tooLong:
+	case r.code != 0:
+		return "", fmt.Errorf("%s %s: %s", name, s.help, r)
+	case len(r.value) > maxOutput:
 		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
 	case text == "":
 		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
@@ -367,92 +361,92 @@ func fitHelps(texts map[string]string) (listed map[string]any, left int) {
 	room := maxHelps
 	var names []string
 	for _, name := range sortedKeys(texts) {
-		var b bytes.Buffer
-		if writeValue(&b, map[string]any{name: ""}); b.Len() > room {
-			left++
-			continue
+		if size := nameCost + encodedLen(name); size <= room {
+			room -= size
+			names = append(names, name)
 		}
-		room -= b.Len()
-		names = append(names, name)
 	}
 	for i, name := range names {
 		share := min(maxHelp, room/(len(names)-i))
-		var b bytes.Buffer
 		text := texts[name]
-		for at, r := range text {
-			before := b.Len()
-			if xml.EscapeText(&b, []byte(string(r))); b.Len() > share { // which cannot fail
-				b.Truncate(before)
-				text = text[:at]
-				break
-			}
+		for n := encodedLen(text); n > share; n = encodedLen(text) {
+			text = strings.ToValidUTF8(text[:len(text)*share/n], "")
 		}
 		listed[name] = text
-		room -= b.Len()
+		room -= encodedLen(text)
 	}
-	return listed, left
+	return listed, len(texts) - len(names)
+}
+
+// encodedLen returns how many bytes a text takes in a message.
+func encodedLen(text string) int {
+	var b bytes.Buffer
+	xml.EscapeText(&b, []byte(text)) // which cannot fail
+	return b.Len()
 }
 
 // awaitListing waits until no help text is being asked for.
 func (s *sensors) awaitListing() {
-	s.listing <- struct{}{}
-	<-s.listing
+	s.listing.Lock()
+	defer s.listing.Unlock()
+}
+
+// A reading is the outcome of one run of a sensor.
+type reading struct {
+	code   int       // 0, or why there is no number
+	value  string    // the sensor's own digits; "" where there is no number
+	taken  time.Time // when the run ended
+	reason string    // for the log, where the code is not 0; never sent
+}
+
+// String is the code and, where there is one, the reason.
+func (r reading) String() string {
+	if r.reason != "" {
+		return fmt.Sprintf("exit %d: %s", r.code, r.reason)
+	}
+	return fmt.Sprintf("exit %d", r.code)
 }
 
 // read runs a sensor and makes a reading of it, whatever the sensor does. What
 // it says on standard error is copied to stderr or, where that is nil, ends in
 // the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
-	o := s.run(ctx, name, args, stderr)
-	r := reading{code: o.code, taken: time.Now(), reason: o.reason()}
-	text := strings.TrimSpace(string(o.output))
+	r := s.run(ctx, name, args, stderr)
+	r.taken = time.Now()
+	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
 	_, err := parseDecimal(text)
+	r.value = ""
 	switch {
-	case o.code == 0 && o.tooLong:
-		r.code, r.reason = codeNoNumber, fmt.Sprintf("more than %d bytes of output", maxOutput)
-	case o.code == 0 && err != nil:
-		r.code, r.reason = codeNoNumber, fmt.Sprintf("not a number: %s", cut(text))
-	case o.code >= 0 && err == nil && !o.tooLong:
+	case err == nil && !tooLong && r.code >= 0:
 		r.value = text
+	case r.code == 0 && tooLong:
+		r.code, r.reason = codeNoNumber, fmt.Sprintf("more than %d bytes of output", maxOutput)
+	case r.code == 0:
+		r.code, r.reason = codeNoNumber, fmt.Sprintf("not a number: %s", cut(text))
 	}
 	return r
 }
 
-// An outcome is how a run ended.
-type outcome struct {
-	code    int // the sensor's, minus the signal that ended it, or the agent's own
-	output  []byte
-	tooLong bool   // there was more than maxOutput
-	said    []byte // on standard error
-	why     string // where the code is the agent's own, or the agent ended the run
-}
-
-// String is the code and, where there is one, the reason.
-func (o outcome) String() string {
-	if reason := o.reason(); reason != "" {
-		return fmt.Sprintf("exit %d: %s", o.code, reason)
-	}
-	return fmt.Sprintf("exit %d", o.code)
-}
-
-// reason says in one line why the code is not 0, as far as anybody said it.
-func (o outcome) reason() string {
-	said := strings.Join(strings.Fields(string(o.said)), " ")
+// reason says in one line why a code is not 0: why, where the agent knows it, and
+// what the sensor said.
+func reason(code int, why string, said []byte) string {
+	words := strings.Join(strings.Fields(string(said)), " ")
 	switch {
-	case o.code == 0:
+	case code == 0:
 		return ""
-	case o.why != "" && said != "":
-		return o.why + ": " + strconv.Quote(said)
-	case said != "":
-		return strconv.Quote(said)
-	case o.why == "" && o.code < 0:
-		return "ended by " + syscall.Signal(-o.code).String()
+	case words != "" && why != "":
+		return why + ": " + strconv.Quote(words)
+	case words != "":
+		return strconv.Quote(words)
+	case why == "" && code < 0:
+		return "ended by " + syscall.Signal(-code).String()
 	}
-	return o.why
+	return why
 }
 
-// run runs a sensor.
-func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) outcome {
+// run runs a sensor. The value is all that it printed, but at most maxOutput + 1
+// bytes of it.
+func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	return s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 }
 
@@ -460,22 +454,22 @@ func (s *sensors) run(ctx context.Context, name string, args []string, stderr io
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
 // left the group and holds a pipe open delays the end by 2 s at most.
-func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) outcome {
+func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
-		return outcome{code: -int(syscall.SIGTERM), why: interrupted}
+		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
 	}
 	p := s.add(name)
 	if p == nil {
-		return outcome{code: codeNotStarted, why: "a process of an earlier run cannot be killed"}
+		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
 	defer close(p.ended)
-	output, said := &capture{limit: maxOutput}, &capture{limit: maxReason, tail: true, copy: stderr}
+	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, tail: true, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
 		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	o, ended := s.await(ctx, cmd)
+	code, why, ended := s.await(ctx, cmd)
 	if !ended {
 		// It waits in the kernel, perhaps for a dead disk or network. It must neither
 		// hold up other sensors nor be joined by another like it. It may still write,
@@ -488,14 +482,13 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 			reap(cmd)
 			s.remove(p)
 		}()
-		return o
+		return reading{code: code, reason: why}
 	}
 	s.remove(p)
-	o.output, o.tooLong = output.kept, output.total > maxOutput
-	if stderr == nil {
-		o.said = said.kept
+	if stderr != nil {
+		said.kept = nil
 	}
-	return o
+	return reading{code: code, value: string(output.kept), reason: reason(code, why, said.kept)}
 }
 
 // add notes that a sensor runs, or returns nil where a process of it is stuck.
@@ -554,8 +547,7 @@ func (r *runState) retire(name string) <-chan struct{} {
 // moment, in a process that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
 	file := filepath.Join(dir, s.executable)
-	back := 0 // times that the executable was absent and is there again
-	for try := 0; ; try++ {
+	for try := 1; ; try++ {
 		cmd := &exec.Cmd{
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
@@ -567,70 +559,75 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
 			WaitDelay:   pipeTime,
 		}
-		s.starting.RLock()
 		err := cmd.Start()
-		if err == nil {
+		absent := errors.Is(err, syscall.ENOENT)
+		switch {
+		case err == nil:
 			s.mu.Lock()
 			p.pid = cmd.Process.Pid
 			s.mu.Unlock()
-		}
-		s.starting.RUnlock()
-		absent := errors.Is(err, syscall.ENOENT)
-		switch {
-		case try == startTries:
-			return cmd, err
+			return cmd, nil
+		case try >= startTries:
+			return nil, err
 		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
-		case absent && back < 3 && exists(file):
-			back++ // it was away a moment ago, or else its interpreter is
+		case absent && exists(file):
+			try += startTries / 4 // it was away a moment ago, or else its interpreter is
 		default:
-			return cmd, err
+			return nil, err
 		}
 		time.Sleep(startPause)
 	}
 }
 
-// notStarted returns the outcome of a run whose executable could not be started.
-func notStarted(file string, err error) outcome {
-	var cause *os.PathError
-	if !errors.As(err, &cause) || cause.Op != "fork/exec" { // such as no pipe, or no /dev/null
-		return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
-	}
-	err = cause.Err // without the name of the file, which is relative
-	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
-		if !exists(file) {
-			return outcome{code: codeNotFound, why: "no such sensor"}
-		}
-		err = errors.New("interpreter not found: does the file have Windows line ends?")
-	}
-	return outcome{code: codeNotStarted, why: fmt.Sprintf("start %s: %v", file, err)}
+// exists reports whether there is anything with this name.
+func exists(file string) bool {
+	_, err := os.Lstat(file)
+	return err == nil
 }
 
-// await waits until a process ends, and ends it at the time-out or when ctx
-// does. It reports false where not even SIGKILL ended the process.
-func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (o outcome, ended bool) {
+// notStarted returns the outcome of a run whose executable could not be started.
+func notStarted(file string, err error) reading {
+	r := reading{code: codeNotStarted}
+	var cause *os.PathError
+	if errors.As(err, &cause) && cause.Op == "fork/exec" { // else there is no pipe, say, or no /dev/null
+		err = cause.Err // without the name of the file, which is relative
+		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
+			if !exists(file) {
+				return reading{code: codeNotFound, reason: "no such sensor"}
+			}
+			err = errors.New("interpreter not found: does the file have Windows line ends?")
+		}
+	}
+	r.reason = fmt.Sprintf("start %s: %v", file, err)
+	return r
+}
+
+// await waits until a process ends, and ends it at the time-out or when ctx does.
+// It returns the exit code, why the process was ended, and whether it has ended:
+// not even SIGKILL may help.
+func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (code int, why string, ended bool) {
 	pid := cmd.Process.Pid
 	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	if s.waitEnded(limited, pid) {
-		return outcome{code: reap(cmd)}, true
+		return reap(cmd), "", true
 	}
-	o.why = fmt.Sprintf("timed out after %v", s.timeout)
+	why = fmt.Sprintf("timed out after %v", s.timeout)
 	if ctx.Err() != nil {
-		o.why = interrupted
+		why = interrupted
 	}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		o.code = -int(sig)
+		code = -int(sig)
 		syscall.Kill(-pid, sig)
 		syscall.Kill(pid, sig) // it may have left its group
 		patient, cancel := context.WithTimeout(context.Background(), killTime)
 		defer cancel()
 		if s.waitEnded(patient, pid) {
 			reap(cmd)
-			return o, true
+			return code, why, true
 		}
 	}
-	o.why += ", but still there"
-	return o, false
+	return code, why + ", but still there", false
 }
 
 // reap kills what is left of the process group of a child that has ended, reaps
@@ -650,15 +647,24 @@ func reap(cmd *exec.Cmd) (code int) {
 }
 
 // waitEnded waits until a child has ended, and leaves it to be reaped. It
-// reports false where ctx ends first. It blocks no thread, but looks at the child
-// at each SIGCHLD. Of all that wait, one receives the signal and tells the others.
+// reports false where ctx ends first.
 func (r *runState) waitEnded(ctx context.Context, pid int) bool {
+	return r.waitSignal(ctx, func() bool {
+		ended, err := endedChild(pPid, pid)
+		return ended == pid || err != nil
+	})
+}
+
+// waitSignal calls done, and again at each SIGCHLD until done returns true. It
+// reports false where ctx ends first. It blocks no thread. Of all that wait, one
+// receives the signal and tells the others.
+func (r *runState) waitSignal(ctx context.Context, done func() bool) bool {
 	r.watch.Do(func() { signal.Notify(r.signals, syscall.SIGCHLD) })
 	for {
 		r.mu.Lock()
 		signalled := r.signalled
 		r.mu.Unlock()
-		if ended, err := endedChild(pPid, pid); ended == pid || err != nil {
+		if done() {
 			return true
 		}
 		select {
@@ -697,35 +703,26 @@ const (
 // reapOrphans reaps the processes that other processes leave to process 1, until
 // ctx ends. It never takes the process of a run, whose exit code the run needs.
 func (r *runState) reapOrphans(ctx context.Context) {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGCHLD)
-	defer signal.Stop(signals)
-	again := time.NewTicker(orphanTime) // the process of a run may have been in the way
-	defer again.Stop()
 	for ctx.Err() == nil {
-		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
-			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
-		}
-		select {
-		case <-signals:
-		case <-again.C:
-		case <-ctx.Done():
-		}
+		again, cancel := context.WithTimeout(ctx, orphanTime) // the process of a run may have been in the way
+		r.waitSignal(again, func() bool {
+			for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
+				syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+			}
+			return false
+		})
+		cancel()
 	}
 }
 
 // endedOrphan returns the number of a child that has ended and belongs to no run.
 // It returns 0 if there is none, or while a process starts that a run will own.
 func (r *runState) endedOrphan() int {
-	if !r.starting.TryLock() {
-		return 0
-	}
-	defer r.starting.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	pid, _ := endedChild(pAll, 0)
 	for p := range r.processes {
-		if p.pid == pid {
+		if p.pid == pid || p.pid == 0 {
 			return 0
 		}
 	}
@@ -1117,14 +1114,6 @@ const (
 	spoolRetry  = time.Minute     // before a spool that could not be written is tried again
 	spoolTime   = 5 * time.Second // for the last write to the spool when the agent ends
 )
-
-// A reading is the outcome of one run of a sensor.
-type reading struct {
-	code   int       // 0, or why there is no number
-	value  string    // the sensor's own digits; "" where there is no number
-	taken  time.Time // when the run ended
-	reason string    // for the log, where the code is not 0; never sent
-}
 
 // A pendingReading is a reading that the monitor does not have yet.
 type pendingReading struct {

@@ -71,7 +71,6 @@ const (
 
 	lockName     = ".picket-lock"  // of older versions
 	oldPrefix    = ".picket-old-"  // of older versions: the version that gave way
-	newPrefix    = ".picket-new-"  // complete, tried and on the disk
 	gonePrefix   = ".picket-gone-" // to be removed
 	backupLayout = "2006-01-02T15:04:05"
 )
@@ -761,11 +760,6 @@ func (d dir) at(name string) string {
 
 // has reports whether there is anything with this name.
 func (d dir) has(name string) bool { return exists(d.at(name)) }
-
-func exists(file string) bool {
-	_, err := os.Lstat(file)
-	return err == nil
-}
 
 // names lists the directory, in order.
 func (d dir) names() ([]string, error) {
