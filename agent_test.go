@@ -2891,13 +2891,13 @@ func TestDeliveryPoison(t *testing.T) {
 	d.retry = time.Second
 	p := &pendingReading{}
 	for n := 1; n <= 3; n++ {
-		d.record(context.Background(), p, d.monitor(), io.EOF)
+		d.record(p, d.monitor(), io.EOF)
 		want := time.Second << (n - 1)
 		if wait := time.Until(p.notBefore); wait < want/2-time.Second/4 || wait > want*3/2 {
 			t.Errorf("got %v after %d failures; want %v ±50 %%", wait, n, want)
 		}
 		for i := 0; i < 20; i++ {
-			d.record(context.Background(), p, d.monitor(), io.EOF)
+			d.record(p, d.monitor(), io.EOF)
 		}
 		locked(d, func() any { d.answered(time.Now()); return nil })
 	}
@@ -2927,7 +2927,7 @@ func TestDeliveryFault(t *testing.T) {
 	d.retry = time.Second
 	p := &pendingReading{}
 	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
-		d.record(context.Background(), p, d.monitor(), faultf(1, "locked"))
+		d.record(p, d.monitor(), faultf(1, "locked"))
 		if wait := time.Until(p.notBefore); wait < want/2-time.Second || wait > want*3/2 {
 			t.Errorf("got %v; want %v ±50 %%", wait, want)
 		}
@@ -3573,6 +3573,9 @@ func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading 
 // the next agent with its ticket, value and time; then the file is empty. A
 // monitor that is there costs no write.
 func TestSpool(t *testing.T) {
+	if s := newSpool("", 1<<20); s != nil {
+		t.Error("without a directory there is a spool")
+	}
 	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
 	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
 	awaitEmpty(t, dir)

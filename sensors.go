@@ -1127,6 +1127,7 @@ type pendingReading struct {
 	record    uint64    // its number in the spool; 0: it does not belong there
 	size      int       // bytes of its record
 	onDisk    bool      // the record is written
+	last      bool      // its last attempt has been made
 	done      bool      // it is pending no more
 }
 
@@ -1149,9 +1150,10 @@ type pendingReading struct {
 type delivery struct {
 	retry   time.Duration // the first backoff
 	clocks  func() clocks
-	cancel  context.CancelFunc // ends the attempt that is under way
-	sent    chan struct{}      // closed when the sender has ended
-	saved   chan struct{}      // closed when the spool is written no more
+	ctx     context.Context // of all attempts
+	cancel  context.CancelFunc
+	sent    chan struct{} // closed when the last attempt has been made
+	saved   chan struct{} // closed when the spool is written no more
 	dropped logLimit
 	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
@@ -1167,7 +1169,8 @@ type delivery struct {
 	retryAt    time.Time         // no attempt before that
 	movedAt    time.Time         // when there was room for a run, or the monitor took a reading
 	ending     bool              // there is no limit any more, and everything is saved
-	closing    bool              // the sender is to end
+	closing    bool              // each reading is tried once more
+	stop       func()            // ends the attempt that is under way
 	sealed     bool              // what is to be written to the spool now is the last
 	totals     deliveryTotals
 
@@ -1191,19 +1194,19 @@ type deliveryTotals struct {
 // (nil: there is none) joins its readings as soon as it is read. The second
 // attempt to reach a monitor comes about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
-	ctx, cancel := context.WithCancel(context.Background())
 	d := &delivery{
-		retry: retry, clocks: systemClocks(), cancel: cancel, sent: make(chan struct{}), saved: make(chan struct{}),
-		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s,
+		retry: retry, clocks: systemClocks(), sent: make(chan struct{}), saved: make(chan struct{}),
+		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s, stop: func() {},
 		client: c, zone: zone, noValue: noValue, needsRewrite: true,
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
 	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go func() {
 		defer close(d.sent)
-		for p, c := d.next(ctx); p != nil; p, c = d.next(ctx) {
-			d.record(ctx, p, c, d.send(ctx, p, c))
+		for p := d.next(); p != nil; p = d.next() {
+			d.try(p)
 		}
 	}()
 	go func() {
@@ -1216,20 +1219,13 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 }
 
 // configure applies new settings to all further attempts, and retries at once.
-// What another monitor did with a reading does not count.
+// What the monitor did with the readings before does not count any more.
 func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	moved := d.client.url.String() != c.url.String()
-	if moved {
-		d.awaySince = time.Time{}
-	}
-	d.misses, d.retryAt = 0, time.Time{}
+	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
 	for _, p := range d.pending {
-		p.notBefore = time.Time{}
-		if moved {
-			p.misses, p.failures, p.faults = 0, 0, 0
-		}
+		p.notBefore, p.misses, p.failures, p.faults = time.Time{}, 0, 0, 0
 	}
 	d.client.close()
 	d.client, d.zone, d.noValue = c, zone, noValue
@@ -1256,30 +1252,35 @@ func (d *delivery) count() deliveryTotals {
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.inMemory >= maxPending && !d.ending {
-		d.dropOldest(func(p *pendingReading) bool { return !p.onDisk }, fmt.Sprintf("more than %d undelivered", maxPending))
-	}
 	if !d.full() {
 		d.movedAt = time.Now()
 	}
 	now, since := d.clocks(), time.Since(r.taken)
-	p := &pendingReading{reading: r, ticket: ticket, takenAt: clocks{now.wall.Add(-since), now.age - since, now.boot}}
+	taken := clocks{now.wall.Add(-since), now.age - since, now.boot}
+	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken}
 	d.pending = append(d.pending, p)
 	d.inMemory++
 	if d.ending || !d.awaySince.IsZero() {
 		d.save(p)
 	}
+	d.makeRoom()
 	d.mu.broadcast()
 }
 
-// dropOldest drops the oldest reading for which may returns true. It reports
-// whether there was one.
-func (d *delivery) dropOldest(may func(*pendingReading) bool, of string) bool {
-	i := slices.IndexFunc(d.pending, may)
-	if i >= 0 {
-		d.drop(d.pending[i], "the oldest of "+of)
+// makeRoom drops the oldest readings while there are too many in memory alone, or
+// more than the spool may hold. A quarter of its file is left for marks, so that it
+// need not be written anew for each reading.
+func (d *delivery) makeRoom() {
+	dropOldest := func(of string, is func(*pendingReading) bool) {
+		d.drop(d.pending[slices.IndexFunc(d.pending, is)], "the oldest of "+of)
 	}
-	return i >= 0
+	for d.inMemory > maxPending && !d.ending {
+		of := fmt.Sprintf("more than %d undelivered", maxPending)
+		dropOldest(of, func(p *pendingReading) bool { return !p.onDisk })
+	}
+	for d.spool != nil && d.held > d.spool.limit/4*3 {
+		dropOldest("what the spool holds", func(p *pendingReading) bool { return p.record != 0 })
+	}
 }
 
 // drop gives a reading up and logs why.
@@ -1356,26 +1357,29 @@ func (d *delivery) stalledSince() time.Time {
 	return d.movedAt
 }
 
-// next waits for a reading that may be tried, and returns it with the client to
-// send it with. It returns nil when the delivery closes.
-func (d *delivery) next(ctx context.Context) (*pendingReading, *client) {
+// next waits for a reading that may be tried, and returns it. When the delivery
+// closes it returns each reading once more, and then nil: also after four attempts
+// in a row without an answer, or when there is no more time.
+func (d *delivery) next() *pendingReading {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for !d.closing {
+	for {
 		p, at := d.choose(time.Now())
-		if p != nil {
+		switch {
+		case d.closing && (d.misses >= lastMisses || d.ctx.Err() != nil):
+			return nil
+		case d.closing || p != nil:
 			d.fromNewest = !d.fromNewest
-			return p, d.client
+			return p
 		}
-		d.mu.wait(ctx, at)
+		d.mu.wait(d.ctx, at)
 	}
-	return nil, nil
 }
 
 // choose returns the reading to try now, or when there may be one (zero: after
 // the next change).
 func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
-	if now.Before(d.retryAt) {
+	if now.Before(d.retryAt) && !d.closing {
 		return nil, d.retryAt
 	}
 	for i := range d.pending {
@@ -1384,7 +1388,8 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 			p = d.pending[len(d.pending)-1-i]
 		}
 		switch {
-		case now.Before(p.notBefore):
+		case p.last:
+		case now.Before(p.notBefore) && !d.closing:
 			if at.IsZero() || p.notBefore.Before(at) {
 				at = p.notBefore
 			}
@@ -1397,22 +1402,27 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 	return best, at
 }
 
-// send makes one attempt to deliver a reading.
-func (d *delivery) send(ctx context.Context, p *pendingReading, c *client) error {
+// try makes one attempt to deliver a reading. The last one has a second.
+func (d *delivery) try(p *pendingReading) {
 	d.mu.Lock()
-	zone, value := d.zone, p.value
+	ctx, cancel := context.WithCancel(d.ctx)
+	if p.last = d.closing; p.last {
+		ctx, cancel = context.WithTimeout(d.ctx, lastTime)
+	}
+	defer cancel()
+	d.stop = cancel
+	c, zone, value := d.client, d.zone, p.value
 	if value == "" {
 		value = d.noValue
 	}
 	d.mu.Unlock()
-	taken := p.takenAt.corrected(d.clocks()).In(zone)
-	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, dateTime(taken.Format(dateTimeLayout)))
-	return err
+	taken := dateTime(p.takenAt.corrected(d.clocks()).In(zone).Format(dateTimeLayout))
+	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, taken)
+	d.record(p, c, err)
 }
 
-// record notes how an attempt ended. When ctx has ended, an error is the
-// agent's doing and says nothing of the monitor.
-func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err error) {
+// record notes how an attempt with this client ended.
+func (d *delivery) record(p *pendingReading, c *client, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var f *fault
@@ -1423,7 +1433,7 @@ func (d *delivery) record(ctx context.Context, p *pendingReading, c *client, err
 		d.totals.latest, d.movedAt = now, now
 		d.answered(now)
 	case c != d.client: // it was not the monitor any more
-	case ctx.Err() != nil:
+	case errors.Is(err, context.Canceled): // by close, which says nothing of the monitor
 		p.misses++ // so that others are tried before it
 	case errors.As(err, &f):
 		p.faults++
@@ -1492,15 +1502,14 @@ func (d *delivery) putLast() {
 // is one. A disk that hangs holds up the end by five seconds at most.
 func (d *delivery) close(ctx context.Context) {
 	d.putLast()
+	context.AfterFunc(ctx, d.cancel)
 	d.mu.Lock()
-	d.closing = true
+	d.closing, d.misses = true, 0
+	time.AfterFunc(lastTime, d.stop) // the attempt under way may have been so for long
 	d.mu.broadcast()
 	d.mu.Unlock()
-	attempt, cancel := context.WithTimeout(ctx, lastTime) // the one under way may have been so for long
-	context.AfterFunc(attempt, d.cancel)
 	<-d.sent
-	cancel()
-	d.sendLast(ctx)
+	d.cancel()
 	d.mu.Lock()
 	d.sealed = true
 	d.mu.broadcast()
@@ -1518,34 +1527,7 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// sendLast tries what is pending, the readings tried least often first. Each
-// attempt has a second; after four in a row without an answer it gives up.
-func (d *delivery) sendLast(ctx context.Context) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	left := slices.Clone(d.pending)
-	slices.SortStableFunc(left, func(a, b *pendingReading) int { return a.misses - b.misses })
-	d.misses = 0
-	for _, p := range left {
-		if p.done {
-			continue
-		}
-		if d.misses == lastMisses || ctx.Err() != nil {
-			return
-		}
-		c := d.client
-		d.mu.Unlock()
-		attempt, cancel := context.WithTimeout(ctx, lastTime)
-		err := d.send(attempt, p, c)
-		cancel()
-		d.record(ctx, p, c, err)
-		d.mu.Lock()
-	}
-}
-
-// save puts a reading into the spool, if there is one. Where that is more than it
-// may hold, the oldest go: a quarter of the file is left for marks, so that it need
-// not be written anew for each reading.
+// save puts a reading into the spool, if there is one.
 func (d *delivery) save(p *pendingReading) {
 	if d.spool == nil || p.record != 0 || p.done {
 		return
@@ -1556,13 +1538,7 @@ func (d *delivery) save(p *pendingReading) {
 	p.size = len(record)
 	d.held += p.size
 	d.addRecord(record, true)
-	d.fitSpool()
-}
-
-func (d *delivery) fitSpool() {
-	inSpool := func(p *pendingReading) bool { return p.record != 0 }
-	for d.held > d.spool.limit/4*3 && d.dropOldest(inSpool, "what the spool holds") {
-	}
+	d.makeRoom()
 }
 
 func (d *delivery) saveAll() {
@@ -1700,7 +1676,7 @@ func (d *delivery) adopt(found []*pendingReading) {
 		log.Printf(notice+"spool %s: %s to deliver from the time before", s.file(), plural(len(adopted), "reading"))
 		d.addRecord("\n", false) // the last line may have no end
 	}
-	d.fitSpool()
+	d.makeRoom()
 	d.mu.broadcast()
 }
 
@@ -1736,7 +1712,13 @@ type spool struct {
 	retryAt time.Time // after an error; zero while the spool works
 }
 
-func newSpool(dir string, limit int64) *spool { return &spool{dir: dir, limit: int(limit)} }
+// newSpool returns the spool in a directory, or nil where that is "".
+func newSpool(dir string, limit int64) *spool {
+	if dir == "" {
+		return nil
+	}
+	return &spool{dir: dir, limit: int(limit)}
+}
 
 const (
 	spoolFile = "readings"
