@@ -1567,8 +1567,8 @@ func (d *delivery) writeSpool() {
 	defer s.close()
 	for last := false; !last; {
 		last = d.awaitSpoolWork()
-		found, opened, err := s.open()
-		if opened {
+		found, err := s.open()
+		if found != nil {
 			d.adopt(found)
 		}
 		if err == nil {
@@ -1634,8 +1634,7 @@ func (d *delivery) flushSpool() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s.written = now
-	for i := 0; i < len(d.pending) && (rewrite || sync); i++ { // else there were only marks
-		p := d.pending[i]
+	for _, p := range d.pending {
 		if !p.onDisk && p.record != 0 && p.record <= last {
 			p.onDisk = true
 			d.inMemory--
@@ -1728,18 +1727,17 @@ const (
 
 func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
-// open opens the file, which stays locked, unless it is open and still the one
-// of that name. It reports whether it did, and returns what the file holds.
-func (s *spool) open() (found []*pendingReading, opened bool, err error) {
+// open opens the file, which stays locked, and returns what it holds. It returns nil
+// where the file is open already and still the one of that name.
+func (s *spool) open() (found []*pendingReading, err error) {
 	if s.f != nil && s.isCurrent() {
-		return nil, false, nil
+		return nil, nil
 	}
 	s.close()
 	if s.folder, err = openFolder(s.dir); err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	s.f, err = openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW)
-	if err == nil {
+	if s.f, err = openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW); err == nil {
 		err = s.claim()
 	}
 	if err == nil {
@@ -1747,35 +1745,30 @@ func (s *spool) open() (found []*pendingReading, opened bool, err error) {
 	}
 	if err != nil {
 		s.close()
-		return nil, false, err
+		return nil, err
 	}
 	if s.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
 	}
-	return found, true, nil
+	return found, nil
 }
 
 // claim locks the file that was opened, and makes sure that it is the agent's.
 func (s *spool) claim() error {
 	info, err := s.f.Stat()
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1 {
+	case !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1:
 		return errors.New("not a plain file with one name: who put it there?")
-	}
-	err = syscall.Flock(int(s.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // of other errors: a file system without locks
-	if errors.Is(err, syscall.EWOULDBLOCK) || !s.isCurrent() {
+	case flockWithin(context.Background(), s.f, syscall.LOCK_EX, 0) != nil || !s.isCurrent():
 		return errors.New("another process uses it")
-	}
-	if err := s.f.Chmod(0o600); err != nil {
-		return err
 	}
 	return syncFolder(s.folder) // the file may be new
 }
 
 func (s *spool) close() {
-	s.f.Close() // which of nil does nothing
+	s.f.Close() // a nil file does not mind
 	s.folder.Close()
 	s.f, s.folder = nil, nil
 }
@@ -1804,11 +1797,8 @@ func (s *spool) append(records []byte, sync bool) error {
 // the new one is there, whole.
 func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 	if len(all) == 0 { // which takes no space on the disk
-		if err := s.f.Truncate(0); err != nil {
-			return err
-		}
 		s.size = 0
-		return s.f.Sync()
+		return errors.Join(s.f.Truncate(0), s.f.Sync())
 	}
 	dir := int(s.folder.Fd())
 	syscall.Unlinkat(dir, spoolNext) // of a power cut
@@ -1822,10 +1812,7 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 		n, _ := out.WriteString(readingRecord(p, now)) // Flush returns the error
 		size += n
 	}
-	if err = out.Flush(); err == nil {
-		err = f.Sync()
-	}
-	if err == nil {
+	if err = errors.Join(out.Flush(), f.Sync()); err == nil {
 		err = syscall.Renameat(dir, spoolNext, dir, spoolFile)
 	}
 	if err != nil {
@@ -1838,30 +1825,27 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 	return syncFolder(s.folder)
 }
 
-// openFolder opens a directory and makes what is missing of its path. A link
-// on it is followed only where nobody but the agent and root can have made it.
+// openFolder opens a directory and makes what is missing of its path. A link on it
+// is followed only where nobody but the agent and root can have made it.
 func openFolder(path string) (*os.File, error) {
-	path, err := filepath.Abs(path)
+	parent := filepath.Dir(path)
+	if parent == path { // the root
+		return os.Open(path)
+	}
+	above, err := openFolder(parent)
 	if err != nil {
 		return nil, err
 	}
+	defer above.Close()
 	const oPath = 0x200000 // a directory need not be readable; Linux before 2.6.39 ignores it
-	dir, err := os.Open("/")
-	for _, name := range strings.Split(path, "/")[1:] {
-		if err != nil {
-			return nil, err
-		}
-		above, flags := dir, oPath|syscall.O_DIRECTORY
-		if !isPrivate(above) {
-			flags |= syscall.O_NOFOLLOW
-		}
-		if dir, err = openIn(above, name, flags); errors.Is(err, syscall.ENOENT) {
-			if err = syscall.Mkdirat(int(above.Fd()), name, 0o700); err == nil {
-				syncFolder(above) // which whoever may write there need not be able to
-				dir, err = openIn(above, name, flags)
-			}
-		}
-		above.Close()
+	name, flags := filepath.Base(path), oPath|syscall.O_DIRECTORY
+	if !isPrivate(above) {
+		flags |= syscall.O_NOFOLLOW
+	}
+	dir, err := openIn(above, name, flags)
+	if errors.Is(err, syscall.ENOENT) && syscall.Mkdirat(int(above.Fd()), name, 0o700) == nil {
+		syncFolder(above) // as far as the agent may
+		dir, err = openIn(above, name, flags)
 	}
 	return dir, err
 }
@@ -1902,20 +1886,16 @@ func openIn(dir *os.File, name string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// read reads the records of a spool and returns the readings that are not marked.
+// read reads the records of a spool and returns the readings that are not marked,
+// never nil without an error.
 func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 	s.size, s.last, s.damaged = 0, 0, 0
-	done := make(map[uint64]bool)
+	found, done := []*pendingReading{}, make(map[uint64]bool)
 	lines := bufio.NewReaderSize(r, maxRecord)
-	for err == nil {
+	for err == nil || errors.Is(err, bufio.ErrBufferFull) { // a longer line is damaged, each piece of it
 		var line []byte
 		line, err = lines.ReadSlice('\n')
 		s.size += len(line)
-		for errors.Is(err, bufio.ErrBufferFull) {
-			line, err = lines.ReadSlice('\n')
-			s.size += len(line)
-			line = []byte("longer than any record")
-		}
 		if len(line) == 0 || line[0] == '\n' {
 			continue
 		}
@@ -1931,10 +1911,10 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 		}
 		s.last = max(s.last, p.record)
 	}
-	if errors.Is(err, io.EOF) {
-		err = nil
+	if !errors.Is(err, io.EOF) {
+		return nil, err
 	}
-	return slices.DeleteFunc(found, func(p *pendingReading) bool { return done[p.record] }), err
+	return slices.DeleteFunc(found, func(p *pendingReading) bool { return done[p.record] }), nil
 }
 
 // parseRecord parses a line of a spool, without its end, and reports whether it
@@ -1957,10 +1937,8 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 	}
 	p.takenAt.age, p.takenAt.wall = time.Duration(age)*time.Millisecond, time.UnixMilli(wall)
 	var err, err2 error
-	if p.value == "-" {
-		p.value = ""
-	} else {
-		_, err = parseDecimal(p.value)
+	if _, err = parseDecimal(p.value); p.value == "-" {
+		p.value, err = "", nil
 	}
 	p.ticket, err2 = parseTicket(words[7], words[8])
 	return p, err == nil && err2 == nil
@@ -2044,39 +2022,28 @@ func (c clocks) corrected(now clocks) time.Time {
 // stepped reports whether the clock was set between c and now.
 func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
 
-// systemClocks returns a function that reads the clocks of the box. Where it
-// names no boot or tells no time since then, each process counts as a boot.
+// systemClocks returns a function that reads the clocks of the box. Where nothing
+// names the boot, each process counts as one.
 func systemClocks() func() clocks {
-	start := time.Now()
-	_, known := sinceBoot()
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil || len(id) < 8 || !known {
+	if err != nil || len(id) < 8 {
 		id = []byte(fmt.Sprintf("%08x", rand.Uint32()))
 	}
 	boot := string(id[:8])
-	return func() clocks {
-		now := time.Now()
-		age := now.Sub(start)
-		if known {
-			age, _ = sinceBoot()
-		}
-		return clocks{now.Round(0), age, boot}
-	}
+	return func() clocks { return clocks{time.Now().Round(0), sinceBoot(), boot} }
 }
 
-// sinceBoot returns the time since boot, in suspend as well, and whether the box
-// tells it. Linux before 2.6.39 has it in /proc/uptime alone.
-func sinceBoot() (time.Duration, bool) {
-	const clockBoottime = 7
+// sinceBoot returns the time since boot, in suspend as well. Linux before 2.6.39
+// does not tell the time in suspend.
+func sinceBoot() time.Duration {
 	var t syscall.Timespec
-	_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clockBoottime, uintptr(unsafe.Pointer(&t)), 0)
-	if errno == 0 {
-		return time.Duration(t.Nano()), true
+	for _, clock := range []uintptr{7, 1} { // CLOCK_BOOTTIME, CLOCK_MONOTONIC
+		_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clock, uintptr(unsafe.Pointer(&t)), 0)
+		if errno == 0 {
+			break
+		}
 	}
-	text, err := os.ReadFile("/proc/uptime") // 350735.47 1265389.12
-	seconds, _, _ := strings.Cut(string(text), " ")
-	age, err2 := time.ParseDuration(seconds + "s")
-	return age, err == nil && err2 == nil
+	return time.Duration(t.Nano())
 }
 
 const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
@@ -2095,26 +2062,19 @@ func zoneOf(tz string, ok bool, etc string) *time.Location {
 		if zone, err := zoneFile(filepath.Join(etc, "localtime")); err == nil {
 			return zone
 		}
-		text, err := readSmall(filepath.Join(etc, "TZ"), maxZone)
-		if err != nil {
-			return time.UTC
-		}
+		text, _ := readSmall(filepath.Join(etc, "TZ"), maxZone) // without it, there is none
 		tz = strings.TrimSpace(string(text))
 	}
 	tz = strings.TrimPrefix(tz, ":")
-	load := time.LoadLocation
-	if strings.HasPrefix(tz, "/") {
-		load = zoneFile
+	var zone *time.Location
+	var err error
+	for _, load := range []func(string) (*time.Location, error){time.LoadLocation, zoneFile, posixZone} {
+		if zone, err = load(tz); err == nil {
+			return zone
+		}
 	}
-	zone, err := load(tz)
-	if err != nil {
-		zone, err = posixZone(tz)
-	}
-	if err != nil {
-		log.Printf("time zone: %v; UTC instead", err)
-		return time.UTC
-	}
-	return zone
+	log.Printf("time zone: %v; UTC instead", err)
+	return time.UTC
 }
 
 // zoneFile reads a zone's file.
