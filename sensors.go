@@ -1124,7 +1124,8 @@ type pendingReading struct {
 	failures  int       // of them, those right after an answer: the monitor fails on this reading
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
-	record    uint64    // its number in the spool; 0: it does not belong there
+	spooled   bool      // it belongs into the spool
+	record    uint64    // its number there; 0: it was never written
 	size      int       // bytes of its record
 	onDisk    bool      // the record is written
 	last      bool      // its last attempt has been made
@@ -1174,10 +1175,10 @@ type delivery struct {
 	sealed     bool              // what is to be written to the spool now is the last
 	totals     deliveryTotals
 
-	records      []byte       // to be added to the spool
-	syncRecords  bool         // they must survive a power cut
-	lastRecord   uint64       // the highest number of a record
-	held         int          // bytes of the records of pending readings
+	unsaved      bool         // a reading waits to be written to the spool
+	marks        []uint64     // to be added to the spool: the records that are done
+	syncMarks    bool         // they must survive a power cut
+	held         int          // bytes of the records that are not done
 	needsRewrite bool         // the file is to be written anew
 	reused       map[any]bool // tickets given away again before the spool was read; then nil
 }
@@ -1197,7 +1198,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), sent: make(chan struct{}), saved: make(chan struct{}),
 		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s, stop: func() {},
-		client: c, zone: zone, noValue: noValue, needsRewrite: true,
+		client: c, zone: zone, noValue: noValue,
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
@@ -1263,24 +1264,16 @@ func (d *delivery) put(ticket any, r reading) {
 	if d.ending || !d.awaySince.IsZero() {
 		d.save(p)
 	}
-	d.makeRoom()
+	if d.inMemory > maxPending && !d.ending {
+		of := fmt.Sprintf("more than %d undelivered", maxPending)
+		d.dropOldest(of, func(p *pendingReading) bool { return !p.onDisk })
+	}
 	d.mu.broadcast()
 }
 
-// makeRoom drops the oldest readings while there are too many in memory alone, or
-// more than the spool may hold. A quarter of its file is left for marks, so that it
-// need not be written anew for each reading.
-func (d *delivery) makeRoom() {
-	dropOldest := func(of string, is func(*pendingReading) bool) {
-		d.drop(d.pending[slices.IndexFunc(d.pending, is)], "the oldest of "+of)
-	}
-	for d.inMemory > maxPending && !d.ending {
-		of := fmt.Sprintf("more than %d undelivered", maxPending)
-		dropOldest(of, func(p *pendingReading) bool { return !p.onDisk })
-	}
-	for d.spool != nil && d.held > d.spool.limit/4*3 {
-		dropOldest("what the spool holds", func(p *pendingReading) bool { return p.record != 0 })
-	}
+// dropOldest drops the oldest of the readings for which is returns true.
+func (d *delivery) dropOldest(of string, is func(*pendingReading) bool) {
+	d.drop(d.pending[slices.IndexFunc(d.pending, is)], "the oldest of "+of)
 }
 
 // drop gives a reading up and logs why.
@@ -1309,7 +1302,7 @@ func (d *delivery) remove(p *pendingReading) {
 	}
 	if p.record != 0 {
 		d.held -= p.size
-		d.addRecord(markRecord(p.record), false)
+		d.marks = append(d.marks, p.record)
 	}
 }
 
@@ -1324,7 +1317,7 @@ func (d *delivery) discard(ticket any) {
 	for i := len(d.pending) - 1; i >= 0; i-- {
 		if d.pending[i].ticket == ticket {
 			d.remove(d.pending[i])
-			d.syncRecords = true // it must not come back
+			d.syncMarks = true // it must not come back
 			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 		}
 	}
@@ -1527,36 +1520,16 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// save puts a reading into the spool, if there is one.
+// save has a reading written to the spool, if there is one.
 func (d *delivery) save(p *pendingReading) {
-	if d.spool == nil || p.record != 0 || p.done {
-		return
+	if d.spool != nil && !p.spooled && !p.done {
+		p.spooled, d.unsaved = true, true
 	}
-	d.lastRecord++
-	p.record = d.lastRecord
-	record := readingRecord(p, d.clocks())
-	p.size = len(record)
-	d.held += p.size
-	d.addRecord(record, true)
-	d.makeRoom()
 }
 
 func (d *delivery) saveAll() {
-	for _, p := range slices.Clone(d.pending) { // save may drop some
+	for _, p := range d.pending {
 		d.save(p)
-	}
-}
-
-// addRecord adds a record to those that are to be written, unless the file is to
-// be written anew. So it is where too many come, as while the disk hangs.
-func (d *delivery) addRecord(record string, sync bool) {
-	if d.needsRewrite {
-		return
-	}
-	d.records = append(d.records, record...)
-	d.syncRecords = d.syncRecords || sync
-	if len(d.records) > d.spool.limit {
-		d.records, d.needsRewrite = nil, true
 	}
 }
 
@@ -1567,13 +1540,7 @@ func (d *delivery) writeSpool() {
 	defer s.close()
 	for last := false; !last; {
 		last = d.awaitSpoolWork()
-		found, err := s.open()
-		if found != nil {
-			d.adopt(found)
-		}
-		if err == nil {
-			err = d.flushSpool()
-		}
+		err := d.updateSpool()
 		d.mu.Lock()
 		d.totals.spoolBytes = int64(s.size)
 		switch failed := !s.retryAt.IsZero(); {
@@ -1600,7 +1567,7 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
 			d.needsRewrite = true // the times in the file are wrong
 		}
-		if len(d.records) > 0 || d.needsRewrite {
+		if d.spool.f == nil || d.unsaved || len(d.marks) > 0 || d.needsRewrite {
 			if at = d.spool.retryAt; !time.Now().Before(at) {
 				return false
 			}
@@ -1610,72 +1577,97 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 	return true
 }
 
-// flushSpool writes what is to be written now. A file that would become too
+// updateSpool writes what is to be written now. A file that would become too
 // large is written anew.
-func (d *delivery) flushSpool() error {
+func (d *delivery) updateSpool() error {
 	s, now := d.spool, d.clocks()
+	found, err := s.open()
+	if err != nil {
+		return err
+	}
 	d.mu.Lock()
-	records, sync, last := d.records, d.syncRecords, d.lastRecord
+	if found != nil {
+		d.adopt(found)
+	}
+	records, sync := d.newRecords(now)
 	size := s.size + len(records)
 	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
-	d.records, d.syncRecords, d.needsRewrite = nil, false, false
-	var all []*pendingReading
-	if rewrite {
+	d.needsRewrite = false
+	var all []*pendingReading // that are on the disk after this
+	if rewrite || sync {
 		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
 	d.mu.Unlock()
 	if rewrite {
-		if err := s.rewrite(all, now); err != nil {
-			return err
-		}
-	} else if err := s.append(records, sync); err != nil {
+		err = s.rewrite(all, now)
+	} else {
+		err = s.append(records, sync)
+	}
+	if err != nil {
 		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s.written = now
-	for _, p := range d.pending {
-		if !p.onDisk && p.record != 0 && p.record <= last {
-			p.onDisk = true
+	for _, p := range all {
+		if !p.onDisk && !p.done {
 			d.inMemory--
 		}
+		p.onDisk = true
 	}
 	d.mu.broadcast()
 	return nil
+}
+
+// newRecords returns what is to be added to the spool, and whether it must survive
+// a power cut. Where that is more than the spool may hold, the oldest readings go: a
+// quarter of the file is left for marks, so that it need not be written anew for each
+// reading.
+func (d *delivery) newRecords(now clocks) (records []byte, sync bool) {
+	sync = d.syncMarks
+	for _, p := range d.pending {
+		if p.spooled && p.record == 0 {
+			d.spool.last++
+			p.record = d.spool.last
+			record := readingRecord(p, now)
+			p.size = len(record)
+			d.held += p.size
+			records, sync = append(records, record...), true
+		}
+	}
+	for d.held > d.spool.limit/4*3 {
+		d.dropOldest("what the spool holds", func(p *pendingReading) bool { return p.record != 0 })
+	}
+	for _, done := range d.marks {
+		records = append(records, markRecord(done)...)
+	}
+	d.marks, d.syncMarks, d.unsaved = nil, false, false
+	return records, sync
 }
 
 // adopt puts what a file was found to hold in front of the other readings. Of
 // a ticket only the newest reading counts, and none where the ticket was given
 // away again since. What was in another file before belongs in this one.
 func (d *delivery) adopt(found []*pendingReading) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	newest := make(map[any]*pendingReading)
 	for _, p := range found {
 		newest[p.ticket] = p
 	}
 	for _, p := range d.pending {
 		delete(newest, p.ticket)
-		p.onDisk = false
+		p.record, p.onDisk = 0, false
 	}
-	adopted := slices.DeleteFunc(found, func(p *pendingReading) bool {
+	d.held, d.inMemory, d.marks = 0, len(d.pending), nil
+	found = slices.DeleteFunc(found, func(p *pendingReading) bool {
 		return newest[p.ticket] != p || d.reused[p.ticket]
 	})
-	s, now := d.spool, d.clocks()
-	d.needsRewrite = s.damaged > 0 || len(adopted) < len(found) || d.lastRecord > 0
-	for _, p := range adopted {
-		p.record += d.lastRecord
+	for _, p := range found {
 		d.held += p.size
-		d.needsRewrite = d.needsRewrite || p.takenAt.stepped(now)
 	}
-	d.lastRecord += s.last
-	d.inMemory = len(d.pending)
-	d.pending, d.reused = append(adopted, d.pending...), nil
-	if len(adopted) > 0 {
-		log.Printf(notice+"spool %s: %s to deliver from the time before", s.file(), plural(len(adopted), "reading"))
-		d.addRecord("\n", false) // the last line may have no end
+	d.pending, d.reused, d.needsRewrite = append(found, d.pending...), nil, d.spool.size > 0
+	if len(found) > 0 {
+		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(found), "reading"))
 	}
-	d.makeRoom()
 	d.mu.broadcast()
 }
 
@@ -1920,7 +1912,7 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 // parseRecord parses a line of a spool, without its end, and reports whether it
 // is a record. A mark comes back as a reading that is done.
 func parseRecord(line string) (p *pendingReading, ok bool) {
-	p = &pendingReading{onDisk: true}
+	p = &pendingReading{spooled: true, onDisk: true}
 	sum, text, _ := strings.Cut(line, " ")
 	if sum != checksum(text) {
 		return p, false
