@@ -25,6 +25,7 @@ import (
 	"hash/crc32"
 	"io"
 	"log"
+	"maps"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -242,9 +243,8 @@ func argument(v any) (string, error) {
 // newline disappears.
 func splitWords(s string) ([]string, error) {
 	words := []string{}
-	var word []byte
-	inWord := false
-	var quote byte // ' or " or, outside of both, 0
+	var word []byte // nil outside of words
+	var quote byte  // ' or " or, outside of both, 0
 	for i := 0; i < len(s); i++ {
 		c := s[i]
 		switch {
@@ -258,23 +258,23 @@ func splitWords(s string) ([]string, error) {
 			case quote == '"' && strings.IndexByte("$`\"\\", s[i]) < 0:
 				word = append(word, '\\')
 			}
-			word, inWord = append(word, s[i]), true
+			word = append(word, s[i])
 		case quote != 0 && c == quote:
 			quote = 0
 		case quote == 0 && (c == '\'' || c == '"'):
-			quote, inWord = c, true
-		case quote == 0 && (c == ' ' || c == '\t' || c == '\n' || c == '\r'):
-			if inWord {
-				words, word, inWord = append(words, string(word)), nil, false
+			quote, word = c, append([]byte{}, word...)
+		case quote == 0 && strings.IndexByte(" \t\n\r", c) >= 0:
+			if word != nil {
+				words, word = append(words, string(word)), nil
 			}
 		default:
-			word, inWord = append(word, c), true
+			word = append(word, c)
 		}
 	}
 	if quote != 0 {
 		return nil, fmt.Errorf("no closing %c in %s", quote, cut(s))
 	}
-	if inWord {
+	if word != nil {
 		words = append(words, string(word))
 	}
 	return words, nil
@@ -340,7 +340,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 	quick := *s
 	quick.timeout = min(s.timeout, helpTime)
-	r := quick.run(ctx, name, []string{s.help}, nil)
+	r := quick.runIn(ctx, filepath.Join(s.path, name), name, []string{s.help}, nil)
 	text := strings.TrimSpace(r.value)
 	switch {
 	case r.code != 0:
@@ -411,7 +411,7 @@ func (r reading) String() string {
 // it says on standard error is copied to stderr or, where that is nil, ends in
 // the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
-	r := s.run(ctx, name, args, stderr)
+	r := s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 	r.taken = time.Now()
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
 	_, err := parseDecimal(text)
@@ -444,16 +444,11 @@ func reason(code int, why string, said []byte) string {
 	return why
 }
 
-// run runs a sensor. The value is all that it printed, but at most maxOutput + 1
-// bytes of it.
-func (s *sensors) run(ctx context.Context, name string, args []string, stderr io.Writer) reading {
-	return s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
-}
-
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
-// left the group and holds a pipe open delays the end by 2 s at most.
+// left the group and holds a pipe open delays the end by 2 s at most. The value is
+// all that the sensor printed, cut after maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -523,17 +518,13 @@ func (r *runState) running() int {
 func (r *runState) retire(name string) <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var runs []chan struct{}
-	for p := range r.processes {
-		if p.sensor == name {
-			runs = append(runs, p.ended)
-		}
-	}
-	retired := make(chan struct{})
+	runs, retired := maps.Clone(r.processes), make(chan struct{})
 	go func() {
 		defer close(retired)
-		for _, ended := range runs {
-			<-ended
+		for p := range runs {
+			if p.sensor == name {
+				<-p.ended
+			}
 		}
 	}()
 	return retired
@@ -1153,8 +1144,6 @@ type delivery struct {
 	clocks  func() clocks
 	ctx     context.Context // of all attempts
 	cancel  context.CancelFunc
-	sent    chan struct{} // closed when the last attempt has been made
-	saved   chan struct{} // closed when the spool is written no more
 	dropped logLimit
 	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
@@ -1172,7 +1161,8 @@ type delivery struct {
 	ending     bool              // there is no limit any more, and everything is saved
 	closing    bool              // each reading is tried once more
 	stop       func()            // ends the attempt that is under way
-	sealed     bool              // what is to be written to the spool now is the last
+	sent       bool              // the last attempt has been made
+	saved      bool              // the spool is written no more
 	totals     deliveryTotals
 
 	unsaved      bool         // a reading waits to be written to the spool
@@ -1196,27 +1186,34 @@ type deliveryTotals struct {
 // attempt to reach a monitor comes about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
-		retry: retry, clocks: systemClocks(), sent: make(chan struct{}), saved: make(chan struct{}),
-		dropped: logLimit{burst: 20, perSecond: 0.2}, spool: s, stop: func() {},
-		client: c, zone: zone, noValue: noValue,
+		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
+		spool: s, client: c, zone: zone, noValue: noValue, stop: func() {},
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go func() {
-		defer close(d.sent)
 		for p := d.next(); p != nil; p = d.next() {
 			d.try(p)
 		}
+		d.note(&d.sent)
 	}()
 	go func() {
-		defer close(d.saved)
 		if s != nil {
 			d.writeSpool()
 		}
+		d.note(&d.saved)
 	}()
 	return d
+}
+
+// note sets what has happened.
+func (d *delivery) note(what *bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	*what = true
+	d.mu.broadcast()
 }
 
 // configure applies new settings to all further attempts, and retries at once.
@@ -1497,22 +1494,16 @@ func (d *delivery) close(ctx context.Context) {
 	d.putLast()
 	context.AfterFunc(ctx, d.cancel)
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.closing, d.misses = true, 0
 	time.AfterFunc(lastTime, d.stop) // the attempt under way may have been so for long
 	d.mu.broadcast()
-	d.mu.Unlock()
-	<-d.sent
-	d.cancel()
-	d.mu.Lock()
-	d.sealed = true
-	d.mu.broadcast()
-	d.mu.Unlock()
-	select {
-	case <-d.saved:
-	case <-time.After(spoolTime):
+	for !d.sent {
+		d.mu.wait(context.Background(), time.Time{})
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.cancel()
+	for end := time.Now().Add(spoolTime); !d.saved && d.mu.wait(context.Background(), end) == nil; {
+	}
 	d.client.close()
 	if n := len(d.pending); n > 0 {
 		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(),
@@ -1533,8 +1524,8 @@ func (d *delivery) saveAll() {
 	}
 }
 
-// writeSpool writes to the spool until the delivery is sealed. After an error
-// the whole file is written anew, a minute later.
+// writeSpool writes to the spool until all has been sent, and then once more. After
+// an error the whole file is written anew, a minute later.
 func (d *delivery) writeSpool() {
 	s := d.spool
 	defer s.close()
@@ -1562,7 +1553,7 @@ func (d *delivery) writeSpool() {
 func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for !d.sealed {
+	for !d.sent {
 		var at time.Time
 		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
 			d.needsRewrite = true // the times in the file are wrong
