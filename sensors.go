@@ -12,8 +12,8 @@ package main
 // It is started with its arguments and never through a shell, in its own
 // directory and its own process group, with nothing on standard input and a
 // decimal point that is a point. It prints one decimal number and exits 0, or
-// says on standard error why not and exits with another code. With the help
-// argument (options) it prints what it can be asked.
+// says on standard error why not and exits with another code. With the argument
+// "options" it prints what it can be asked.
 
 import (
 	"bufio"
@@ -46,9 +46,9 @@ import (
 const (
 	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
-	maxArguments = 8 << 10               // bytes of a command's arguments, as arguments counts them
-	argumentCost = 16                    // bytes of memory that an argument takes beside its own
-	maxOutput    = 4 << 10               // bytes of standard output: a number has twenty, a help text a few hundred
+	maxArguments = 8 << 10               // bytes of a command's arguments, with the cost of each
+	argumentCost = 16                    // bytes of memory that an argument takes beside its text
+	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
 	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
 	freeOutput   = 64 << 10              // bytes that are read at full speed, then slowRead a millisecond
 	slowRead     = 32 << 10              // bytes
@@ -61,7 +61,7 @@ const (
 	pipeTime     = 2 * time.Second       // to read the rest, where a process outside the group holds a pipe open
 	startTries   = 100                   // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond // between two of them
-	orphanTime   = time.Second           // before orphans are looked for without a signal
+	orphanTime   = time.Second           // between two looks for orphans without a signal
 )
 
 // newPrefix begins the name of a sensor's next version, complete and on the disk,
@@ -70,7 +70,7 @@ const newPrefix = ".picket-new-"
 
 const (
 	noHelp      = "no help: "   // begins the text of a sensor that did not give one
-	interrupted = "interrupted" // why a run has ended that was under way when picket had to end
+	interrupted = "interrupted" // why a run ended that was under way when picket was ended
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -90,7 +90,7 @@ type sensors struct {
 	*runState
 }
 
-// A runState is what sensors do at present. It stays when the settings change.
+// A runState knows the runs that are under way. It stays when the settings change.
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
@@ -110,7 +110,7 @@ type process struct {
 	ended  chan struct{} // closed when its run is over
 }
 
-// A helpEntry is a help text that need not be asked for again.
+// A helpEntry is a help text that was asked for.
 type helpEntry struct {
 	version string // of the executable that gave it, and how it was asked
 	text    string
@@ -1099,7 +1099,7 @@ const (
 	roomForRuns = 64              // of them, kept free for the runs that go on when no more may begin
 	maxBackoff  = 5 * time.Minute // between two attempts to reach a monitor that is away
 	maxTries    = 3               // faults after which a reading is dropped
-	faultFactor = 10              // times the backoff of a monitor that is away: a locked database takes its time
+	faultFactor = 10              // times the backoff of a monitor that is away: databases stay locked for long
 	lastTime    = time.Second     // for each attempt when the agent ends
 	lastMisses  = 4               // attempts in a row that may fail then
 	spoolRetry  = time.Minute     // before a spool that could not be written is tried again
@@ -1208,11 +1208,11 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	return d
 }
 
-// note sets what has happened.
-func (d *delivery) note(what *bool) {
+// note sets a flag that others wait for.
+func (d *delivery) note(flag *bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	*what = true
+	*flag = true
 	d.mu.broadcast()
 }
 
@@ -1221,7 +1221,10 @@ func (d *delivery) note(what *bool) {
 func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
+	d.misses, d.retryAt = 0, time.Time{}
+	if d.client.url.String() != c.url.String() {
+		d.awaySince = time.Time{}
+	}
 	for _, p := range d.pending {
 		p.notBefore, p.misses, p.failures, p.faults = time.Time{}, 0, 0, 0
 	}
@@ -1395,12 +1398,14 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 // try makes one attempt to deliver a reading. The last one has a second.
 func (d *delivery) try(p *pendingReading) {
 	d.mu.Lock()
-	ctx, cancel := context.WithCancel(d.ctx)
+	ctx, stop := context.WithCancel(d.ctx)
+	defer stop()
+	d.stop = stop
 	if p.last = d.closing; p.last {
-		ctx, cancel = context.WithTimeout(d.ctx, lastTime)
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, lastTime)
+		defer cancel()
 	}
-	defer cancel()
-	d.stop = cancel
 	c, zone, value := d.client, d.zone, p.value
 	if value == "" {
 		value = d.noValue
@@ -1657,7 +1662,8 @@ func (d *delivery) adopt(found []*pendingReading) {
 	}
 	d.pending, d.reused, d.needsRewrite = append(found, d.pending...), nil, d.spool.size > 0
 	if len(found) > 0 {
-		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), plural(len(found), "reading"))
+		readings := plural(len(found), "reading")
+		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), readings)
 	}
 	d.mu.broadcast()
 }
