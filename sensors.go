@@ -447,8 +447,8 @@ func reason(code int, why string, said []byte) string {
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
-// left the group and holds a pipe open delays the end by 2 s at most. The value is
-// all that the sensor printed, cut after maxOutput + 1 bytes.
+// left the group and holds a pipe open delays the end by 2 s at most. The value of
+// the reading is all that the sensor printed, cut after maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -576,7 +576,7 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// notStarted returns the outcome of a run whose executable could not be started.
+// notStarted returns the reading of a sensor that could not be started.
 func notStarted(file string, err error) reading {
 	r := reading{code: codeNotStarted}
 	var cause *os.PathError
@@ -671,9 +671,9 @@ func (r *runState) waitSignal(ctx context.Context, done func() bool) bool {
 	}
 }
 
-// endedChild returns the number of a child that has ended and is not reaped yet:
-// of one (pPid) or any (pAll). It returns 0 if none has ended, and an error if
-// there is no such child.
+// endedChild looks at one child (pPid) or all (pAll), and returns the number of one
+// that has ended and is not reaped yet. It returns 0 if none has ended, and an error
+// if there is no such child.
 func endedChild(which, pid int) (int, error) {
 	var info [32]int32                   // siginfo_t
 	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
@@ -815,7 +815,7 @@ func (c command) sameWork(d command) bool {
 type job struct {
 	command
 	tickets []any // of all who asked for it
-	turn    int   // the jobs of a lane run in this order; 0: it does not wait in one
+	turn    int   // when it may run, among those that wait in its lane; 0: it does not wait
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
@@ -824,13 +824,13 @@ type lane struct {
 	limit   int // of running
 	running []*job
 	waiting []*job // the next one first
-	turn    int    // the latest one that has run
+	turn    int    // the latest turn of those that have begun
 }
 
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
 func (l *lane) mayRun(sensor string) bool {
-	runs := count(l.running, func(j *job) bool { return j.sensor == sensor })
+	runs := countJobs(l.running, func(j *job) bool { return j.sensor == sensor })
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
@@ -839,20 +839,20 @@ func (l *lane) mayRun(sensor string) bool {
 func (l *lane) hasRoom(c command, size int) bool {
 	isOwn := func(j *job) bool { return j.from == c.from }
 	return len(l.waiting) < size || l.mayRun(c.sensor) ||
-		len(l.waiting) < 2*size && count(l.waiting, isOwn) < max(1, size/4)
+		len(l.waiting) < 2*size && countJobs(l.waiting, isOwn) < max(1, size/4)
 }
 
-// count returns how many of the jobs are as is says.
-func count(jobs []*job, is func(*job) bool) (n int) {
+// countJobs returns how many of the jobs match.
+func countJobs(jobs []*job, match func(*job) bool) (n int) {
 	for _, j := range jobs {
-		if is(j) {
+		if match(j) {
 			n++
 		}
 	}
 	return n
 }
 
-// push adds a command: in the next turn, or in the one after the last of its caller.
+// push adds a command to the next turn, or to the one after its caller's last.
 func (l *lane) push(j *job) {
 	j.turn = l.turn + 1
 	for _, other := range l.waiting {
@@ -894,13 +894,13 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // what runs
 
-	mu       cond // guards what is below, and is broadcast when somebody outside gets in
+	mu       cond // guards what is below, and is broadcast when a job outside gets in or the queue closes
 	size     int  // of waiting, in each lane
 	readings lane
 	changes  lane
 	active   map[any]*job    // waiting or running, by ticket
 	latest   map[string]*job // the last change of each sensor
-	outside  []*job          // those for whom there is no room, oldest first
+	outside  []*job          // those that wait for room, in the order they came
 	closed   bool
 }
 
@@ -958,7 +958,7 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 	return faultf(faultBusy, "the queue of %d commands is full", q.size)
 }
 
-// admit lets those in who wait for room, as far as there is some.
+// admit lets in the jobs that wait for room, as far as there is any.
 func (q *queue) admit() {
 	before := len(q.outside)
 	q.outside = slices.DeleteFunc(q.outside, q.enter)
@@ -1271,9 +1271,9 @@ func (d *delivery) put(ticket any, r reading) {
 	d.mu.broadcast()
 }
 
-// dropOldest drops the oldest of the readings for which is returns true.
-func (d *delivery) dropOldest(of string, is func(*pendingReading) bool) {
-	d.drop(d.pending[slices.IndexFunc(d.pending, is)], "the oldest of "+of)
+// dropOldest drops the oldest of the readings that match.
+func (d *delivery) dropOldest(of string, match func(*pendingReading) bool) {
+	d.drop(d.pending[slices.IndexFunc(d.pending, match)], "the oldest of "+of)
 }
 
 // drop gives a reading up and logs why.
@@ -1832,11 +1832,14 @@ func openFolder(path string) (*os.File, error) {
 		flags |= syscall.O_NOFOLLOW
 	}
 	dir, err := openIn(above, name, flags)
-	if errors.Is(err, syscall.ENOENT) && syscall.Mkdirat(int(above.Fd()), name, 0o700) == nil {
-		syncFolder(above) // as far as the agent may
-		dir, err = openIn(above, name, flags)
+	if !errors.Is(err, syscall.ENOENT) {
+		return dir, err
 	}
-	return dir, err
+	if err := syscall.Mkdirat(int(above.Fd()), name, 0o700); err != nil {
+		return nil, &os.PathError{Op: "mkdir", Path: path, Err: err}
+	}
+	syncFolder(above) // as far as the agent may
+	return openIn(above, name, flags)
 }
 
 // syncFolder syncs an open directory, as far as its file system can.
@@ -2079,8 +2082,8 @@ func zoneFile(file string) (*time.Location, error) {
 // line of a TZif file (RFC 8536), so this makes one with nothing else in it.
 func posixZone(tz string) (*time.Location, error) {
 	const placeholder = "-00"
-	block := "TZif2" + strings.Repeat("\x00", 15+16) + "\x00\x00\x00\x01\x00\x00\x00\x04" + // one zone, four letters
-		strings.Repeat("\x00", 6) + placeholder + "\x00"
+	const oneZone = "\x00\x00\x00\x01\x00\x00\x00\x04" // with a name of four letters
+	block := "TZif2" + strings.Repeat("\x00", 15+16) + oneZone + strings.Repeat("\x00", 6) + placeholder + "\x00"
 	zone, err := time.LoadLocationFromTZData("Local", []byte(block+block+"\n"+tz+"\n"))
 	if err != nil {
 		return nil, err
