@@ -1142,12 +1142,12 @@ type pendingReading struct {
 type delivery struct {
 	retry   time.Duration // the first backoff
 	clocks  func() clocks
-	ctx     context.Context // of all attempts
-	cancel  context.CancelFunc
+	cancel  context.CancelFunc // ends the attempts that close finds under way
 	dropped logLimit
 	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
 
-	mu         cond // guards what is below, and is broadcast at each change
+	mu         cond            // guards what is below, and is broadcast at each change
+	ctx        context.Context // of attempts
 	client     *client
 	zone       *time.Location
 	noValue    string            // sent where there is no number
@@ -1160,7 +1160,6 @@ type delivery struct {
 	movedAt    time.Time         // when there was room for a run, or the monitor took a reading
 	ending     bool              // there is no limit any more, and everything is saved
 	closing    bool              // each reading is tried once more
-	stop       func()            // ends the attempt that is under way
 	sent       bool              // the last attempt has been made
 	saved      bool              // the spool is written no more
 	totals     deliveryTotals
@@ -1187,7 +1186,7 @@ type deliveryTotals struct {
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
-		spool: s, client: c, zone: zone, noValue: noValue, stop: func() {},
+		spool: s, client: c, zone: zone, noValue: noValue,
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
@@ -1398,9 +1397,7 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 // try makes one attempt to deliver a reading. The last one has a second.
 func (d *delivery) try(p *pendingReading) {
 	d.mu.Lock()
-	ctx, stop := context.WithCancel(d.ctx)
-	defer stop()
-	d.stop = stop
+	ctx := d.ctx
 	if p.last = d.closing; p.last {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, lastTime)
@@ -1428,7 +1425,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) {
 		d.totals.latest, d.movedAt = now, now
 		d.answered(now)
 	case c != d.client: // it was not the monitor any more
-	case errors.Is(err, context.Canceled): // by close, which says nothing of the monitor
+	case errors.Is(err, context.Canceled), d.ctx.Err() != nil: // by close, which says nothing of the monitor
 		p.misses++ // so that others are tried before it
 	case errors.As(err, &f):
 		p.faults++
@@ -1497,16 +1494,16 @@ func (d *delivery) putLast() {
 // is one. A disk that hangs holds up the end by five seconds at most.
 func (d *delivery) close(ctx context.Context) {
 	d.putLast()
-	context.AfterFunc(ctx, d.cancel)
+	grace, cancel := context.WithTimeout(ctx, lastTime) // the attempt under way may have been so for long
+	defer cancel()
+	context.AfterFunc(grace, d.cancel)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.closing, d.misses = true, 0
-	time.AfterFunc(lastTime, d.stop) // the attempt under way may have been so for long
+	d.ctx, d.closing, d.misses = ctx, true, 0
 	d.mu.broadcast()
 	for !d.sent {
 		d.mu.wait(context.Background(), time.Time{})
 	}
-	d.cancel()
 	for end := time.Now().Add(spoolTime); !d.saved && d.mu.wait(context.Background(), end) == nil; {
 	}
 	d.client.close()
