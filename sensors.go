@@ -1289,10 +1289,13 @@ func (d *delivery) remove(p *pendingReading) {
 		return
 	}
 	p.done = true
-	if d.pending[0] == p { // as a backlog of thousands leaves
+	switch last := len(d.pending) - 1; p { // a backlog of thousands leaves from both ends
+	case d.pending[0]:
 		d.pending[0] = nil
 		d.pending = d.pending[1:]
-	} else {
+	case d.pending[last]:
+		d.pending = d.pending[:last]
+	default:
 		i := slices.Index(d.pending, p)
 		d.pending = slices.Delete(d.pending, i, i+1)
 	}
@@ -1617,15 +1620,15 @@ func (d *delivery) updateSpool() error {
 // quarter of the file is left for marks, so that it need not be written anew for each
 // reading.
 func (d *delivery) newRecords(now clocks) (records []byte, sync bool) {
-	sync = d.syncMarks
-	for _, p := range d.pending {
-		if p.spooled && p.record == 0 {
+	sync = d.unsaved || d.syncMarks
+	for i := 0; i < len(d.pending) && d.unsaved; i++ {
+		if p := d.pending[i]; p.spooled && p.record == 0 {
 			d.spool.last++
 			p.record = d.spool.last
 			record := readingRecord(p, now)
 			p.size = len(record)
 			d.held += p.size
-			records, sync = append(records, record...), true
+			records = append(records, record...)
 		}
 	}
 	for d.held > d.spool.limit/4*3 {
@@ -1650,7 +1653,7 @@ func (d *delivery) adopt(found []*pendingReading) {
 		delete(newest, p.ticket)
 		p.record, p.onDisk = 0, false
 	}
-	d.held, d.inMemory, d.marks = 0, len(d.pending), nil
+	d.held, d.inMemory, d.marks, d.unsaved = 0, len(d.pending), nil, true
 	found = slices.DeleteFunc(found, func(p *pendingReading) bool {
 		return newest[p.ticket] != p || d.reused[p.ticket]
 	})
