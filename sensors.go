@@ -178,9 +178,9 @@ func sensorName(v any) (string, error) {
 }
 
 // arguments returns v as the arguments of a run: none for nil, an array's
-// scalars as they stand, or the words of a string. They take 8 KiB at most,
-// where each counts 16 bytes more than it has: a queue of 256 commands, which
-// may hold twice as many, then takes 4 MiB.
+// scalars as they stand, or the words of a string. They have 8 KiB at most, and
+// each counts 16 bytes more than its text: a queue of 256 commands, which may hold
+// twice as many, then takes 4 MiB.
 func arguments(v any) (args []string, err error) {
 	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	var list []any
@@ -262,7 +262,7 @@ func splitWords(s string) ([]string, error) {
 		case quote != 0 && c == quote:
 			quote = 0
 		case quote == 0 && (c == '\'' || c == '"'):
-			quote, word = c, append([]byte{}, word...)
+			quote, word = c, slices.Grow(word, 1) // not nil any more
 		case quote == 0 && strings.IndexByte(" \t\n\r", c) >= 0:
 			if word != nil {
 				words, word = append(words, string(word)), nil
@@ -280,8 +280,8 @@ func splitWords(s string) ([]string, error) {
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them. Other
-// such directories are unusable: their names are too long, or not plain text.
+// names lists the sensors: the directories with the executable in them. Those
+// whose names are too long, or not plain text, are unusable.
 func (s *sensors) names() (names, unusable []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
@@ -464,8 +464,8 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	code, why, ended := s.await(ctx, cmd)
-	if !ended {
+	code, why, gone := s.await(ctx, cmd)
+	if !gone {
 		// It waits in the kernel, perhaps for a dead disk or network. It must neither
 		// hold up other sensors nor be joined by another like it. It may still write,
 		// so what was captured is left alone.
@@ -578,7 +578,6 @@ func exists(file string) bool {
 
 // notStarted returns the reading of a sensor that could not be started.
 func notStarted(file string, err error) reading {
-	r := reading{code: codeNotStarted}
 	var cause *os.PathError
 	if errors.As(err, &cause) && cause.Op == "fork/exec" { // else there is no pipe, say, or no /dev/null
 		err = cause.Err // without the name of the file, which is relative
@@ -589,14 +588,13 @@ func notStarted(file string, err error) reading {
 			err = errors.New("interpreter not found: does the file have Windows line ends?")
 		}
 	}
-	r.reason = fmt.Sprintf("start %s: %v", file, err)
-	return r
+	return reading{code: codeNotStarted, reason: fmt.Sprintf("start %s: %v", file, err)}
 }
 
 // await waits until a process ends, and ends it at the time-out or when ctx does.
-// It returns the exit code, why the process was ended, and whether it has ended:
-// not even SIGKILL may help.
-func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (code int, why string, ended bool) {
+// It returns the exit code, why the process was ended, and whether it is gone: not
+// even SIGKILL ends a process that waits in the kernel.
+func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (code int, why string, gone bool) {
 	pid := cmd.Process.Pid
 	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
@@ -1516,7 +1514,7 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// save has a reading written to the spool, if there is one.
+// save sees to it that a reading is written to the spool, if there is one.
 func (d *delivery) save(p *pendingReading) {
 	if d.spool != nil && !p.spooled && !p.done {
 		p.spooled, d.unsaved = true, true
