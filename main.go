@@ -599,10 +599,7 @@ func newAgent(s settings) (*agent, error) {
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
 	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
-	var spool *spool
-	if s.spool != "" {
-		spool = newSpool(s.spool, s.spoolSize)
-	}
+	spool := newSpool(s.spool, s.spoolSize)
 	a.delivery = newDelivery(monitorClient(s), readingZone(s), s.noValue, time.Second, spool)
 	a.queue = newQueue(s.concurrency, s.queue, a.runCommand, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())

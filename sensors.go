@@ -2023,15 +2023,22 @@ func systemClocks() func() clocks {
 	return func() clocks { return clocks{time.Now().Round(0), sinceBoot(), boot} }
 }
 
-// sinceBoot returns the time since boot, in suspend as well. Linux before 2.6.39
-// does not tell the time in suspend.
+// sinceBoot returns the time since boot, in suspend as well: by CLOCK_BOOTTIME or,
+// on Linux before 2.6.39, by /proc/uptime. Without both it is CLOCK_MONOTONIC,
+// which stands still in suspend.
 func sinceBoot() time.Duration {
 	var t syscall.Timespec
-	for _, clock := range []uintptr{7, 1} { // CLOCK_BOOTTIME, CLOCK_MONOTONIC
+	read := func(clock uintptr) bool {
 		_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clock, uintptr(unsafe.Pointer(&t)), 0)
-		if errno == 0 {
-			break
+		return errno == 0
+	}
+	if !read(7) { // CLOCK_BOOTTIME
+		text, _ := os.ReadFile("/proc/uptime") // 350735.47 1265389.12
+		seconds, _, _ := strings.Cut(string(text), " ")
+		if age, err := time.ParseDuration(seconds + "s"); err == nil {
+			return age
 		}
+		read(1) // CLOCK_MONOTONIC
 	}
 	return time.Duration(t.Nano())
 }
