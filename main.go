@@ -1018,10 +1018,10 @@ func (a *agent) accept(r request, name string, c command, err error) (any, error
 
 // runCommand does what a command in the queue asks, and returns its reading.
 func (a *agent) runCommand(ctx context.Context, c command) reading {
+	a.delivery.waitRoom(ctx)
 	if c.change != "" {
 		return a.runChange(ctx, c)
 	}
-	a.delivery.waitRoom(ctx)
 	begun := time.Now()
 	var r reading
 	if c.sensor == ownSensor {

@@ -46,6 +46,9 @@ import (
 const (
 	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
+	maxJoined    = 16                    // tickets of one change; more make it once more
+	jobSize      = 256                   // bytes of memory of a command in the queue, without ticket and arguments
+	placeSize    = 4 << 10               // bytes of memory that commands may take for each place of the queue
 	maxArguments = 8 << 10               // bytes of a command's arguments, with the cost of each
 	argumentCost = 16                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
@@ -179,8 +182,7 @@ func sensorName(v any) (string, error) {
 
 // arguments returns v as the arguments of a run: none for nil, an array's
 // scalars as they stand, or the words of a string. They have 8 KiB at most, and
-// each counts 16 bytes more than its text: a queue of 256 commands, which may hold
-// twice as many, then takes 4 MiB.
+// each counts 16 bytes more than its text.
 func arguments(v any) (args []string, err error) {
 	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	var list []any
@@ -203,6 +205,7 @@ func arguments(v any) (args []string, err error) {
 		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
 	left := maxArguments
+	args = make([]string, 0, len(list))
 	for _, e := range list {
 		arg, err := argument(e)
 		if err != nil {
@@ -813,6 +816,7 @@ func (c command) sameWork(d command) bool {
 type job struct {
 	command
 	tickets []any // of all who asked for it
+	size    int   // about the bytes of memory that it takes
 	turn    int   // when it may run, among those that wait in its lane; 0: it does not wait
 }
 
@@ -828,26 +832,29 @@ type lane struct {
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
 func (l *lane) mayRun(sensor string) bool {
-	runs := countJobs(l.running, func(j *job) bool { return j.sensor == sensor })
+	runs := 0
+	for _, j := range l.running {
+		if j.sensor == sensor {
+			runs++
+		}
+	}
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
 // hasRoom reports whether a command may enter: it can run at once, or fewer than
 // size wait, or fewer than twice as many and its caller has little in the queue.
+// Large commands fill it earlier: each place stands for 4 KiB.
 func (l *lane) hasRoom(c command, size int) bool {
-	isOwn := func(j *job) bool { return j.from == c.from }
-	return len(l.waiting) < size || l.mayRun(c.sensor) ||
-		len(l.waiting) < 2*size && countJobs(l.waiting, isOwn) < max(1, size/4)
-}
-
-// countJobs returns how many of the jobs match.
-func countJobs(jobs []*job, match func(*job) bool) (n int) {
-	for _, j := range jobs {
-		if match(j) {
-			n++
+	all, own, bytes := 0, 0, 0
+	for _, j := range l.waiting {
+		all += len(j.tickets)
+		bytes += j.size
+		if j.from == c.from {
+			own += len(j.tickets)
 		}
 	}
-	return n
+	all = max(all, bytes/placeSize)
+	return all < size || l.mayRun(c.sensor) || all < 2*size && own < max(1, size/4)
 }
 
 // push adds a command to the next turn, or to the one after its caller's last.
@@ -927,7 +934,11 @@ func (q *queue) resize(concurrency, size int) {
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return len(q.readings.waiting) + len(q.changes.waiting)
+	n := 0
+	for _, j := range append(slices.Clone(q.readings.waiting), q.changes.waiting...) {
+		n += len(j.tickets)
+	}
+	return n
 }
 
 // accept takes a command on, and waits for room until the deadline or the end of
@@ -939,7 +950,10 @@ func (q *queue) count() int {
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	j := &job{command: c, tickets: []any{c.ticket}}
+	j := &job{command: c, tickets: []any{c.ticket}, size: jobSize + len(fmt.Sprint(c.ticket))}
+	for _, arg := range c.args {
+		j.size += 2*argumentCost + len(arg) // a short text takes more than its bytes
+	}
 	q.outside = append(q.outside, j)
 	q.admit()
 	for err := error(nil); err == nil && !q.closed && slices.Contains(q.outside, j); {
@@ -976,11 +990,16 @@ func (q *queue) enter(j *job) bool {
 		return false
 	case known != nil && known.sameWork(j.command):
 		return true
-	case j.change != "" && latest != nil && latest.turn > 0 && latest.sameWork(j.command):
-		latest.tickets = append(latest.tickets, ticket) // not past another change of the sensor
+	case j.change != "" && latest != nil && latest.turn > 0 && latest.sameWork(j.command) &&
+		(ticket == nil || len(latest.tickets) < maxJoined && l.hasRoom(j.command, q.size)):
+		// It joins that one, but not past another change of the sensor.
+		if ticket != nil {
+			latest.tickets = append(latest.tickets, ticket)
+			latest.size += j.size
+		}
 		j = latest
 	case j.change == "" && known != nil && known.turn > 0 && known.change == "":
-		known.sensor, known.args = j.sensor, j.args // nobody wants the other reading
+		known.sensor, known.args, known.size = j.sensor, j.args, j.size // nobody wants the other reading
 		j = known
 	case l.hasRoom(j.command, q.size):
 		l.push(j)
@@ -1094,7 +1113,7 @@ func (c *cond) broadcast() {
 
 const (
 	maxPending  = 1024            // readings that wait for the monitor in memory alone
-	roomForRuns = 64              // of them, kept free for the runs that go on when no more may begin
+	roomForRuns = 64 + maxJoined  // of them, kept free for what runs when no more may begin
 	maxBackoff  = 5 * time.Minute // between two attempts to reach a monitor that is away
 	maxTries    = 3               // faults after which a reading is dropped
 	faultFactor = 10              // times the backoff of a monitor that is away: databases stay locked for long
