@@ -705,7 +705,7 @@ func newHandler(methods []method) *handler {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     log.New(serverLog{h}, "", 0), // mostly what peers do wrong
+		ErrorLog:                     log.New(writerFunc(h.refuseLine), "", 0),
 		ConnContext:                  func(_ context.Context, c net.Conn) context.Context { return peerOf(c).ctx },
 		ConnState:                    h.connChanged,
 	}
@@ -715,11 +715,9 @@ func newHandler(methods []method) *handler {
 	return h
 }
 
-// A serverLog gets what net/http logs: each line is a peer that was not served.
-type serverLog struct{ *handler }
-
-func (s serverLog) Write(line []byte) (int, error) {
-	s.refuse("%s", oneLine(strings.TrimSpace(string(line))))
+// refuseLine takes a line that net/http logs: mostly a peer did something wrong and was not served.
+func (h *handler) refuseLine(line []byte) (int, error) {
+	h.refuse("%s", oneLine(strings.TrimSpace(string(line))))
 	return len(line), nil
 }
 
@@ -1373,6 +1371,11 @@ func (t *textReader) Read(p []byte) (n int, err error) {
 }
 
 func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\r' || c == '\n' }
+
+// A writerFunc is a writer that calls the function with what is written.
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // plural is 1 reading, 2 readings.
 func plural(n int, noun string) string {

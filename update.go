@@ -330,8 +330,8 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 }
 
 // stage makes the staging directory, with a name that nobody can guess. It lies beside the
-// directory of the sensors, where the owner of that cannot exchange it; or in it, where nothing can
-// be renamed from outside. Trying is the only way to know: two mounts may be of one device.
+// directory of the sensors, where the owner of that cannot exchange it. If nothing can be renamed
+// from there, as where that is a mount, it lies among the sensors.
 func (c *change) stage() (err error) {
 	random := make([]byte, 8)
 	if _, err := rand.Read(random); err != nil {
@@ -339,7 +339,7 @@ func (c *change) stage() (err error) {
 	}
 	name := fmt.Sprintf("%s%x", c.stagingPrefix(), random)
 	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
-		probe, err := c.staging.mkdir(name, 0o700)
+		probe, err := c.staging.mkdir(name, 0o700) // two mounts may be of one device: only trying tells
 		probe.Close()
 		if err == nil && c.staging.rename(name, c.installed, name) == nil {
 			return c.installed.remove(name)
@@ -383,26 +383,27 @@ func (c *change) giveAway() error {
 // any time.
 func (c *change) replace() error {
 	c.progress("swap")
-	backup, isNew := "", !c.installed.has(c.name)
+	backup, newName, isNew := "", newPrefix+c.name, !c.installed.has(c.name)
+	var err error
 	if !isNew {
-		var err error
-		if backup, err = c.backUp(c.name, c.name); err != nil {
-			return err
-		}
+		backup, err = c.backUp(c.name, c.name)
 	}
-	if err := c.staging.rename(c.name, c.installed, newPrefix+c.name); err != nil {
+	if err == nil {
+		err = c.staging.rename(c.name, c.installed, newName)
+	}
+	if err != nil && !c.installed.has(newName) {
 		return err
 	}
-	err := c.installed.sync()
-	if err == nil {
+	err = c.finish(c.name)
+	if err != nil { // perhaps what failed once works now
 		err = c.finish(c.name)
 	}
-	if err != nil && c.tooLate { // to undo it
-		err = c.finish(c.name)
-	}
-	if err != nil && c.installed.has(newPrefix+c.name) {
-		if !c.tooLate {
-			c.tidy(c.undo(backup))
+	if err != nil && c.installed.has(newName) {
+		if c.installed.has(c.name) && !c.tooLate { // nothing has changed yet: call it off
+			c.tidy(c.discard(newName, c.name))
+			if c.backups.has(backup) {
+				c.tidy(c.removeBackup(backup))
+			}
 		}
 		return err
 	}
@@ -412,11 +413,21 @@ func (c *change) replace() error {
 }
 
 // backUp makes a hidden backup of what is a version of a sensor, and returns the name that the
-// backup is to have.
+// backup is to have. It holds the local time, or where the clock is behind the newest backup the
+// second after that, so that order is kept.
 func (c *change) backUp(name, file string) (backup string, err error) {
-	if backup, err = c.nextBackup(name); err != nil {
+	backups, err := c.backupsOf(name, false)
+	if err != nil {
 		return "", err
 	}
+	stamp := time.Now().Format(backupLayout)
+	if n := len(backups); n > 0 {
+		if newest := strings.TrimPrefix(backups[n-1], name+"_"); newest >= stamp {
+			t, _ := time.Parse(backupLayout, newest) // parseBackup has checked it
+			stamp = t.Add(time.Second).Format(backupLayout)
+		}
+	}
+	backup = name + "_" + stamp
 	if err := c.copy(c.installed, file, c.backups, "."+backup); err != nil {
 		return "", err
 	}
@@ -424,19 +435,22 @@ func (c *change) backUp(name, file string) (backup string, err error) {
 }
 
 // finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant
-// there is no sensor; runs wait for that.
+// there is no sensor; runs wait for that. Where it was interrupted or failed, it can be called again.
 func (c *change) finish(name string) error {
+	if !c.installed.has(newPrefix + name) {
+		return c.installed.sync() // the rename below was the last step
+	}
 	made, err := c.backupsOf(name, true)
 	if err != nil {
 		return err
 	}
 	for _, backup := range made {
-		if err := c.backups.renameSynced(backup, c.backups, backup[1:]); err != nil {
+		if err := c.backups.rename(backup, c.backups, backup[1:]); err != nil {
 			return err
 		}
 	}
 	if c.installed.has(name) {
-		err = c.installed.rename(name, c.installed, gonePrefix+name)
+		err = c.discard(name, name)
 	}
 	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
 		c.tooLate = true
@@ -449,21 +463,7 @@ func (c *change) finish(name string) error {
 	if err != nil {
 		return err
 	}
-	return c.installed.renameSynced(newPrefix+name, c.installed, name)
-}
-
-// undo takes back a change that was decided but could not be finished. It leaves hidden names,
-// which settle removes.
-func (c *change) undo(backup string) error {
-	if gone := gonePrefix + c.name; c.installed.has(gone) {
-		if err := c.installed.rename(gone, c.installed, c.name); err != nil {
-			return err
-		}
-	}
-	if err := c.discard(newPrefix, c.name); err != nil || backup == "" || !c.backups.has(backup) {
-		return err
-	}
-	return c.backups.renameSynced(backup, c.backups, "."+backup)
+	return c.installed.rename(newPrefix+name, c.installed, name)
 }
 
 // awaitRuns waits for the runs that are in the version that gave way: they keep their directory. It
@@ -495,37 +495,35 @@ func (c *change) inUse(name string) bool {
 	})
 }
 
-// settle finishes the changes that were decided, and removes what is worth nothing. What goes wrong
-// with one sensor does not keep it from the others.
+// settle finishes the changes that were decided, and removes what is worth nothing. If one sensor
+// cannot be settled, the others are all the same.
+//
+// Older versions of picket made .picket-lock and decided otherwise: what they hid among the backups
+// is not complete, and a new version counted once the installed one was .picket-old-NAME.
 func (c *change) settle() error {
-	errs := []error{c.removeRubbish()}
 	files, err := c.installed.names()
+	isOlder := slices.Contains(files, lockName)
+	if isOlder {
+		err = errors.Join(err, c.removeHiddenBackups(true))
+	}
 	if err != nil {
 		return err
 	}
-	isOld := slices.Contains(files, lockName)
-	if isOld { // an older version decides otherwise, and what it hides is not complete
-		if err := c.removeHiddenBackups(); err != nil {
-			return err
+	var errs []error
+	for _, file := range files { // in order: the new version of a sensor before the old one
+		if name, ok := versionOf(file, newPrefix); ok {
+			if isOlder && c.installed.has(name) && !c.installed.has(oldPrefix+name) {
+				errs = append(errs, c.discard(file, name))
+			} else {
+				errs = append(errs, c.finish(name))
+			}
 		}
-	}
-	for _, file := range files {
-		name, ok := versionOf(file, newPrefix)
-		switch {
-		case !ok:
-		case isOld && c.installed.has(name) && !c.installed.has(oldPrefix+name): // it had not begun to swap
-			errs = append(errs, c.discard(newPrefix, name))
-		default:
-			errs = append(errs, c.finish(name))
-		}
-	}
-	for _, file := range files {
 		if name, ok := versionOf(file, oldPrefix); ok && !c.installed.has(newPrefix+name) {
 			errs = append(errs, c.settleOld(name))
 		}
 	}
-	errs = append(errs, c.removeHiddenBackups(), c.removeRubbish())
-	if isOld && errors.Join(errs...) == nil {
+	errs = append(errs, c.removeHiddenBackups(false), c.removeRubbish())
+	if isOlder && errors.Join(errs...) == nil {
 		return c.installed.remove(lockName)
 	}
 	return errors.Join(errs...)
@@ -536,28 +534,24 @@ func (c *change) settle() error {
 func (c *change) settleOld(name string) error {
 	old := oldPrefix + name
 	if !c.installed.has(name) {
-		return c.installed.renameSynced(old, c.installed, name)
+		return c.installed.rename(old, c.installed, name)
 	}
-	backup, err := c.nextBackup(name)
-	if err != nil {
-		return err
+	backup, err := c.backUp(name, old)
+	if err == nil {
+		err = c.backups.rename("."+backup, c.backups, backup)
 	}
-	if c.installed.renameSynced(old, c.backups, backup) == nil {
-		return c.installed.sync()
+	if err == nil {
+		err = c.discard(old, name)
 	}
-	if backup, err = c.backUp(name, old); err != nil { // on another file system
-		return err
-	}
-	if err := c.backups.renameSynced("."+backup, c.backups, backup); err != nil {
-		return err
-	}
-	return c.discard(oldPrefix, name)
+	return err
 }
 
-// discard makes rubbish of the new or the old version of a sensor: half removed, it must not be
-// taken for whole.
-func (c *change) discard(prefix, name string) error {
-	return c.installed.renameSynced(prefix+name, c.installed, gonePrefix+name)
+// discard makes rubbish of one version of a sensor: half removed, it must not be taken for whole.
+func (c *change) discard(file, name string) error {
+	if err := c.installed.remove(gonePrefix + name); err != nil {
+		return err
+	}
+	return c.installed.rename(file, c.installed, gonePrefix+name)
 }
 
 // versionOf returns the sensor of which a hidden name with this prefix is a version.
@@ -589,12 +583,14 @@ func (c *change) removeRubbish() error {
 	return errors.Join(errs...)
 }
 
-// removeHiddenBackups removes what is half made or half removed.
-func (c *change) removeHiddenBackups() error {
+// removeHiddenBackups removes the backups that are half made or half removed. One that finish has
+// still to publish stays, unless all are to go.
+func (c *change) removeHiddenBackups(all bool) error {
 	files, err := c.backups.names()
 	errs := []error{err}
 	for _, file := range files {
-		if _, isHidden, ok := parseBackup(file); ok && isHidden {
+		name, isHidden, ok := parseBackup(file)
+		if ok && isHidden && (all || !c.installed.has(newPrefix+name)) {
 			errs = append(errs, c.backups.remove(file))
 		}
 	}
@@ -631,24 +627,6 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// nextBackup returns the name of a new backup: the local time, or where the clock is behind the
-// newest backup a second after that, so that order is kept.
-func (c *change) nextBackup(name string) (string, error) {
-	backups, err := c.backupsOf(name, false)
-	if err != nil {
-		return "", err
-	}
-	stamp, err := time.Parse(backupLayout, time.Now().Format(backupLayout)) // without its zone
-	if n := len(backups); n > 0 && err == nil {
-		var newest time.Time
-		newest, err = time.Parse(backupLayout, strings.TrimPrefix(backups[n-1], name+"_"))
-		if !stamp.After(newest) {
-			stamp = newest.Add(time.Second)
-		}
-	}
-	return name + "_" + stamp.Format(backupLayout), err
-}
-
 // prune removes the oldest backups of each sensor beyond those to keep.
 func (c *change) prune() error {
 	files, err := c.backups.names()
@@ -667,7 +645,7 @@ func (c *change) prune() error {
 
 // removeBackup removes a backup, which is none from the first moment on.
 func (c *change) removeBackup(backup string) error {
-	if err := c.backups.renameSynced(backup, c.backups, "."+backup); err != nil {
+	if err := c.backups.rename(backup, c.backups, "."+backup); err != nil {
 		return err
 	}
 	return c.backups.remove("." + backup)
@@ -683,7 +661,6 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	link := func(string) error { return os.Link(from.at(name), to.at(as)) }
 	switch kind := info.Mode().Type(); {
 	case kind.IsDir():
-		return c.copyDir(from, name, to, as)
 	case kind == fs.ModeSymlink: // of an administrator's own sensor
 		target, err := os.Readlink(from.at(name))
 		if err != nil {
@@ -703,6 +680,9 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	if info, err = f.Stat(); err != nil {
 		return err
 	}
+	if info.IsDir() {
+		return c.copyDir(f, info, to, as)
+	}
 	if err := to.enoughSpace(info.Size()); err != nil {
 		return err
 	}
@@ -710,34 +690,26 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 }
 
-func (c *change) copyDir(from dir, name string, to dir, as string) error {
-	source, err := from.open(name, syscall.O_DIRECTORY)
-	if err != nil {
-		return err
-	}
-	defer source.Close()
-	info, err := source.Stat()
-	if err != nil {
-		return err
-	}
+// copyDir copies an open directory, as copy does.
+func (c *change) copyDir(from dir, info fs.FileInfo, to dir, as string) error {
 	target, err := to.mkdir(as, info.Mode().Perm()|0o700)
 	if err != nil {
 		return err
 	}
 	defer target.Close()
-	names, err := source.names()
-	if err != nil {
-		return err
-	}
+	names, err := from.names()
 	for _, name := range names {
-		if err := c.copy(source, name, target, name); err != nil {
-			return err
+		if err == nil {
+			err = c.copy(from, name, target, name)
 		}
 	}
-	if err := chown(target.File, ownerOf(info)); err != nil { // last: until here he cannot change it
-		return err
+	if err == nil {
+		err = chown(target.File, ownerOf(info)) // last: until here he cannot change it
 	}
-	return target.sync()
+	if err == nil {
+		err = target.sync()
+	}
+	return err
 }
 
 // A dir is an open directory. What is done in it is done there and nowhere else, whatever its owner
@@ -798,13 +770,10 @@ func (d dir) do(what, name string, change func(path string) error) error {
 	return nil
 }
 
+// rename renames a file or directory. When it returns nil, the new name is on the disk.
 func (d dir) rename(name string, to dir, newName string) error {
-	return d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
-}
-
-// renameSynced renames and, when it returns nil, has the new name on the disk.
-func (d dir) renameSynced(name string, to dir, newName string) error {
-	if err := d.rename(name, to, newName); err != nil {
+	err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
+	if err != nil {
 		return err
 	}
 	return to.sync()
@@ -937,59 +906,59 @@ func (d dir) enoughSpace(size int64) error {
 	return nil
 }
 
-// fetch writes the package to the staging directory. Nothing of an earlier fetch is there.
+// fetch writes the package to the staging directory, and no more of it than is allowed.
 func (c *change) fetch() error {
 	f, err := c.staging.create("package")
 	if err != nil {
 		return err
 	}
 	c.archive = f.File
-	if err := c.from.archive(c.ctx, &packageWriter{c, 0}); err != nil {
+	written := int64(0)
+	to := writerFunc(func(p []byte) (int, error) {
+		if written += int64(len(p)); written > c.maxPackage {
+			return 0, fmt.Errorf("larger than max_package, %d bytes", c.maxPackage)
+		}
+		if err := c.staging.enoughSpace(int64(len(p))); err != nil {
+			return 0, err
+		}
+		c.progress(fmt.Sprintf("fetch %d bytes", written))
+		return f.Write(p)
+	})
+	if err := c.from.archive(c.ctx, to); err != nil {
 		return fmt.Errorf("fetch: %w", err)
 	}
 	return nil
 }
 
-// A packageWriter writes a package as it arrives, and no more than is allowed.
-type packageWriter struct {
-	*change
-	written int64
-}
-
-func (w *packageWriter) Write(p []byte) (int, error) {
-	if w.written+int64(len(p)) > w.maxPackage {
-		return 0, fmt.Errorf("larger than max_package, %d bytes", w.maxPackage)
-	}
-	if err := w.staging.enoughSpace(int64(len(p))); err != nil {
-		return 0, err
-	}
-	n, err := w.archive.Write(p)
-	w.written += int64(n)
-	w.progress(fmt.Sprintf("fetch %d bytes", w.written))
-	return n, err
-}
-
 // verify checks the signature of the package, before anything in it is read as more than bytes.
+// Where no key is set, every package is taken.
 func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
 	}
 	c.progress("verify")
+	if err := c.checkSignature(); err != nil {
+		return fmt.Errorf("verify: %w", err)
+	}
+	return nil
+}
+
+func (c *change) checkSignature() error {
 	keys, err := readKeys(c.keys)
 	if err != nil {
-		return fmt.Errorf("verify: public key: %w", err)
+		return fmt.Errorf("public key: %w", err)
 	}
 	text, err := c.from.signature(c.ctx)
 	if err != nil {
-		return fmt.Errorf("verify: signature: %w", err)
+		return fmt.Errorf("signature: %w", err)
 	}
 	number, signature, err := parseSignify(text, ed25519.SignatureSize)
 	if err != nil {
-		return fmt.Errorf("verify: signature: %w", err)
+		return fmt.Errorf("signature: %w", err)
 	}
 	key, ok := keys[number]
 	if !ok {
-		return fmt.Errorf("verify: signed with key %x, which is not known", number)
+		return fmt.Errorf("signed with key %x, which is not known", number)
 	}
 	info, err := c.archive.Stat()
 	if err != nil {
@@ -1004,7 +973,7 @@ func (c *change) verify() error {
 		defer syscall.Munmap(message)
 	}
 	if !ed25519.Verify(key, message, signature) {
-		return errors.New("verify: the signature does not fit the package")
+		return errors.New("the signature does not fit the package")
 	}
 	return nil
 }
@@ -1015,33 +984,24 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []string{file}
+	dir, names := filepath.Dir(file), []string{filepath.Base(file)}
 	if info.IsDir() {
-		entries, err := os.ReadDir(file)
-		if err != nil {
-			return nil, err
-		}
-		files = nil
-		for _, e := range entries {
-			if strings.HasSuffix(e.Name(), ".pub") {
-				files = append(files, filepath.Join(file, e.Name()))
-			}
+		dir = file
+		if names, err = fs.Glob(os.DirFS(dir), "*.pub"); err != nil || len(names) == 0 {
+			return nil, fmt.Errorf("no *.pub in %s", dir)
 		}
 	}
 	keys := make(map[string]ed25519.PublicKey)
-	for _, file := range files {
-		text, err := readSmall(file, maxKeyFile)
+	for _, name := range names {
+		text, err := readSmall(filepath.Join(dir, name), maxKeyFile)
 		if err != nil {
 			return nil, err
 		}
 		number, key, err := parseSignify(text, ed25519.PublicKeySize)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
+			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
 		}
 		keys[number] = key
-	}
-	if len(keys) == 0 {
-		return nil, fmt.Errorf("no *.pub in %s", file)
 	}
 	return keys, nil
 }
@@ -1163,25 +1123,23 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	}
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
 	if h.Typeflag == tar.TypeDir {
-		d, err := p.directory(name, mode|0o700)
-		d.Close()
+		d, err := p.directory(name)
+		if err != nil {
+			return err
+		}
+		defer d.Close()
 		p.seen[name] = true
-		return err
+		return d.Chmod(mode | 0o700)
 	}
-	parent, err := p.directory(path.Dir(name), 0)
+	parent, err := p.directory(path.Dir(name))
 	if err != nil {
 		return err
 	}
 	defer parent.Close()
-	if err := p.count(name, true); err != nil {
+	if err := p.count(name, h.Size, parent); err != nil {
 		return err
 	}
-	if p.left -= h.Size; p.left < 0 {
-		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
-	}
-	if err := parent.enoughSpace(h.Size); err != nil {
-		return err
-	}
+	p.seen[name] = true
 	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
@@ -1226,44 +1184,36 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	return name, nil
 }
 
-// directory opens a directory of the package, which it makes where it is missing. The mode is that
-// of its entry; without one it is 0, and the directory gets 755.
-func (p *unpacking) directory(name string, mode fs.FileMode) (dir, error) {
+// directory opens a directory of the package. Where it is missing it makes it, with mode 755 until
+// its own entry comes.
+func (p *unpacking) directory(name string) (dir, error) {
 	if name == "." {
 		return p.staging.open(".", syscall.O_DIRECTORY)
 	}
-	parent, err := p.directory(path.Dir(name), 0)
+	parent, err := p.directory(path.Dir(name))
 	if err != nil {
 		return dir{}, err
 	}
 	defer parent.Close()
 	if _, known := p.seen[name]; known {
-		d, err := parent.open(path.Base(name), syscall.O_DIRECTORY)
-		if err == nil && mode != 0 {
-			err = d.Chmod(mode)
-		}
-		return d, err
+		return parent.open(path.Base(name), syscall.O_DIRECTORY)
 	}
-	if err := p.count(name, false); err != nil {
+	if err := p.count(name, 0, parent); err != nil {
 		return dir{}, err
 	}
-	if err := parent.enoughSpace(dirSpace); err != nil {
-		return dir{}, err
-	}
-	if mode == 0 {
-		mode = 0o755
-	}
-	return parent.mkdir(path.Base(name), mode)
+	return parent.mkdir(path.Base(name), 0o755)
 }
 
-// count counts an entry, including directories that appear only in the path of a file, and fails
-// where there are too many.
-func (p *unpacking) count(name string, own bool) error {
-	p.seen[name] = own
-	if len(p.seen) > maxEntries {
+// count counts a file or directory of the package, also one that appears only in the path of a
+// file. It fails where there are too many, or where size bytes more are too much.
+func (p *unpacking) count(name string, size int64, in dir) error {
+	if p.seen[name] = false; len(p.seen) > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
 	}
-	return nil
+	if p.left -= size; p.left < 0 {
+		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
+	}
+	return in.enoughSpace(size + dirSpace)
 }
 
 // checkVersion refuses a version older than the installed one and its backups: whoever sits on the
@@ -1274,25 +1224,21 @@ func (c *change) checkVersion() error {
 		return fmt.Errorf("version: %w", err)
 	}
 	backups, err := c.backupsOf(c.name, false)
-	if err != nil {
-		return err
-	}
-	installed, _ := c.installed.version(c.name) // without one, it says nothing that could be compared
-	known := [][]uint64{installed}
+	newest, _ := c.installed.version(c.name) // what is no version says nothing that could be compared
 	for _, backup := range backups {
-		version, _ := c.backups.version(backup)
-		known = append(known, version)
-	}
-	for _, known := range known {
-		switch {
-		case known == nil:
-		case offered == nil:
-			return fmt.Errorf("version: none in the package; %s is known here", versionText(known))
-		case slices.Compare(offered, known) < 0:
-			return fmt.Errorf("version: %s is older than %s, which is known here", versionText(offered), versionText(known))
+		if v, _ := c.backups.version(backup); slices.Compare(v, newest) > 0 {
+			newest = v
 		}
 	}
-	return nil
+	switch {
+	case err != nil:
+		return err
+	case slices.Compare(offered, newest) >= 0:
+		return nil
+	case offered == nil:
+		return fmt.Errorf("version: none in the package; %s is known here", versionText(newest))
+	}
+	return fmt.Errorf("version: %s is older than %s, which is known here", versionText(offered), versionText(newest))
 }
 
 // version reads the file version of a sensor: decimal numbers with dots between them. Without the
@@ -1312,13 +1258,11 @@ func (d dir) version(name string) (version []uint64, err error) {
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() { // reading a pipe could take for ever
-		err = fmt.Errorf("%s: not a regular file", f.Name())
-	}
 	if err != nil {
 		return nil, err
 	}
-	text, err := io.ReadAll(io.LimitReader(f, maxVersion+1))
+	// The size of a pipe is 0, so that it is not read: that could take for ever.
+	text, err := io.ReadAll(io.LimitReader(f, min(info.Size(), maxVersion+1)))
 	if err != nil {
 		return nil, err
 	}
