@@ -39,6 +39,7 @@ import (
 	"syscall"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 // The limits of a message. In a box of 16 MiB each of 64 callers may hold one
@@ -180,12 +181,9 @@ func parseDecimal(s string) (float64, error) {
 	return strconv.ParseFloat(s, 64)
 }
 
-// A decoder reads one XML-RPC message. It keeps the first error and goes on; what
-// it returns then means nothing.
-type decoder struct {
-	inBase64 func() error // unless nil, is called at the start of the first <base64>, and may read its text
-	err      error        // a *fault, or the error of inBase64
-}
+// A decoder reads one XML-RPC message. It keeps the first error, a *fault, and goes
+// on; what it returns after that means nothing.
+type decoder struct{ err error }
 
 // An element is an element of a message, with what is directly in it.
 type element struct {
@@ -194,17 +192,9 @@ type element struct {
 	elements []*element
 }
 
-// size returns about how many bytes an element takes when it is decoded,
-// besides its text.
-func (e *element) size() int {
-	switch e.name {
-	case "value":
-		return 48
-	case "struct":
-		return 288
-	}
-	return 16
-}
+// elementSizes are about the bytes that an element takes when it is decoded, besides
+// its text; other elements take 16.
+var elementSizes = map[string]int{"value": 48, "struct": 288}
 
 // fail keeps an error: XML that is no XML-RPC.
 func (d *decoder) fail(format string, args ...any) {
@@ -213,11 +203,11 @@ func (d *decoder) fail(format string, args ...any) {
 	}
 }
 
-// parse reads a message and returns its root element. It passes over comments,
-// processing instructions and a DOCTYPE, and never expands an entity. Of an
-// io.ByteReader it reads no byte before it needs it.
-func (d *decoder) parse(r io.Reader) *element {
-	input := xml.NewDecoder(r)
+// parse reads a message, with or without a byte-order mark, and returns its root
+// element. It passes over comments, processing instructions and a DOCTYPE, and never
+// expands an entity.
+func (d *decoder) parse(message []byte) *element {
+	input := xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(message, []byte("\xef\xbb\xbf"))))
 	input.CharsetReader = charsetReader
 	document, size := &element{}, 0
 	open := []*element{document} // the elements around the next token
@@ -236,11 +226,8 @@ func (d *decoder) parse(r io.Reader) *element {
 			e := &element{name: t.Name.Local}
 			around.elements = append(around.elements, e)
 			open = append(open, e)
-			if size += e.size(); size > maxTree {
+			if size += max(16, elementSizes[e.name]); size > maxTree {
 				d.fail("too many values")
-			} else if e.name == "base64" && d.inBase64 != nil {
-				d.err = d.inBase64()
-				d.inBase64 = nil
 			}
 		case xml.EndElement:
 			open = open[:len(open)-1]
@@ -273,30 +260,14 @@ func charsetReader(label string, r io.Reader) (io.Reader, error) {
 	case "us-ascii", "ascii", "utf8": // parts or names of UTF-8
 		return r, nil
 	case "iso-8859-1", "iso8859-1", "latin1", "latin-1":
-		return &latin1Reader{Reader: r, in: r.(io.ByteReader)}, nil
+		latin1, err := io.ReadAll(r)
+		var text []byte
+		for _, c := range latin1 { // each byte is the number of its character
+			text = utf8.AppendRune(text, rune(c))
+		}
+		return bytes.NewReader(text), err
 	}
 	return nil, fmt.Errorf("unknown encoding %s", cut(label))
-}
-
-// A latin1Reader turns ISO-8859-1 into UTF-8, byte by byte, as encoding/xml
-// reads.
-type latin1Reader struct {
-	io.Reader // is not used
-	in        io.ByteReader
-	second    byte // of a character whose first byte was read; 0: none
-}
-
-func (l *latin1Reader) ReadByte() (byte, error) {
-	if second := l.second; second != 0 {
-		l.second = 0
-		return second, nil
-	}
-	c, err := l.in.ReadByte()
-	if c < 0x80 || err != nil {
-		return c, err
-	}
-	l.second = 0x80 | c&0x3f
-	return 0xc0 | c>>6, nil
 }
 
 // parts returns the elements in e, which must have these names in this order.
@@ -373,11 +344,8 @@ func (d *decoder) value(e *element, depth int) any {
 	}
 	text := d.text(typed)
 	v, err := scalar(typed.name, text)
-	if e := (*strconv.NumError)(nil); errors.As(err, &e) {
-		err = e.Err // without the text
-	}
 	if err != nil {
-		d.fail("bad <%s> %s: %v", typed.name, cut(text), err)
+		d.fail("<%s> cannot hold %s", typed.name, cut(text))
 	}
 	return v
 }
@@ -426,12 +394,10 @@ func (d *decoder) params(e *element) []any {
 	return params
 }
 
-var byteOrderMark = []byte("\xef\xbb\xbf")
-
 // decodeCall reads a methodCall. Its errors are faults.
 func decodeCall(message []byte) (method string, params []any, err error) {
 	var d decoder
-	root := d.parse(bytes.NewReader(bytes.TrimPrefix(message, byteOrderMark)))
+	root := d.parse(message)
 	d.named(root, "methodCall")
 	if len(root.elements) == 1 { // without parameters <params> may be left out
 		root.elements = append(root.elements, &element{name: "params"})
@@ -444,16 +410,12 @@ func decodeCall(message []byte) (method string, params []any, err error) {
 	return method, params, d.err
 }
 
-// decodeResponse reads a methodResponse, as response does.
-func decodeResponse(message []byte) (any, error) {
-	return new(decoder).response(bytes.NewReader(bytes.TrimPrefix(message, byteOrderMark)))
-}
-
-// response reads a methodResponse and returns its value, nil where it has none,
-// or as a *fault the one that the peer sent. Any other error is no *fault: the
-// message was no response.
-func (d *decoder) response(r io.Reader) (v any, err error) {
-	root := d.parse(r)
+// decodeResponse reads a methodResponse and returns its value, nil where it has
+// none. The error is a *fault exactly when the peer sent one; any other means that
+// the message was no response.
+func decodeResponse(message []byte) (v any, err error) {
+	var d decoder
+	root := d.parse(message)
 	d.named(root, "methodResponse")
 	if len(root.elements) > 0 && root.elements[0].name == "fault" {
 		sent := d.parts(root, "fault")[0]
@@ -463,9 +425,6 @@ func (d *decoder) response(r io.Reader) (v any, err error) {
 	}
 	if f := (*fault)(nil); errors.As(d.err, &f) {
 		return nil, errors.New(f.text)
-	}
-	if d.err != nil {
-		return nil, d.err
 	}
 	return v, err
 }
@@ -874,17 +833,13 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // checkRequest checks the head of a request. It returns 200, or the status that
 // refuses it.
 func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
-	if !h.rules().allows(hostOf(r.RemoteAddr)) {
-		w.Header().Set("Connection", "close") // so that net/http does not read the body either
-		return http.StatusForbidden
-	}
-	switch r.URL.Path {
-	case "/xmlrpc", "/xmlrpc/", "/RPC2", "/":
-	default:
-		return http.StatusNotFound
-	}
 	encoding := r.Header.Get("Content-Encoding")
 	switch {
+	case !h.rules().allows(hostOf(r.RemoteAddr)):
+		w.Header().Set("Connection", "close") // so that net/http does not read the body either
+		return http.StatusForbidden
+	case !slices.Contains([]string{"/xmlrpc", "/xmlrpc/", "/RPC2", "/"}, r.URL.Path):
+		return http.StatusNotFound
 	case r.Method != http.MethodPost:
 		w.Header().Set("Allow", http.MethodPost)
 		return http.StatusMethodNotAllowed
@@ -1016,12 +971,12 @@ func (h *handler) listMethods(_ request, params []any) (any, error) {
 }
 
 func (h *handler) methodHelp(_ request, params []any) (any, error) {
-	m, err := h.named("system.methodHelp", params)
+	m, err := h.named(params)
 	return m.help, err
 }
 
 func (h *handler) methodSignature(_ request, params []any) (any, error) {
-	m, err := h.named("system.methodSignature", params)
+	m, err := h.named(params)
 	signatures := []any{}
 	for _, signature := range strings.Split(m.signatures, ", ") {
 		types := []any{}
@@ -1034,16 +989,16 @@ func (h *handler) methodSignature(_ request, params []any) (any, error) {
 }
 
 // named returns the method that the only parameter names.
-func (h *handler) named(caller string, params []any) (method, error) {
+func (h *handler) named(params []any) (method, error) {
+	name := ""
 	if len(params) == 1 {
-		if name, ok := params[0].(string); ok {
-			if m, ok := h.methods[name]; ok {
-				return m, nil
-			}
-			return method{}, faultf(faultParams, "no such method: %s", cut(name))
-		}
+		name, _ = params[0].(string)
 	}
-	return method{}, faultf(faultParams, "%s takes the name of a method", caller)
+	m, ok := h.methods[name]
+	if !ok {
+		return m, faultf(faultParams, "no such method: %s", cut(name))
+	}
+	return m, nil
 }
 
 // capabilities is the answer of system.getCapabilities.
@@ -1070,11 +1025,8 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	if len(params) == 1 {
 		calls, _ = params[0].([]any)
 	}
-	switch {
-	case calls == nil:
-		return nil, faultf(faultParams, "system.multicall takes an array of structs")
-	case len(calls) > maxCalls:
-		return nil, faultf(faultParams, "system.multicall takes at most %d calls", maxCalls)
+	if calls == nil || len(calls) > maxCalls {
+		return nil, faultf(faultParams, "system.multicall takes an array of at most %d structs", maxCalls)
 	}
 	results, size := []any{}, 0
 	for _, c := range calls {
@@ -1115,10 +1067,8 @@ type client struct {
 	http    *http.Client
 	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-	mu        sync.Mutex // guards what is below
-	first     netip.Addr // is tried first, if the host has it
-	connected netip.Addr // of the latest connection
-	next      netip.Addr // is tried first if that one does not answer
+	address atomic.Value // the netip.Addr of the latest connection
+	silent  atomic.Bool  // that address has not answered yet: the one after it is tried first
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
@@ -1159,16 +1109,22 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, fmt.Errorf("no answer in %v", c.timeout))
 	defer cancel()
 	err = c.post(ctx, name, params, func(body io.Reader) error {
-		message, err := io.ReadAll(io.LimitReader(body, maxAnswer+1))
-		if err == nil && len(message) > maxAnswer {
-			err = errTooLong
-		}
+		message, err := readAnswer(body)
 		if err == nil {
 			v, err = decodeResponse(message)
 		}
 		return err
 	})
 	return v, err
+}
+
+// readAnswer reads the whole of an answer.
+func readAnswer(r io.Reader) ([]byte, error) {
+	answer, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
+	if err == nil && len(answer) > maxAnswer {
+		err = errTooLong
+	}
+	return answer, err
 }
 
 var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
@@ -1190,7 +1146,9 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	r.Header.Set("User-Agent", "picket")
 	r.Header["Idempotency-Key"] = nil // is not sent, but lets net/http try again when a kept connection was closed
 	answer, err := c.http.Do(r)
-	c.note(ctx, err == nil)
+	if err == nil || errors.Is(context.Cause(ctx), context.Canceled) { // which says nothing about the address
+		c.silent.Store(false)
+	}
 	if err == nil {
 		defer answer.Body.Close()
 		if answer.StatusCode/100 == 2 {
@@ -1207,19 +1165,6 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 		return wrapped.Err // without the URL, which the caller knows
 	}
 	return err
-}
-
-// note remembers the address to try first: the one that answered, or the one after
-// an address that did not. A call that was cancelled says nothing about that.
-func (c *client) note(ctx context.Context, answered bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case answered:
-		c.first = c.connected
-	case !errors.Is(context.Cause(ctx), context.Canceled):
-		c.first = c.next
-	}
 }
 
 // dialKey is the key of a call's deadline in its context: net/http hides the
@@ -1240,10 +1185,11 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	c.next = c.first // where none can be reached
-	first := max(0, slices.Index(addresses, c.first))
-	c.mu.Unlock()
+	latest, _ := c.address.Load().(netip.Addr)
+	first := max(0, slices.Index(addresses, latest))
+	if c.silent.Load() {
+		first++
+	}
 	n := len(addresses)
 	for i := 0; i < n; i++ {
 		address := addresses[(first+i)%n]
@@ -1251,9 +1197,8 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 		dialer := net.Dialer{Timeout: time.Until(deadline) / time.Duration(n-i)}
 		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(address.Unmap().String(), port))
 		if err == nil {
-			c.mu.Lock()
-			c.connected, c.next = address, addresses[(first+i+1)%n]
-			c.mu.Unlock()
+			c.address.Store(address)
+			c.silent.Store(true)
 			return conn, nil
 		}
 	}
@@ -1269,11 +1214,19 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 	defer cancel()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
+	left := 2*limit + maxAnswer // bytes
 	idle := time.AfterFunc(c.timeout, func() { stop(fmt.Errorf("nothing has come for %v", c.timeout)) })
 	defer idle.Stop()
+	meter := writerFunc(func(p []byte) (int, error) {
+		idle.Reset(c.timeout)
+		if left -= int64(len(p)); left < 0 {
+			return 0, errors.New("the answer is far longer than it may be")
+		}
+		return len(p), nil
+	})
 	buffered := bufio.NewWriterSize(to, 32<<10)
 	err := c.post(ctx, name, params, func(body io.Reader) error {
-		return readPackage(&meteredReader{body, 2*limit + maxAnswer, func() { idle.Reset(c.timeout) }}, buffered)
+		return readPackage(io.TeeReader(body, meter), buffered)
 	})
 	if err != nil {
 		return err
@@ -1281,42 +1234,23 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 	return buffered.Flush()
 }
 
-// A meteredReader calls moved when something has come, and reads no more than its
-// limit.
-type meteredReader struct {
-	r     io.Reader
-	left  int64
-	moved func()
-}
-
-func (m *meteredReader) Read(p []byte) (int, error) {
-	n, err := m.r.Read(p)
-	if m.left -= int64(n); m.left < 0 {
-		return 0, errors.New("the answer is far longer than it may be")
-	}
-	if n > 0 {
-		m.moved()
-	}
-	return n, err
-}
-
 // readPackage reads a methodResponse whose value is base64, and writes the decoded
-// bytes to a writer.
+// bytes to a writer. It decodes the text of the first <base64> while that arrives;
+// what stands before and after it is then read as a response of its own.
 func readPackage(r io.Reader, to io.Writer) error {
-	in := &answerReader{Reader: bufio.NewReader(r), left: maxAnswer}
-	if mark, _ := in.Peek(len(byteOrderMark)); bytes.Equal(mark, byteOrderMark) {
-		in.Discard(len(mark))
+	in := bufio.NewReader(r)
+	head, found, err := readHead(in)
+	if found {
+		_, err = io.Copy(to, base64.NewDecoder(base64.StdEncoding, textReader{in}))
 	}
-	found := false
-	d := decoder{inBase64: func() error {
-		found = true
-		_, err := io.Copy(to, base64.NewDecoder(base64.StdEncoding, &textReader{in.Reader}))
+	if err != nil {
 		return err
-	}}
-	v, err := d.response(in)
-	if in.err != nil {
-		return in.err
 	}
+	tail, err := readAnswer(in)
+	if err != nil {
+		return err
+	}
+	v, err := decodeResponse(append(head, tail...))
 	if err != nil {
 		return err
 	}
@@ -1326,41 +1260,46 @@ func readPackage(r io.Reader, to io.Writer) error {
 	return nil
 }
 
-// An answerReader reads an answer byte by byte. It leaves out the white space after
-// a tag, of which there may be any amount.
-type answerReader struct {
-	*bufio.Reader
-	left int   // bytes that may still come
-	last byte  // that was returned
-	err  error // that ended it, but for io.EOF
-}
-
-func (a *answerReader) ReadByte() (byte, error) {
-	c, err := a.Reader.ReadByte()
-	for a.last == '>' && isSpace(c) && err == nil {
-		c, err = a.Reader.ReadByte()
+// readHead reads an answer up to the first tag <base64>, or to its end where it has
+// none. It leaves out the white space after a tag, of which there may be any amount.
+func readHead(in *bufio.Reader) (head []byte, found bool, err error) {
+	tag := 0 // where the latest tag begins, behind its "<"
+	for len(head) < maxAnswer {
+		c, err := in.ReadByte()
+		if errors.Is(err, io.EOF) {
+			return head, false, nil
+		}
+		if err != nil {
+			return nil, false, err
+		}
+		if n := len(head); n > 0 && head[n-1] == '>' && isSpace(c) {
+			continue
+		}
+		head = append(head, c)
+		switch c {
+		case '<':
+			tag = len(head)
+		case '>':
+			words := strings.Fields(string(head[tag : len(head)-1]))
+			if len(words) > 0 && (words[0] == "base64" || words[0] == "ex:base64") {
+				return head, true, nil
+			}
+		}
 	}
-	a.last = c
-	if a.left--; a.left < 0 {
-		err = errTooLong
-	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		a.err = err
-	}
-	return c, err
+	return nil, false, errTooLong
 }
 
 // A textReader reads up to the next tag, and leaves out white space.
-type textReader struct{ r *bufio.Reader }
+type textReader struct{ *bufio.Reader }
 
-func (t *textReader) Read(p []byte) (n int, err error) {
+func (t textReader) Read(p []byte) (n int, err error) {
 	for n < len(p) {
-		c, err := t.r.ReadByte()
+		c, err := t.ReadByte()
 		switch {
 		case err != nil:
 			return n, err
 		case c == '<':
-			t.r.UnreadByte() // which was just read
+			t.UnreadByte() // which was just read
 			return n, io.EOF
 		case !isSpace(c):
 			p[n] = c
