@@ -26,8 +26,8 @@ package main
 //	sensors/.picket-gone-disk                  the installed version, out of the way; runs may still be in it
 //	sensors/disk                               the new version
 //
-// The other hidden ones are worth nothing, and recover removes them. It also knows what older versions
-// left: .picket-lock, .picket-old-disk.
+// recover removes every other hidden name: nothing in it is needed. It also finishes or undoes what
+// older versions of picket left, .picket-lock and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -148,8 +148,8 @@ func (u *updater) install(ctx context.Context, name string, from source) error {
 	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, c.giveAway, c.replace)
 }
 
-// rollback puts the newest backup of a sensor in its place. The installed version becomes a backup;
-// the one that was put back is none any more. An error means that nothing has changed.
+// rollback puts the newest backup of a sensor in its place and removes it from the backups. The
+// installed version becomes a backup. An error means that nothing has changed.
 func (u *updater) rollback(ctx context.Context, name string) error {
 	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
 	return c.make(func() error {
@@ -169,9 +169,9 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 	})
 }
 
-// recover finishes what a power cut interrupted, and removes what is left. It can be interrupted
-// and repeated itself. It does not wait for the lock: whoever holds it has recovered already. Where
-// nothing is left it writes nothing.
+// recover finishes or undoes what a power cut interrupted, and removes what is left. It may be
+// interrupted itself and called again. It does not wait for the lock: the process that holds it has
+// recovered already. If nothing was interrupted, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
 	entries, err := os.ReadDir(u.sensors.path)
 	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".picket-") }
@@ -188,9 +188,9 @@ func (u *updater) recover(ctx context.Context) error {
 	return errors.Join(c.settle(), c.prune())
 }
 
-// ownerWarning returns a line for the log where an agent of root has sensors that belong to another
-// user and backups that belong to root, else "". That is so where tar gave the sensors to the user
-// number of whoever packed them.
+// ownerWarning returns a line for the log, or "" if there is nothing to warn of. It warns an agent
+// that runs as root if the sensors belong to another user, but the backups to root. tar leaves them
+// so when it keeps the user number of whoever packed the sensors.
 func (u *updater) ownerWarning() string {
 	sensors, err := os.Stat(u.sensors.path)
 	backups, err2 := os.Stat(u.backup)
@@ -216,12 +216,13 @@ type change struct {
 	beside    dir // the directory that holds the one of the sensors
 	staging   dir
 	archive   *os.File // the package
-	tooLate   bool     // to undo it: the installed version is half removed
-	keepGone  bool     // runs are still in the version that gave way
+	tooLate   bool     // to call it off: the installed version is half removed
+	keepGone  bool     // runs are still in the version that was replaced
 }
 
-// make takes the steps of a change, while no other process changes sensors. Before, it settles what
-// an interrupted change left; afterwards, it leaves nothing.
+// make runs the steps of a change, up to the first one that fails, while no other process changes
+// sensors. Before, it settles what an interrupted change left. Afterwards it removes all that is
+// left of this one.
 func (c *change) make(steps ...func() error) error {
 	defer c.close()
 	if err := c.begin(lockTime); err != nil {
@@ -245,16 +246,17 @@ func (c *change) make(steps ...func() error) error {
 	return err
 }
 
-// tidy logs what went wrong after a change was made: it is too late to call it off, and recover
-// will try again.
+// tidy logs an error that does not decide whether the change was made. recover will try again what
+// failed.
 func (c *change) tidy(err error) {
 	if err != nil {
 		log.Printf(warning+"tidy sensors: %v", err)
 	}
 }
 
-// begin opens the directories, makes those that are missing, and locks that of the backups: nobody
-// else can, because nobody else can read it.
+// begin opens the directories of sensors and of backups, and makes those that are missing. It locks
+// the backups, because no other user can do that: none can read them. It waits so long for another
+// process that changes sensors; the error then wraps context.DeadlineExceeded.
 func (c *change) begin(wait time.Duration) (err error) {
 	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
 		return err
@@ -292,15 +294,17 @@ func (c *change) begin(wait time.Duration) (err error) {
 	return nil
 }
 
-// close also unlocks. What is not open does not mind.
+// close closes the directories and the package, and so unlocks the backups. Closing what was never
+// opened does nothing.
 func (c *change) close() {
 	for _, f := range []*os.File{c.installed.File, c.backups.File, c.beside.File, c.staging.File, c.archive} {
 		f.Close()
 	}
 }
 
-// openBase opens one of the two directories. Where it is missing it makes it, with this mode
-// whatever the umask. Root follows no link that another user could have put there.
+// openBase opens the directory of sensors or of backups. If it is missing, openBase makes it, with
+// this mode whatever the umask, and the directories above it with mode 755. Root follows no link that
+// another user could have made.
 func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	flags := syscall.O_DIRECTORY
 	if info, err := os.Stat(filepath.Dir(path)); err == nil && os.Geteuid() == 0 &&
@@ -319,9 +323,11 @@ func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	return parent.mkdir(filepath.Base(path), mode)
 }
 
+// ownerOf returns the user and the group that a file belongs to, among what else the system knows.
 func ownerOf(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }
 
-// chown gives an open file to an owner, if there is one. Only root can, and others need not.
+// chown gives an open file to an owner, unless that is nil. Only root can do so; for other users
+// chown does nothing, as they change only what is theirs.
 func chown(f *os.File, owner *syscall.Stat_t) error {
 	if owner == nil || os.Geteuid() != 0 {
 		return nil
@@ -350,12 +356,14 @@ func (c *change) stage() (err error) {
 	return err
 }
 
-// stagingPrefix begins the name of each staging directory: there may be other sensors beside these.
+// stagingPrefix begins the name of each staging directory. It holds the name of the directory of
+// sensors, because another one may lie beside it, with changes of its own.
 func (c *change) stagingPrefix() string {
 	return "." + filepath.Base(c.sensors.path) + ".picket-staging-"
 }
 
-// try runs the staged version once, for its help text.
+// try runs the staged version once, with the help argument. It must exit 0 within the sensors'
+// time-out.
 func (c *change) try() error {
 	c.progress("try")
 	s, dir := c.sensors, c.staging.path(c.name)
@@ -369,8 +377,9 @@ func (c *change) try() error {
 	}
 }
 
-// giveAway gives the staged version to the owner of the directory of sensors, so that his agent can
-// replace it. It goes from the inside out, and so touches nothing that he can already exchange.
+// giveAway gives the staged version to the owner of the directory of sensors, so that an agent that
+// runs as him can replace it. It works from the inside out: what he could already exchange is not
+// touched any more.
 func (c *change) giveAway() error {
 	if os.Geteuid() != 0 || c.owner.Uid == 0 {
 		return nil
@@ -380,7 +389,8 @@ func (c *change) giveAway() error {
 
 // replace puts the staged version in the place of the sensor, and the installed one among the
 // backups. One rename decides: before it nothing has changed, after it settle can do the rest at
-// any time.
+// any time. If the rest fails twice, the change is called off, as long as the installed version is
+// whole and in its place.
 func (c *change) replace() error {
 	c.progress("swap")
 	backup, newName, isNew := "", newPrefix+c.name, !c.installed.has(c.name)
@@ -412,9 +422,9 @@ func (c *change) replace() error {
 	return nil
 }
 
-// backUp makes a hidden backup of what is a version of a sensor, and returns the name that the
-// backup is to have. It holds the local time, or where the clock is behind the newest backup the
-// second after that, so that order is kept.
+// backUp makes a hidden backup of a file among the sensors that is a version of this sensor, and
+// returns the name that it gets when it is published. The name holds the local time. If the clock is
+// behind the newest backup, it holds the second after that, so that the order of names is that of age.
 func (c *change) backUp(name, file string) (backup string, err error) {
 	backups, err := c.backupsOf(name, false)
 	if err != nil {
@@ -431,14 +441,14 @@ func (c *change) backUp(name, file string) (backup string, err error) {
 	if err := c.copy(c.installed, file, c.backups, "."+backup); err != nil {
 		return "", err
 	}
-	return backup, c.backups.sync()
+	return backup, syncFile(c.backups.File)
 }
 
 // finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant
-// there is no sensor; runs wait for that. Where it was interrupted or failed, it can be called again.
+// there is no sensor, and new runs wait. If finish was interrupted or failed, it can be called again.
 func (c *change) finish(name string) error {
 	if !c.installed.has(newPrefix + name) {
-		return c.installed.sync() // the rename below was the last step
+		return syncFile(c.installed.File) // the rename below was the last step
 	}
 	made, err := c.backupsOf(name, true)
 	if err != nil {
@@ -466,8 +476,9 @@ func (c *change) finish(name string) error {
 	return c.installed.rename(newPrefix+name, c.installed, name)
 }
 
-// awaitRuns waits for the runs that are in the version that gave way: they keep their directory. It
-// reports whether they have ended before the change must.
+// awaitRuns waits until no run is in the version that was replaced, because that is removed next. It
+// waits for runs of other processes for otherRuns at most, and reports false if the change has to end
+// before the runs do.
 func (c *change) awaitRuns() bool {
 	select {
 	case <-c.sensors.retire(c.name):
@@ -484,8 +495,8 @@ func (c *change) awaitRuns() bool {
 	return true
 }
 
-// inUse reports whether any process is in a directory among the sensors, as a run of the agent is
-// while picket install changes its sensor.
+// inUse reports whether any process works in a directory among the sensors. A run of the agent does
+// so while picket install changes its sensor. Without /proc it reports false.
 func (c *change) inUse(name string) bool {
 	sensors, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", c.installed.Fd()))
 	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
@@ -495,11 +506,12 @@ func (c *change) inUse(name string) bool {
 	})
 }
 
-// settle finishes the changes that were decided, and removes what is worth nothing. If one sensor
-// cannot be settled, the others are all the same.
+// settle finishes the changes that were decided, and removes what is left of all others. If that
+// fails for one sensor, settle goes on with the next.
 //
-// Older versions of picket made .picket-lock and decided otherwise: what they hid among the backups
-// is not complete, and a new version counted once the installed one was .picket-old-NAME.
+// Older versions of picket left .picket-lock, and another name decided: a new version counts there
+// once the installed one was renamed to .picket-old-NAME. What they hid among the backups may not be
+// complete.
 func (c *change) settle() error {
 	files, err := c.installed.names()
 	isOlder := slices.Contains(files, lockName)
@@ -529,8 +541,8 @@ func (c *change) settle() error {
 	return errors.Join(errs...)
 }
 
-// settleOld makes a backup of a version that gave way in an older picket, or puts it back where
-// nothing is in its place.
+// settleOld makes a backup of the version that an older picket moved out of the way, or puts it back
+// if nothing is in its place.
 func (c *change) settleOld(name string) error {
 	old := oldPrefix + name
 	if !c.installed.has(name) {
@@ -546,7 +558,8 @@ func (c *change) settleOld(name string) error {
 	return err
 }
 
-// discard makes rubbish of one version of a sensor: half removed, it must not be taken for whole.
+// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later:
+// a version that is half removed must not be taken for a whole one.
 func (c *change) discard(file, name string) error {
 	if err := c.installed.remove(gonePrefix + name); err != nil {
 		return err
@@ -554,47 +567,33 @@ func (c *change) discard(file, name string) error {
 	return c.installed.rename(file, c.installed, gonePrefix+name)
 }
 
-// versionOf returns the sensor of which a hidden name with this prefix is a version.
+// versionOf returns the name of a sensor if the file is a version of it, a hidden name with this
+// prefix.
 func versionOf(file, prefix string) (name string, ok bool) {
 	name, ok = strings.CutPrefix(file, prefix)
 	_, err := sensorName(name) // above all it is not ".."
 	return name, ok && err == nil
 }
 
-// removeRubbish removes staging directories and all hidden names among the sensors that stand for
-// no version, but not a directory that runs are still in.
+// removeRubbish removes staging directories and all hidden names of picket among the sensors, except
+// those of versions that settle still needs and a directory that runs are still in.
 func (c *change) removeRubbish() error {
-	beside, err := c.beside.names()
-	installed, err2 := c.installed.names()
-	errs := []error{err, err2}
-	for _, file := range beside {
-		if strings.HasPrefix(file, c.stagingPrefix()) {
-			errs = append(errs, c.beside.remove(file))
-		}
-	}
-	for _, file := range installed {
+	isStaging := func(file string) bool { return strings.HasPrefix(file, c.stagingPrefix()) }
+	return errors.Join(c.beside.removeWhere(isStaging), c.installed.removeWhere(func(file string) bool {
 		_, isNew := versionOf(file, newPrefix)
 		_, isOld := versionOf(file, oldPrefix)
 		keep := isNew || isOld || file == lockName || c.keepGone && file == gonePrefix+c.name
-		if !keep && (strings.HasPrefix(file, ".picket-") || strings.HasPrefix(file, c.stagingPrefix())) {
-			errs = append(errs, c.installed.remove(file))
-		}
-	}
-	return errors.Join(errs...)
+		return !keep && (strings.HasPrefix(file, ".picket-") || isStaging(file))
+	}))
 }
 
-// removeHiddenBackups removes the backups that are half made or half removed. One that finish has
-// still to publish stays, unless all are to go.
+// removeHiddenBackups removes the backups that are half made or half removed. A backup that finish
+// will publish stays, unless all are to be removed.
 func (c *change) removeHiddenBackups(all bool) error {
-	files, err := c.backups.names()
-	errs := []error{err}
-	for _, file := range files {
+	return c.backups.removeWhere(func(file string) bool {
 		name, isHidden, ok := parseBackup(file)
-		if ok && isHidden && (all || !c.installed.has(newPrefix+name)) {
-			errs = append(errs, c.backups.remove(file))
-		}
-	}
-	return errors.Join(errs...)
+		return ok && isHidden && (all || !c.installed.has(newPrefix+name))
+	})
 }
 
 // isUnsettled reports whether something is left of an earlier change of this sensor.
@@ -615,8 +614,8 @@ func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
 	}), err
 }
 
-// parseBackup returns the sensor of which a directory is the backup, and whether it is hidden: it
-// is then being made or removed.
+// parseBackup splits the name of a backup. It returns the name of its sensor and whether the backup
+// is hidden, because it is being made or removed. Of any other name it reports that it is not ok.
 func parseBackup(file string) (name string, isHidden, ok bool) {
 	file, isHidden = strings.CutPrefix(file, ".")
 	i := len(file) - len("_"+backupLayout)
@@ -643,7 +642,8 @@ func (c *change) prune() error {
 	return errors.Join(errs...)
 }
 
-// removeBackup removes a backup, which is none from the first moment on.
+// removeBackup removes a backup. It hides the backup first: nobody can take it for one while half of
+// it is removed.
 func (c *change) removeBackup(backup string) error {
 	if err := c.backups.rename(backup, c.backups, "."+backup); err != nil {
 		return err
@@ -651,8 +651,8 @@ func (c *change) removeBackup(backup string) error {
 	return c.backups.remove("." + backup)
 }
 
-// copy copies a sensor, or part of one, with its owner; the copy is on the disk when copy returns
-// nil. Files are linked where that can be, which takes no space.
+// copy copies a sensor, or part of one, with its owner. When it returns nil, the copy is on the disk.
+// It links files where that is possible, which takes no space, and copies links as they are.
 func (c *change) copy(from dir, name string, to dir, as string) error {
 	info, err := os.Lstat(from.at(name))
 	if err != nil {
@@ -707,22 +707,22 @@ func (c *change) copyDir(from dir, info fs.FileInfo, to dir, as string) error {
 		err = chown(target.File, ownerOf(info)) // last: until here he cannot change it
 	}
 	if err == nil {
-		err = target.sync()
+		err = syncFile(target.File)
 	}
 	return err
 }
 
-// A dir is an open directory. What is done in it is done there and nowhere else, whatever its owner
-// exchanges meanwhile: the names are single path elements, and no link is followed. Each change
-// that is made in it is asked for first (see updater.step).
+// A dir is an open directory. All its methods work in that directory and nowhere else, whatever its
+// owner exchanges meanwhile: names are single path elements, and no link is followed. Before each
+// change they ask updater.step.
 type dir struct {
 	*os.File
-	depth int // below a directory that was opened by its path
+	depth int // of directories in each other, from one that was opened by its path
 	step  func(what string) error
 }
 
-// at returns a path that leads to a name in this very directory, wherever that was moved. Only calls
-// that follow no link may use it. Where there is no /proc it is the usual path.
+// at returns a path that leads to a name in this very directory, wherever that was moved to. Only
+// calls that do not follow a link at its end may use it. Without /proc it is the usual path.
 func (d dir) at(name string) string {
 	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
 		return filepath.Join(open, name)
@@ -733,7 +733,7 @@ func (d dir) at(name string) string {
 // has reports whether there is anything with this name.
 func (d dir) has(name string) bool { return exists(d.at(name)) }
 
-// names lists the directory, in order.
+// names lists the directory, in the order of bytes.
 func (d dir) names() ([]string, error) {
 	if _, err := d.Seek(0, io.SeekStart); err != nil {
 		return nil, err
@@ -743,10 +743,11 @@ func (d dir) names() ([]string, error) {
 	return names, err
 }
 
-// path returns the usual path of a name.
+// path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
-// open opens a file or directory for reading, without waiting for a pipe.
+// open opens a file or directory for reading, or with these flags in addition. It does not follow a
+// link, and does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if d.depth == maxNesting {
 		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
@@ -759,7 +760,8 @@ func (d dir) open(name string, flags int) (dir, error) {
 	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
 }
 
-// do asks step and then makes a change. Its error shows the usual path, not the one through /proc.
+// do asks step and then makes a change at the path of a name. Its error shows the usual path, not
+// the one through /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
 	if err := d.step(what + " " + d.path(name)); err != nil {
 		return err
@@ -776,13 +778,11 @@ func (d dir) rename(name string, to dir, newName string) error {
 	if err != nil {
 		return err
 	}
-	return to.sync()
+	return syncFile(to.File)
 }
 
-// sync writes the names in the directory to the disk.
-func (d dir) sync() error { return syncFile(d.File) }
-
-// syncFile writes an open file or directory to the disk, on a file system that can.
+// syncFile writes an open file, or the names in a directory, to the disk. Some file systems cannot
+// sync a directory; that is no error.
 func syncFile(f *os.File) error {
 	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
 		return err
@@ -790,8 +790,8 @@ func syncFile(f *os.File) error {
 	return nil
 }
 
-// mkdir makes a directory, with this mode whatever the umask, and opens it. It fails where the
-// owner of the outer one has put another in its place.
+// mkdir makes a directory, with this mode whatever the umask, and opens it. It fails if the owner of
+// the outer directory has put another one in its place meanwhile.
 func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	if err := d.do("mkdir", name, func(path string) error { return os.Mkdir(path, 0o700) }); err != nil {
 		return dir{}, err
@@ -816,7 +816,7 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	return made, err
 }
 
-// create makes a file that is not there yet, to write and read it.
+// create makes a file and opens it for reading and writing. It fails if the name exists.
 func (d dir) create(name string) (dir, error) {
 	if err := d.step("create " + d.path(name)); err != nil {
 		return dir{}, err
@@ -824,7 +824,8 @@ func (d dir) create(name string) (dir, error) {
 	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
 }
 
-// write writes a file and syncs it. Root gives it to the owner, where that is not nil.
+// write makes a file with this content and mode, and syncs it. Root gives it to the owner, unless
+// that is nil.
 func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
 	f, err := d.create(name)
 	if err != nil {
@@ -841,7 +842,7 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 }
 
 // each calls visit for a file, or for all that is in a directory, however deep, and then for the
-// directory itself. It leaves out links, which a trial may have made.
+// directory itself. It skips links, which a trial may have made.
 func (d dir) each(name string, visit func(*os.File) error) error {
 	f, err := d.open(name, 0)
 	if err != nil {
@@ -860,7 +861,7 @@ func (d dir) each(name string, visit func(*os.File) error) error {
 	return visit(f.File)
 }
 
-// remove removes a name, with all that is in it.
+// remove removes a name, with all that is in it. A name that does not exist is no error.
 func (d dir) remove(name string) error {
 	if err := d.step("remove " + d.path(name)); err != nil {
 		return err
@@ -868,6 +869,21 @@ func (d dir) remove(name string) error {
 	return d.removeAll(name)
 }
 
+// removeWhere removes all names for which isRubbish reports true. If one cannot be removed, it goes
+// on with the next.
+func (d dir) removeWhere(isRubbish func(name string) bool) error {
+	names, err := d.names()
+	errs := []error{err}
+	for _, name := range names {
+		if isRubbish(name) {
+			errs = append(errs, d.remove(name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeAll is remove without asking step. It enters a directory only after opening it, so that it
+// follows no link.
 func (d dir) removeAll(name string) error {
 	err := os.Remove(d.at(name))
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
@@ -891,7 +907,8 @@ func (d dir) removeAll(name string) error {
 	return &os.PathError{Op: "remove", Path: d.path(name), Err: errors.Unwrap(err)}
 }
 
-// enoughSpace returns an error where size more bytes would not leave the reserve free.
+// enoughSpace returns an error if size more bytes would not leave spaceReserve of the file system
+// free, or if hardly another file can be made.
 func (d dir) enoughSpace(size int64) error {
 	var s syscall.Statfs_t
 	if err := syscall.Fstatfs(int(d.Fd()), &s); err != nil {
