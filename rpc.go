@@ -10,7 +10,8 @@ package main
 //	<param><value><string>disk</string></value></param>
 //	<param><value><string>percent /</string></value></param></params></methodCall>
 //
-//	<?xml version="1.0"?><methodResponse><params><param><value><string>OK</string></value></param></params></methodResponse>
+//	<?xml version="1.0"?><methodResponse><params>
+//	<param><value><string>OK</string></value></param></params></methodResponse>
 //
 // Fault codes are those of "Specification for Fault Code Interoperability".
 
@@ -42,8 +43,8 @@ import (
 	"unicode/utf8"
 )
 
-// The limits of a message. In a box of 16 MiB each of 64 callers may hold one
-// message as it is read, as it is decoded or as it is answered.
+// The limits of a message. In a box of 16 MiB each of 64 callers may make the agent
+// hold one message: as it is read, as it is decoded or as it is answered.
 const (
 	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
 	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
@@ -58,7 +59,7 @@ const (
 const (
 	maxConns   = 64            // open at once, or a quarter of the files that the process may have open
 	fairShare  = maxConns / 16 // connections that every caller may hold while others hold more
-	sendBuffer = 16 << 10      // bytes that the kernel takes of an unread answer; by itself it takes megabytes of several
+	sendBuffer = 16 << 10      // bytes of an unread answer that the kernel holds; else it may be megabytes
 
 	readTimeout  = 30 * time.Second // for a whole request, on a bad link
 	writeTimeout = 30 * time.Second // for an answer, from its first byte
@@ -83,11 +84,12 @@ const (
 	faultBusy     = -32500 // the command can't be taken now
 )
 
+// faultf returns a fault. Its text is one line, whatever the arguments hold.
 func faultf(code int, format string, args ...any) error {
 	return &fault{code, oneLine(fmt.Sprintf(format, args...))}
 }
 
-// cut quotes a text that came from outside, and shortens it.
+// cut quotes a text that came from outside, and shortens it to 80 bytes.
 func cut(s string) string {
 	const most = 80
 	if len(s) > most {
@@ -96,14 +98,15 @@ func cut(s string) string {
 	return strconv.Quote(s)
 }
 
-// oneLine makes a text that came from outside fit for a line of a log.
+// oneLine makes a text that came from outside fit for a line of a log: it cuts it
+// to 300 bytes and replaces what cannot be printed by blanks.
 func oneLine(s string) string {
 	const most = 300
 	if len(s) > most {
 		s = s[:most] + "..."
 	}
 	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) { // nor what only changes how the rest is shown
+		if !unicode.IsPrint(r) { // which also drops marks that change how the rest is shown
 			return ' '
 		}
 		return r
@@ -127,10 +130,7 @@ func describe(v any) (name, text string) {
 	case nil:
 		return "nil", ""
 	case bool:
-		if v {
-			return "boolean", "1"
-		}
-		return "boolean", "0"
+		return "boolean", map[bool]string{false: "0", true: "1"}[v]
 	case int:
 		return "int", strconv.Itoa(v)
 	case int64:
@@ -176,7 +176,7 @@ func parseDateTime(s string) (dateTime, error) {
 // Nothing may stand around it.
 func parseDecimal(s string) (float64, error) {
 	if strings.Trim(s, "+-.eE0123456789") != "" || !strings.ContainsAny(s, "0123456789") {
-		return 0, strconv.ErrSyntax // what ParseFloat takes besides: inf, nan, 0x1p-2, 1_000
+		return 0, strconv.ErrSyntax // ParseFloat also takes inf, nan, 0x1p-2 and 1_000
 	}
 	return strconv.ParseFloat(s, 64)
 }
@@ -196,7 +196,7 @@ type element struct {
 // its text; other elements take 16.
 var elementSizes = map[string]int{"value": 48, "struct": 288}
 
-// fail keeps an error: XML that is no XML-RPC.
+// fail notes that the message is XML, but not XML-RPC. Only the first error counts.
 func (d *decoder) fail(format string, args ...any) {
 	if d.err == nil {
 		d.err = faultf(faultRequest, format, args...)
@@ -252,6 +252,7 @@ func (d *decoder) parse(message []byte) *element {
 	return document.elements[0]
 }
 
+// malformed returns the fault for a message that is not well-formed XML.
 func malformed(what any) error { return faultf(faultSyntax, "not well-formed XML: %v", what) }
 
 // charsetReader decodes the encodings, besides UTF-8, that old peers declare.
@@ -350,11 +351,12 @@ func (d *decoder) value(e *element, depth int) any {
 	return v
 }
 
-// intBits has the size of each type that is an int. The types besides the
-// specification's, here and in scalar, are Apache's.
+// intBits has the size, in bits, of each type that is an int. Types that are not in
+// the specification, here and in scalar, are Apache's.
 var intBits = map[string]int{"int": 32, "i4": 32, "i2": 16, "i1": 8}
 
-// scalar reads a text as a value of the type with that name.
+// scalar reads a text as a value of the type with that name. An array or a struct is
+// no scalar.
 func scalar(name, text string) (v any, err error) {
 	trimmed := strings.TrimSpace(text)
 	switch name {
@@ -385,7 +387,7 @@ func scalar(name, text string) (v any, err error) {
 	return nil, errors.New("no such type")
 }
 
-// params returns what <params> holds.
+// params returns the values that <params> holds.
 func (d *decoder) params(e *element) []any {
 	params := []any{}
 	for _, param := range d.list(e, "param") {
@@ -429,7 +431,8 @@ func decodeResponse(message []byte) (v any, err error) {
 	return v, err
 }
 
-// faultOf returns the value of a <fault> as a fault, whatever the value is.
+// faultOf returns the value of a <fault> as a fault. It takes any value: peers send
+// codes as strings, or no struct at all.
 func faultOf(v any) *fault {
 	f := &fault{}
 	members, _ := v.(map[string]any)
@@ -475,7 +478,8 @@ func encodeResponse(v any, err error) []byte {
 	return b.Bytes()
 }
 
-// faultStruct returns a fault as a value. An error that is none is a defect.
+// faultStruct returns an error as the value of a <fault>. An error that is no *fault
+// is a defect of the agent, and its text stays here.
 func faultStruct(err error) map[string]any {
 	f := &fault{faultInternal, "internal error"}
 	errors.As(err, &f)
@@ -510,12 +514,14 @@ func writeValue(b *bytes.Buffer, v any) {
 	b.WriteString("</value>")
 }
 
+// writeElement writes an element with a text, in which it escapes what XML requires.
 func writeElement(b *bytes.Buffer, name, text string) {
 	b.WriteString("<" + name + ">")
 	xml.EscapeText(b, []byte(text)) // writing to a Buffer cannot fail
 	b.WriteString("</" + name + ">")
 }
 
+// sortedKeys returns the keys of a map, in the order of bytes.
 func sortedKeys[V any](m map[string]V) []string {
 	keys := make([]string, 0, len(m))
 	for k := range m {
@@ -525,7 +531,8 @@ func sortedKeys[V any](m map[string]V) []string {
 	return keys
 }
 
-// A method is one name on the wire.
+// A method is one name on the wire. Its call returns a value of an XML-RPC type, or a
+// *fault; any other error is a defect.
 type method struct {
 	name       string
 	signatures string // "string int string, string string string": what it returns, then what it takes
@@ -546,11 +553,12 @@ type access struct {
 	tls   *tls.Config    // nil: without TLS
 }
 
-// allows reports whether a host may call. IPv4 in IPv6 is IPv4.
+// allows reports whether a host may call. It takes ::ffff:1.2.3.4 for 1.2.3.4.
 func (a *access) allows(host string) bool {
 	addr, err := netip.ParseAddr(host)
 	addr = addr.Unmap().WithZone("")
-	return len(a.allow) == 0 || err == nil && slices.ContainsFunc(a.allow, func(p netip.Prefix) bool { return p.Contains(addr) })
+	isIn := func(p netip.Prefix) bool { return p.Contains(addr) }
+	return len(a.allow) == 0 || err == nil && slices.ContainsFunc(a.allow, isIn)
 }
 
 // hostOf returns the host of a peer's address.
@@ -559,8 +567,8 @@ func hostOf(address string) string {
 	return host
 }
 
-// limitKey returns what a host is limited by: its IPv4 address, or the /64
-// network of its IPv6 one, as everybody has one of those to himself.
+// limitKey returns under which name a host is limited: its IPv4 address, or the /64
+// network of its IPv6 address, because a single caller may own all of that.
 func limitKey(host string) string {
 	addr, err := netip.ParseAddr(host)
 	if addr = addr.Unmap().WithZone(""); err != nil || addr.Is4() {
@@ -570,8 +578,8 @@ func limitKey(host string) string {
 	return prefix.String()
 }
 
-// certificateTime returns the time that certificates are checked by: the
-// clock's, but never before the program was built, as a box may boot in 1970.
+// certificateTime returns the time by which certificates are checked: the time of
+// the clock, but never earlier than the build of the program. A box may boot in 1970.
 func certificateTime(now, built time.Time) time.Time {
 	if now.Before(built) {
 		return built
@@ -579,7 +587,7 @@ func certificateTime(now, built time.Time) time.Time {
 	return now
 }
 
-// newTLS returns what is common to all that the agent does over TLS.
+// newTLS returns the rules that hold for every connection over TLS.
 func newTLS(built time.Time) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
@@ -587,8 +595,8 @@ func newTLS(built time.Time) *tls.Config {
 	}
 }
 
-// bearsName reports whether a certificate is of a name: its subject, the
-// subject's common name or one of the alternative names.
+// bearsName reports whether a certificate was issued for a name: as its subject, as
+// the subject's common name or as one of its alternative names.
 func bearsName(c *x509.Certificate, name string) bool {
 	names := append([]string{c.Subject.String(), c.Subject.CommonName}, c.DNSNames...)
 	names = append(names, c.EmailAddresses...)
@@ -601,13 +609,12 @@ func bearsName(c *x509.Certificate, name string) bool {
 	return slices.Contains(names, name)
 }
 
-// A handler answers XML-RPC calls over HTTP. Besides its methods it has those of
-// introspection. Whatever its callers send or leave unread, an agent of 16 MiB has
-// memory for it.
+// A handler answers XML-RPC calls over HTTP: its own methods and those of
+// introspection. Whatever callers send or leave unread, 16 MiB of memory are enough.
 type handler struct {
 	methods map[string]method
 	refused logLimit
-	turn    chan struct{} // is full while a message that is not small is decoded or answered
+	turn    chan struct{} // is full while a message of more than smallMessage is decoded or answered
 	http    *http.Server
 	count   atomic.Int64 // calls and connections refused
 
@@ -628,7 +635,6 @@ type peerConn struct {
 	cancel context.CancelFunc
 
 	// The handler's lock guards what is below.
-	forbidden bool      // nothing that it asks is answered
 	working   bool      // a call is being answered on it
 	since     time.Time // when it came, or the latest call on it began or ended
 }
@@ -690,7 +696,7 @@ func (h *handler) refuse(format string, args ...any) {
 // closed.
 func (h *handler) serve(l net.Listener) error { return h.http.Serve(peerListener{l, h}) }
 
-// A peerListener is a listener whose connections the handler has admitted.
+// A peerListener accepts connections and lets the handler admit them.
 type peerListener struct {
 	net.Listener
 	h *handler
@@ -707,16 +713,13 @@ func (l peerListener) Accept() (net.Conn, error) {
 	return l.h.admit(c), nil
 }
 
-// admit returns a connection under the rules that are in force. If that is one too
-// many, it closes another.
+// admit notes a new connection and returns it, with TLS if the rules in force say so.
+// If there are then too many, it closes another one.
 func (h *handler) admit(c net.Conn) net.Conn {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	host := hostOf(c.RemoteAddr().String())
-	p := &peerConn{
-		Conn: c, host: host, key: limitKey(host), tls: h.access.tls,
-		forbidden: !h.access.allows(host), since: time.Now(),
-	}
+	p := &peerConn{Conn: c, host: host, key: limitKey(host), tls: h.access.tls, since: time.Now()}
 	p.ctx, p.cancel = context.WithCancel(context.WithValue(context.Background(), peerKey{}, p))
 	h.conns[p] = true
 	if len(h.conns) > h.most {
@@ -730,17 +733,17 @@ func (h *handler) admit(c net.Conn) net.Conn {
 	return p
 }
 
-// close closes a connection and ends the call on it. The caller holds the lock.
+// close closes a connection and cancels the call on it. The caller holds h.mu.
 func (h *handler) close(p *peerConn) {
 	delete(h.conns, p)
 	p.cancel()
 	p.Conn.Close() // without TLS's farewell, which may take a while
 }
 
-// connToClose returns the connection that gives way to the newest: one that may
-// not call, else one of the caller that holds most, so that nobody keeps the
-// monitor out by holding many. Of those it is the one that has been without a call
-// for longest, else the one whose call is the latest.
+// connToClose returns the connection that gives way to the newest one: one whose host
+// may not call, else one of the caller that holds most. So nobody keeps the monitor
+// out by holding many. Among those it prefers the one that has been idle longest;
+// if all have calls, it takes the one with the latest call.
 func (h *handler) connToClose(newest *peerConn) *peerConn {
 	held := make(map[string]int)
 	for p := range h.conns {
@@ -748,9 +751,10 @@ func (h *handler) connToClose(newest *peerConn) *peerConn {
 	}
 	before := func(a, b *peerConn) bool {
 		heldA, heldB := max(held[a.key], fairShare), max(held[b.key], fairShare)
+		mayA, mayB := h.access.allows(a.host), h.access.allows(b.host)
 		switch {
-		case a.forbidden != b.forbidden:
-			return a.forbidden
+		case mayA != mayB:
+			return mayB
 		case heldA != heldB:
 			return heldA > heldB
 		case a.working != b.working:
@@ -769,41 +773,38 @@ func (h *handler) connToClose(newest *peerConn) *peerConn {
 	return first
 }
 
-// rules returns who may call at present, and how.
+// rules returns the access rules that are in force.
 func (h *handler) rules() *access {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.access
 }
 
-// setAccess changes who may call, and how. Where the rules for TLS are others,
-// it closes the connections that came under those before; a call that is being
-// answered is the last of its connection.
+// setAccess changes who may call, and how. If the rules for TLS change, it closes
+// the connections that came under the old ones. A call that is being answered is
+// finished first, and is the last on its connection.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.access = a
 	for p := range h.conns {
-		p.forbidden = !a.allows(p.host)
 		if !p.working && p.tls != a.tls {
 			h.close(p)
 		}
 	}
 }
 
+// connChanged forgets a connection that net/http has closed.
 func (h *handler) connChanged(c net.Conn, state http.ConnState) {
-	if state != http.StateClosed {
-		return
+	if state == http.StateClosed {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.close(peerOf(c))
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	p := peerOf(c)
-	p.cancel()
-	delete(h.conns, p)
 }
 
-// setWorking notes that a call on a connection begins or ends. It reports false
-// where the connection came under rules for TLS that are no longer in force.
+// setWorking notes that a call on a connection begins or ends. It reports false if
+// the connection came under rules for TLS that are no longer in force.
 func (h *handler) setWorking(p *peerConn, working bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -811,6 +812,8 @@ func (h *handler) setWorking(p *peerConn, working bool) bool {
 	return p.tls == h.access.tls
 }
 
+// ServeHTTP answers one call, or refuses it with an HTTP status other than 200. It
+// logs what it refuses.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // for a 100 Continue, before the body
@@ -827,7 +830,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/xml")
 	w.Header().Set("Content-Length", strconv.Itoa(len(answer)))
-	w.Write(answer) // a peer that has gone does not want it
+	w.Write(answer) // an error means that the peer has gone
 }
 
 // checkRequest checks the head of a request. It returns 200, or the status that
@@ -866,7 +869,7 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
 	p, ok := r.Context().Value(peerKey{}).(*peerConn)
-	if !ok { // another server's
+	if !ok { // the handler runs in a server that is not its own
 		p = &peerConn{tls: h.rules().tls, ctx: context.Background()}
 	}
 	if !h.setWorking(p, true) {
@@ -890,9 +893,10 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	return http.StatusOK, answer
 }
 
-// inTurn calls f, which decodes or answers a message of that size. It does so for
-// one message at a time, as one of 64 KiB may take 4 MiB for a moment; small ones do
-// not wait. If the connection is closed meanwhile, it ends the request.
+// inTurn calls f, which decodes a message of that size or encodes its answer. It does
+// so for one message at a time, because one of 64 KiB may take 4 MiB for a moment.
+// Small messages do not wait. If the connection is closed while a message waits, the
+// request ends.
 func (h *handler) inTurn(p *peerConn, size int, f func()) {
 	if size > smallMessage {
 		select {
@@ -905,8 +909,8 @@ func (h *handler) inTurn(p *peerConn, size int, f func()) {
 	f()
 }
 
-// encode returns the methodResponse for what a method returned. If that is too
-// long, it is a fault; only a package, which a monitor returns, may be longer.
+// encode returns the methodResponse for what a method returned. An answer of more
+// than maxMessage bytes becomes a fault, except a package, which a monitor returns.
 func (h *handler) encode(peer, name string, v any, err error) []byte {
 	answer := encodeResponse(v, err)
 	if _, isPackage := v.([]byte); len(answer) > maxMessage && !isPackage {
@@ -914,10 +918,11 @@ func (h *handler) encode(peer, name string, v any, err error) []byte {
 		h.refuse("%s: %s: %v", peer, cut(name), err)
 		answer = encodeResponse(nil, err)
 	}
-	return bytes.Clone(answer) // without the room behind it, as it is held until the peer has read it
+	return bytes.Clone(answer) // takes no spare room, as it is held until the peer has read it
 }
 
-// call runs one method. Its error is a fault, and logged; so is a panic.
+// call runs one method. Its error is always a *fault. It logs each error; one that is
+// no fault, or a panic, becomes an internal error.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -946,7 +951,8 @@ func (h *handler) introspection() []method {
 		{"system.listMethods", "array", "The names of all methods.", h.listMethods},
 		{"system.methodHelp", "string string", "What a method does.", h.methodHelp},
 		{"system.methodSignature", "array string",
-			"For each way to call a method: the type that it returns, then those of its parameters.", h.methodSignature},
+			"For each way to call a method: the type that it returns, then those of its parameters.",
+			h.methodSignature},
 		{"system.multicall", "array array",
 			"Calls several methods, each a struct of methodName and params; " +
 				"for each there is an array of its one result, or the struct of a fault.", h.multicall},
@@ -975,6 +981,7 @@ func (h *handler) methodHelp(_ request, params []any) (any, error) {
 	return m.help, err
 }
 
+// methodSignature returns an array of signatures, each an array of types.
 func (h *handler) methodSignature(_ request, params []any) (any, error) {
 	m, err := h.named(params)
 	signatures := []any{}
@@ -988,7 +995,7 @@ func (h *handler) methodSignature(_ request, params []any) (any, error) {
 	return signatures, err
 }
 
-// named returns the method that the only parameter names.
+// named returns the method whose name is the only parameter.
 func (h *handler) named(params []any) (method, error) {
 	name := ""
 	if len(params) == 1 {
@@ -1001,7 +1008,8 @@ func (h *handler) named(params []any) (method, error) {
 	return m, nil
 }
 
-// capabilities is the answer of system.getCapabilities.
+// capabilities is the answer of system.getCapabilities. All answers share it: a
+// system.multicall may ask for it 64 times.
 var capabilities = map[string]any{
 	"xmlrpc":           capability("http://www.xmlrpc.com/spec", 1),
 	"introspection":    capability("http://xmlrpc-c.sourceforge.net/introspection.html", 1),
@@ -1018,8 +1026,7 @@ func getCapabilities(_ request, params []any) (any, error) {
 	return capabilities, noParams("system.getCapabilities", params)
 }
 
-// multicall calls methods one after the other. What the calls return may come to
-// no more than one answer.
+// multicall calls methods one after the other. Their results must fit in one answer.
 func (h *handler) multicall(r request, params []any) (any, error) {
 	var calls []any
 	if len(params) == 1 {
@@ -1032,7 +1039,7 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	for _, c := range calls {
 		v, err := h.oneOfMany(r, c)
 		if size += len(encodeResponse(v, err)); size > maxMessage {
-			return nil, faultf(faultRequest, "the results have more than %d bytes: call fewer methods at once", maxMessage)
+			return nil, faultf(faultRequest, "results of more than %d bytes: call fewer methods at once", maxMessage)
 		}
 		if err != nil {
 			results = append(results, faultStruct(err))
@@ -1130,7 +1137,7 @@ func readAnswer(r io.Reader) ([]byte, error) {
 var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
-// is a success. When ctx has ended before the answer, the error is the cause.
+// is a success. If ctx ended before the answer came, the error is the cause of that.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	deadline := time.Now().Add(c.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -1144,10 +1151,12 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	}
 	r.Header.Set("Content-Type", "text/xml")
 	r.Header.Set("User-Agent", "picket")
-	r.Header["Idempotency-Key"] = nil // is not sent, but lets net/http try again when a kept connection was closed
+	// This header is not sent, but lets net/http send the call again when the monitor has
+	// just closed the connection that was kept.
+	r.Header["Idempotency-Key"] = nil
 	answer, err := c.http.Do(r)
-	if err == nil || errors.Is(context.Cause(ctx), context.Canceled) { // which says nothing about the address
-		c.silent.Store(false)
+	if err == nil || errors.Is(context.Cause(ctx), context.Canceled) {
+		c.silent.Store(false) // a call that was cancelled says nothing about the address
 	}
 	if err == nil {
 		defer answer.Body.Close()
@@ -1167,8 +1176,8 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	return err
 }
 
-// dialKey is the key of a call's deadline in its context: net/http hides the
-// deadline itself from dial.
+// dialKey is the key of a call's deadline in its context: net/http does not pass the
+// deadline itself on to dial.
 type dialKey struct{}
 
 // dial connects to the first address of the host that can be reached. Each gets an
@@ -1316,7 +1325,7 @@ type writerFunc func(p []byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
-// plural is 1 reading, 2 readings.
+// plural returns "1 reading", "2 readings".
 func plural(n int, noun string) string {
 	if n != 1 {
 		noun += "s"
@@ -1332,8 +1341,8 @@ const (
 	notice  = "<5>"
 )
 
-// A logLimit logs lines that outsiders cause: a burst of them, then so many a
-// second, and how many it left out.
+// A logLimit logs lines that outsiders cause: a burst of them, then so many a second.
+// It says how many it left out before the next line.
 type logLimit struct {
 	burst, perSecond float64
 

@@ -99,7 +99,7 @@ func newUpdater(s *sensors, backup, keys string, maxPackage, maxUnpacked int64, 
 	}
 }
 
-// A source provides a package and its signature.
+// A source provides a package and its signature. The signature is read only if a key is set.
 type source struct {
 	archive   func(ctx context.Context, to io.Writer) error
 	signature func(ctx context.Context) ([]byte, error)
@@ -917,8 +917,10 @@ func (d dir) enoughSpace(size int64) error {
 	if s.Files > 0 && s.Ffree < spaceReserve/dirSpace {
 		return fmt.Errorf("no space: %d files can still be made in %s", s.Ffree, d.Name())
 	}
-	if free := int64(s.Bavail) * int64(s.Bsize); s.Blocks > 0 && free-size < spaceReserve { // ramfs counts nothing
-		return fmt.Errorf("no space: %d bytes free in %s, %d needed and %d to be left", free, d.Name(), size, spaceReserve)
+	free := int64(s.Bavail) * int64(s.Bsize)
+	if s.Blocks > 0 && free-size < spaceReserve { // ramfs has no blocks
+		return fmt.Errorf("no space: %d bytes free in %s, %d needed and %d to be left",
+			free, d.Name(), size, spaceReserve)
 	}
 	return nil
 }
@@ -960,6 +962,7 @@ func (c *change) verify() error {
 	return nil
 }
 
+// checkSignature checks the signature of the package with the key whose number it names.
 func (c *change) checkSignature() error {
 	keys, err := readKeys(c.keys)
 	if err != nil {
@@ -995,7 +998,7 @@ func (c *change) checkSignature() error {
 	return nil
 }
 
-// readKeys reads a public key, or all NAME.pub of a directory, by number.
+// readKeys reads a public key, or each NAME.pub of a directory. It returns at least one, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	info, err := os.Stat(file)
 	if err != nil {
@@ -1023,8 +1026,8 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	return keys, nil
 }
 
-// parseSignify reads a file of signify's: a comment, and base64 of "Ed", the key number and a key
-// or signature of so many bytes. Nothing else may be in it.
+// parseSignify reads a key or a signature of signify: a line of comment, and a line of base64 with
+// "Ed", 8 bytes of key number and size bytes of data. Nothing else may be in it.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
 	comment, rest, ok := strings.Cut(string(text), "\n")
 	switch {
@@ -1049,8 +1052,9 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	return string(data[2:10]), data[10:], nil
 }
 
-// unpack unpacks the package into the staging directory, where the directory of the sensor is
-// complete and on the disk when it returns nil.
+// unpack unpacks the package into the staging directory. When it returns nil, the directory of the
+// sensor is complete there and on the disk. An archive that is cut off, even between two entries, is
+// an error; what follows the end of an archive is ignored.
 func (c *change) unpack() error {
 	c.progress("unpack")
 	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
@@ -1060,7 +1064,9 @@ func (c *change) unpack() error {
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	limited := &limitedReader{r: contents, left: c.maxUnpacked + maxEntries*2048 + maxPadding, limit: c.maxUnpacked}
+	// Besides its content an entry takes up to 2 KiB: header, long name, padding.
+	most := c.maxUnpacked + maxEntries*2048 + maxPadding
+	limited := &limitedReader{r: contents, left: most, limit: c.maxUnpacked}
 	p := &unpacking{change: c, left: c.maxUnpacked, seen: make(map[string]bool)}
 	for r := tar.NewReader(limited); ; {
 		h, err := r.Next()
@@ -1103,12 +1109,11 @@ func uncompressed(r *bufio.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// A limitedReader fails where there is more than it may read: a package of 785 bytes can unpack to
-// 1 GiB.
+// A limitedReader fails when more comes than it may read: a package of 785 bytes can unpack to 1 GiB.
 type limitedReader struct {
 	r           io.Reader
 	left, limit int64
-	ended       bool // all has been read
+	ended       bool // the latest Read found nothing more
 }
 
 func (l *limitedReader) Read(p []byte) (int, error) {
@@ -1124,11 +1129,11 @@ func (l *limitedReader) Read(p []byte) (int, error) {
 // An unpacking is the state of one unpack.
 type unpacking struct {
 	*change
-	left int64           // bytes that may still come
-	seen map[string]bool // the entries so far; false: a directory that was made for one in it
+	left int64           // bytes of content that may still come
+	seen map[string]bool // the names so far; false: a directory without an entry of its own until now
 }
 
-// entry unpacks one entry of the package, if it is one that belongs there.
+// entry unpacks one entry of the package, or returns why it does not belong there.
 func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	name, err := p.entryName(h)
 	if err != nil || name == "." {
@@ -1201,8 +1206,8 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 	return name, nil
 }
 
-// directory opens a directory of the package. Where it is missing it makes it, with mode 755 until
-// its own entry comes.
+// directory opens a directory of the package. If it is missing, directory makes it with mode 755,
+// which its own entry may change later.
 func (p *unpacking) directory(name string) (dir, error) {
 	if name == "." {
 		return p.staging.open(".", syscall.O_DIRECTORY)
@@ -1221,8 +1226,8 @@ func (p *unpacking) directory(name string) (dir, error) {
 	return parent.mkdir(path.Base(name), 0o755)
 }
 
-// count counts a file or directory of the package, also one that appears only in the path of a
-// file. It fails where there are too many, or where size bytes more are too much.
+// count counts a file or directory of the package, including one that appears only in the path of a
+// file. It fails if there are too many, or if size bytes of content more are too much.
 func (p *unpacking) count(name string, size int64, in dir) error {
 	if p.seen[name] = false; len(p.seen) > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
@@ -1233,15 +1238,15 @@ func (p *unpacking) count(name string, size int64, in dir) error {
 	return in.enoughSpace(size + dirSpace)
 }
 
-// checkVersion refuses a version older than the installed one and its backups: whoever sits on the
-// wire may send an old package again, though it is signed, also after a roll-back.
+// checkVersion refuses a package that is older than the installed version or than one of its
+// backups. Whoever controls the network may send an old package again, and its signature is valid.
 func (c *change) checkVersion() error {
 	offered, err := c.staging.version(c.name)
 	if err != nil {
 		return fmt.Errorf("version: %w", err)
 	}
 	backups, err := c.backupsOf(c.name, false)
-	newest, _ := c.installed.version(c.name) // what is no version says nothing that could be compared
+	newest, _ := c.installed.version(c.name) // without a valid one there is nothing to compare
 	for _, backup := range backups {
 		if v, _ := c.backups.version(backup); slices.Compare(v, newest) > 0 {
 			newest = v
@@ -1255,11 +1260,12 @@ func (c *change) checkVersion() error {
 	case offered == nil:
 		return fmt.Errorf("version: none in the package; %s is known here", versionText(newest))
 	}
-	return fmt.Errorf("version: %s is older than %s, which is known here", versionText(offered), versionText(newest))
+	return fmt.Errorf("version: %s is older than %s, which is known here",
+		versionText(offered), versionText(newest))
 }
 
-// version reads the file version of a sensor: decimal numbers with dots between them. Without the
-// file it returns nil.
+// version reads the file version of a sensor, decimal numbers with dots between them. It returns nil
+// if there is no such file. 1.0 is the same version as 1.
 func (d dir) version(name string) (version []uint64, err error) {
 	sensor, err := d.open(name, syscall.O_DIRECTORY)
 	if err != nil {
@@ -1290,7 +1296,7 @@ func (d dir) version(name string) (version []uint64, err error) {
 		}
 		version = append(version, n)
 	}
-	for len(version) > 1 && version[len(version)-1] == 0 { // 1.0 is 1
+	for len(version) > 1 && version[len(version)-1] == 0 {
 		version = version[:len(version)-1]
 	}
 	return version, nil
@@ -1301,8 +1307,8 @@ func versionText(version []uint64) string {
 	return strings.ReplaceAll(strings.Trim(fmt.Sprint(version), "[]"), " ", ".")
 }
 
-// nextMonitor asks the monitor where to move to, and returns a URL at which a monitor answers. The
-// check turns what was answered into a URL, or refuses it.
+// nextMonitor asks the monitor where to move to, and returns that URL if a monitor answers there.
+// The check turns the answer into a URL, or refuses it. A move from https to http is refused.
 func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, error)) (*url.URL, error) {
 	host, err := os.Hostname()
 	if err != nil {
