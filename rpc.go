@@ -185,7 +185,8 @@ func parseDecimal(s string) (float64, error) {
 // on; what it returns after that means nothing.
 type decoder struct{ err error }
 
-// An element is an element of a message, with what is directly in it.
+// An element is one element of a message: its name, its own text and the elements
+// directly in it.
 type element struct {
 	name     string // without a prefix: Apache's types have "ex:"
 	text     []byte
@@ -412,7 +413,7 @@ func decodeCall(message []byte) (method string, params []any, err error) {
 	return method, params, d.err
 }
 
-// decodeResponse reads a methodResponse and returns its value, nil where it has
+// decodeResponse reads a methodResponse and returns its value, or nil if it has
 // none. The error is a *fault exactly when the peer sent one; any other means that
 // the message was no response.
 func decodeResponse(message []byte) (v any, err error) {
@@ -436,7 +437,7 @@ func decodeResponse(message []byte) (v any, err error) {
 func faultOf(v any) *fault {
 	f := &fault{}
 	members, _ := v.(map[string]any)
-	f.code, _ = strconv.Atoi(fmt.Sprint(members["faultCode"])) // 0 where it is no number
+	f.code, _ = strconv.Atoi(fmt.Sprint(members["faultCode"])) // 0 if it is no number
 	if text, ok := members["faultString"]; ok {
 		f.text = oneLine(fmt.Sprint(text))
 	}
@@ -461,7 +462,8 @@ func encodeCall(method string, params ...any) []byte {
 	return b.Bytes()
 }
 
-// encodeResponse returns a methodResponse: a fault where err is not nil.
+// encodeResponse returns a methodResponse with the value or, unless err is nil, with
+// a fault.
 func encodeResponse(v any, err error) []byte {
 	var b bytes.Buffer
 	b.WriteString(xmlDeclaration + "<methodResponse>")
@@ -540,7 +542,7 @@ type method struct {
 	call       func(r request, params []any) (any, error)
 }
 
-// A request says where a call comes from and since when it is being answered.
+// A request says who made a call, and when it had arrived.
 type request struct {
 	ctx      context.Context // ends when nobody waits for the answer any more
 	peer     string          // host
@@ -620,7 +622,7 @@ type handler struct {
 
 	mu     sync.Mutex // guards what is below
 	access *access
-	conns  map[*peerConn]bool // those that are open
+	conns  map[*peerConn]bool // the open connections
 	most   int                // connections at once
 }
 
@@ -634,9 +636,9 @@ type peerConn struct {
 	ctx    context.Context // of its requests; it ends when the connection is closed
 	cancel context.CancelFunc
 
-	// The handler's lock guards what is below.
-	working   bool      // a call is being answered on it
-	since     time.Time // when it came, or the latest call on it began or ended
+	// handler.mu guards what is below.
+	working bool      // a call is being answered on it
+	since   time.Time // when it came, or the latest call on it began or ended
 }
 
 // peerKey is the key of a peerConn in the context of its requests.
@@ -692,8 +694,8 @@ func (h *handler) refuse(format string, args ...any) {
 	h.refused.printf(warning+format, args...)
 }
 
-// serve answers the calls that come in until the listener or the server is
-// closed.
+// serve answers calls until the listener or the server is closed. It always returns
+// an error, then http.ErrServerClosed or the listener's.
 func (h *handler) serve(l net.Listener) error { return h.http.Serve(peerListener{l, h}) }
 
 // A peerListener accepts connections and lets the handler admit them.
@@ -1065,8 +1067,8 @@ func (h *handler) oneOfMany(r request, c any) (any, error) {
 }
 
 // A client calls the XML-RPC methods of one URL. It follows no redirect and
-// asks no proxy: what it sends goes to that URL or nowhere. Where the name of the
-// host has several addresses, the one that answered last is tried first.
+// uses no proxy: what it sends goes to that URL or nowhere. If the name of the host
+// has several addresses, it tries the one that answered last first.
 type client struct {
 	url     *url.URL
 	timeout time.Duration // of a call as a whole
@@ -1215,9 +1217,9 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 }
 
 // fetch calls a method whose result is base64, and writes the decoded bytes while
-// they arrive: only a few KiB are in memory. It ends with an error when nothing has
-// come for the client's timeout, after an hour, and when more has come than a result
-// of limit bytes needs.
+// they arrive, so that only a few KiB are in memory. It fails if nothing comes for the
+// client's timeout, if it takes more than fetchTime, or if far more comes than a
+// result of limit bytes needs.
 func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name string, params ...any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, fetchTime, fmt.Errorf("not complete in %v", fetchTime))
 	defer cancel()
@@ -1269,10 +1271,11 @@ func readPackage(r io.Reader, to io.Writer) error {
 	return nil
 }
 
-// readHead reads an answer up to the first tag <base64>, or to its end where it has
-// none. It leaves out the white space after a tag, of which there may be any amount.
+// readHead reads an answer up to the first tag <base64>, or to its end if it has none.
+// It drops white space after a tag, however much comes, and reads at most maxAnswer
+// bytes besides.
 func readHead(in *bufio.Reader) (head []byte, found bool, err error) {
-	tag := 0 // where the latest tag begins, behind its "<"
+	tag := 0 // the index in head of the name of the latest tag
 	for len(head) < maxAnswer {
 		c, err := in.ReadByte()
 		if errors.Is(err, io.EOF) {
@@ -1298,7 +1301,7 @@ func readHead(in *bufio.Reader) (head []byte, found bool, err error) {
 	return nil, false, errTooLong
 }
 
-// A textReader reads up to the next tag, and leaves out white space.
+// A textReader reads text up to the next tag, without its white space.
 type textReader struct{ *bufio.Reader }
 
 func (t textReader) Read(p []byte) (n int, err error) {

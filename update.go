@@ -19,7 +19,7 @@ package main
 // A change makes these names one after the other. They tell recover how far it had come when the
 // power went:
 //
-//	.sensors.picket-staging-4f2a...            the package and what is unpacked of it; it is tried there
+//	.sensors.picket-staging-4f2a...            the package, unpacked and tried here
 //	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
 //	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
 //	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
@@ -67,10 +67,10 @@ const (
 	spaceReserve = 256 << 10       // bytes of a file system that an update leaves free
 	dirSpace     = 4 << 10         // bytes that a directory is taken to need
 	lockTime     = time.Minute     // to wait for another process that changes sensors
-	otherRuns    = 5 * time.Second // to wait for runs of another process in a version that gave way
+	otherRuns    = 5 * time.Second // to wait for runs of other processes in the replaced version
 
 	lockName     = ".picket-lock"  // of older versions
-	oldPrefix    = ".picket-old-"  // of older versions: the version that gave way
+	oldPrefix    = ".picket-old-"  // of older versions: the replaced version of a sensor
 	gonePrefix   = ".picket-gone-" // to be removed
 	backupLayout = "2006-01-02T15:04:05"
 )
@@ -255,8 +255,8 @@ func (c *change) tidy(err error) {
 }
 
 // begin opens the directories of sensors and of backups, and makes those that are missing. It locks
-// the backups, because no other user can do that: none can read them. It waits so long for another
-// process that changes sensors; the error then wraps context.DeadlineExceeded.
+// the backups, because no other user can do that: none can read them. If another process that changes
+// sensors holds the lock for longer than wait, the error wraps context.DeadlineExceeded.
 func (c *change) begin(wait time.Duration) (err error) {
 	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
 		return err
@@ -336,8 +336,8 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 }
 
 // stage makes the staging directory, with a name that nobody can guess. It lies beside the
-// directory of the sensors, where the owner of that cannot exchange it. If nothing can be renamed
-// from there, as where that is a mount, it lies among the sensors.
+// directory of sensors, so that the owner of that cannot exchange it. If nothing can be renamed from
+// there into the directory of sensors, for instance because that is a mount, it lies among them.
 func (c *change) stage() (err error) {
 	random := make([]byte, 8)
 	if _, err := rand.Read(random); err != nil {
@@ -465,7 +465,7 @@ func (c *change) finish(name string) error {
 	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
 		c.tooLate = true
 		if d, err := c.installed.open(name, syscall.O_DIRECTORY); err == nil {
-			os.Remove(d.at(c.sensors.executable)) // first, so that no run begins in what is left
+			os.Remove(d.at(c.sensors.executable)) // first, so that no run begins in half a sensor
 			d.Close()
 		}
 		err = c.installed.remove(name)
@@ -605,7 +605,7 @@ func (c *change) isUnsettled() bool {
 		})
 }
 
-// backupsOf lists the backups of a sensor, oldest first, or those that are hidden.
+// backupsOf lists the published or the hidden backups of a sensor, the oldest first.
 func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
 	files, err := c.backups.names()
 	return slices.DeleteFunc(files, func(file string) bool {
@@ -626,7 +626,7 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// prune removes the oldest backups of each sensor beyond those to keep.
+// prune removes the oldest backups of each sensor, so that keep of them remain; 0 removes none.
 func (c *change) prune() error {
 	files, err := c.backups.names()
 	errs, count := []error{err}, make(map[string]int)
@@ -686,7 +686,7 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	if err := to.enoughSpace(info.Size()); err != nil {
 		return err
 	}
-	// Where a pipe has been put in its place, the size is 0 and nothing is read.
+	// A pipe that somebody has put in its place has the size 0, so that it is not read.
 	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 }
 
@@ -949,8 +949,8 @@ func (c *change) fetch() error {
 	return nil
 }
 
-// verify checks the signature of the package, before anything in it is read as more than bytes.
-// Where no key is set, every package is taken.
+// verify checks the signature of the package, before any byte of it is parsed. If no key is set, it
+// takes every package.
 func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
