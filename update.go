@@ -390,7 +390,7 @@ func (c *change) giveAway() error {
 // replace puts the staged version in the place of the sensor, and the installed one among the
 // backups. One rename decides: before it nothing has changed, after it settle can do the rest at
 // any time. If the rest fails twice, the change is called off, as long as the installed version is
-// whole and in its place.
+// whole.
 func (c *change) replace() error {
 	c.progress("swap")
 	backup, newName, isNew := "", newPrefix+c.name, !c.installed.has(c.name)
@@ -409,17 +409,28 @@ func (c *change) replace() error {
 		err = c.finish(c.name)
 	}
 	if err != nil && c.installed.has(newName) {
-		if c.installed.has(c.name) && !c.tooLate { // nothing has changed yet: call it off
-			c.tidy(c.discard(newName, c.name))
-			if c.backups.has(backup) {
-				c.tidy(c.removeBackup(backup))
-			}
+		if !c.tooLate {
+			c.tidy(c.undo(backup))
 		}
 		return err
 	}
 	c.tidy(err) // of the last sync: the new version is in its place, as all can see
 	c.keepGone = !isNew && !c.awaitRuns()
 	return nil
+}
+
+// undo takes back a change that was decided but could not be finished. The backup, "" if there was
+// no installed version, is hidden again only when nothing can finish the change any more.
+func (c *change) undo(backup string) error {
+	if backup != "" && !c.installed.has(c.name) {
+		if err := c.installed.rename(gonePrefix+c.name, c.installed, c.name); err != nil {
+			return err
+		}
+	}
+	if err := c.discard(newPrefix+c.name, c.name); err != nil || backup == "" || !c.backups.has(backup) {
+		return err
+	}
+	return c.backups.rename(backup, c.backups, "."+backup)
 }
 
 // backUp makes a hidden backup of a file among the sensors that is a version of this sensor, and
