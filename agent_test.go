@@ -556,18 +556,19 @@ func TestSettings(t *testing.T) {
 
 // TestLost: each protection that goes away is named.
 func TestLost(t *testing.T) {
-	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1)}
+	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1), listen: "10.0.0.1:80"}
 	s.monitorTLS.ca, s.agentTLS = "c", tlsFiles{certificate: "c", ca: "c", name: "n"}
 	for want, change := range map[string]func(*settings){
-		"[sensor] user":        func(s *settings) { s.user = nil },
-		"[sensor] update = no": func(s *settings) { s.update = true },
-		"[sensor] public_key":  func(s *settings) { s.publicKey = "" },
-		"[monitor] ca":         func(s *settings) { s.monitorTLS.ca = "" },
-		"[agent] allow":        func(s *settings) { s.allow = nil },
-		"[agent] certificate":  func(s *settings) { s.agentTLS.certificate = "" },
-		"[agent] client_ca":    func(s *settings) { s.agentTLS.ca = "" },
-		"[agent] client_name":  func(s *settings) { s.agentTLS.name = "" },
-		"":                     func(s *settings) { s.allow, s.publicKey = make([]netip.Prefix, 2), "other" },
+		"[sensor] user":                 func(s *settings) { s.user = nil },
+		"[sensor] update = no":          func(s *settings) { s.update = true },
+		"[sensor] public_key":           func(s *settings) { s.publicKey = "" },
+		"[monitor] ca":                  func(s *settings) { s.monitorTLS.ca = "" },
+		"[agent] allow":                 func(s *settings) { s.allow = nil },
+		"[agent] listen on one address": func(s *settings) { s.listen = "[::]:80" },
+		"[agent] certificate":           func(s *settings) { s.agentTLS.certificate = "" },
+		"[agent] client_ca":             func(s *settings) { s.agentTLS.ca = "" },
+		"[agent] client_name":           func(s *settings) { s.agentTLS.name = "" },
+		"":                              func(s *settings) { s.allow, s.publicKey, s.listen = make([]netip.Prefix, 2), "other", "localhost:80" },
 	} {
 		next := s
 		change(&next)
@@ -576,7 +577,7 @@ func TestLost(t *testing.T) {
 		}
 	}
 	empty, _, _ := (&ini{}).settings("")
-	if got := s.lost(&empty); len(got) != 8 {
+	if got := s.lost(&empty); len(got) != 9 {
 		t.Errorf("an empty client.cfg: got %q; want all", got)
 	}
 }
@@ -5720,7 +5721,7 @@ func TestCommandLine(t *testing.T) {
 // printed, and the error as it would be logged.
 func picket(args ...string) string {
 	var out bytes.Buffer
-	err := execute(context.Background(), nil, args, &out)
+	err := execute(context.Background(), make(chan os.Signal, 1), args, &out)
 	code := 0
 	var coded *exitError
 	switch {

@@ -334,7 +334,7 @@ func (c *ini) remove(section string, option ...string) error {
 		return true
 	})
 	if len(lines) == len(c.lines) {
-		return fmt.Errorf("%s: no such section or option", c.name)
+		return fmt.Errorf("%s: there is no %s in it", c.name, strings.Join(append([]string{"[" + section + "]"}, option...), " "))
 	}
 	return c.replaceText(lines, want)
 }
@@ -377,6 +377,7 @@ func (s *settings) lost(next *settings) (names []string) {
 		{"[sensor] update = no", !s.update, !next.update},
 		{"[sensor] public_key", s.publicKey != "", next.publicKey != ""},
 		{"[monitor] ca", s.monitorTLS.ca != "", next.monitorTLS.ca != ""},
+		{"[agent] listen on one address", isOneAddress(s.listen), isOneAddress(next.listen)},
 		{"[agent] allow", len(s.allow) > 0, len(next.allow) > 0},
 		{"[agent] certificate", s.agentTLS.certificate != "", next.agentTLS.certificate != ""},
 		{"[agent] client_ca", s.agentTLS.ca != "", next.agentTLS.ca != ""},
@@ -387,6 +388,14 @@ func (s *settings) lost(next *settings) (names []string) {
 		}
 	}
 	return names
+}
+
+// isOneAddress reports whether who listens there is reached by one address of the
+// box only.
+func isOneAddress(listen string) bool {
+	host, _, _ := net.SplitHostPort(listen) // address has checked it
+	addr, err := netip.ParseAddr(host)
+	return host != "" && (err != nil || !addr.IsUnspecified())
 }
 
 // TLSFiles are the files that a section names for TLS, and what is in them.
@@ -701,7 +710,7 @@ func size(low, high int64) func(string) (int64, error) {
 			}
 		}
 		n, err := strconv.ParseInt(digits, 10, 64)
-		if err != nil || n > high/factor || n*factor < low {
+		if err != nil || n < 0 || n > high/factor || n*factor < low {
 			return 0, fmt.Errorf("%q is not a size from %d to %d, such as 65536, 64K or 4M", v, low, high)
 		}
 		return n * factor, nil

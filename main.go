@@ -97,7 +97,8 @@ import (
 const (
 	sensorsTime = 5 * time.Second  // for running sensors when the agent ends
 	deliverTime = 5 * time.Second  // for undelivered readings after that
-	reloadTime  = time.Second      // between the two reads of client.cfg that must be equal
+	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
+	reloadTries = 10               // before a file that does not rest is refused
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
@@ -163,13 +164,16 @@ func closeOnExec() {
 
 // leaveTerminal gives up the controlling terminal, so that no sensor can open
 // /dev/tty, read what is typed there or type into it. ^C still arrives, unless
-// picket leads the session of the terminal; then the kernel also sends SIGHUP.
-func leaveTerminal() {
+// picket leads the session of the terminal. Then the kernel also sends SIGHUP,
+// which is ignored for this moment.
+func leaveTerminal(signals chan<- os.Signal) {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return // there is none
 	}
 	defer tty.Close()
+	signal.Ignore(syscall.SIGHUP)
+	defer signal.Notify(signals, syscall.SIGHUP)
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
@@ -255,7 +259,7 @@ func (in invocation) usageError() error { return usagef("usage: %s", in.usage) }
 
 // execute runs the program with the arguments of its command line. Its error
 // shows no password.
-func execute(ctx context.Context, signals <-chan os.Signal, args []string, out io.Writer) error {
+func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) error {
 	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
 	in := invocation{signals: signals, out: out}
 	flags.StringVar(&in.config, "c", "", "")
@@ -264,7 +268,7 @@ func execute(ctx context.Context, signals <-chan os.Signal, args []string, out i
 	}
 	c, err := in.findSubcommand()
 	if err == nil && c.needs >= needsNoTTY {
-		leaveTerminal()
+		leaveTerminal(signals)
 	} else if err == nil { // signals that mean something to an agent only
 		signal.Reset(syscall.SIGHUP, syscall.SIGUSR1)
 	}
@@ -661,9 +665,9 @@ func (a *agent) run(ctx context.Context) (err error) {
 	case err = <-a.served:
 		cancel()
 	}
+	a.cancel()
 	a.delivery.putLast()
 	within(sensorsTime, a.queue.close)
-	a.cancel()
 	beside.Wait()
 	a.active.Load().sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
@@ -774,7 +778,10 @@ func (a *agent) reload(ctx context.Context) {
 // lack a protection which is in force.
 func rereadSettings(ctx context.Context, before *settings) (s settings, err error) {
 	text, err := readSmall(before.file, maxConfig)
-	for same := false; err == nil && !same; {
+	for same, tries := false, 0; err == nil && !same; tries++ {
+		if tries == reloadTries {
+			return s, fmt.Errorf("%s: still changing after %v", before.file, reloadTries*reloadTime)
+		}
 		select {
 		case <-time.After(reloadTime):
 		case <-ctx.Done():
@@ -792,7 +799,7 @@ func rereadSettings(ctx context.Context, before *settings) (s settings, err erro
 		s, err = checkSettings(c)
 	}
 	if lost := before.lost(&s); err == nil && len(lost) > 0 {
-		err = fmt.Errorf("%s: without %s, which protects the agent at present; to give that up, start it anew",
+		err = fmt.Errorf("%s: it lacks %s: a reload gives up no protection that is in force, only a start does",
 			before.file, strings.Join(lost, ", "))
 	}
 	return s, err
@@ -1095,6 +1102,9 @@ func (a *agent) listSensors(_ request, params []any) (any, error) {
 		return nil, err
 	}
 	texts, err := a.active.Load().sensors.helpTexts(a.ctx) // also for a caller that has closed its sending half
+	if a.ctx.Err() != nil {
+		return nil, faultf(faultBusy, "the agent is shutting down")
+	}
 	if err != nil {
 		a.handler.refused.printf(warning+"%v", err) // the agent's own text is left
 		texts = make(map[string]string)
@@ -1300,10 +1310,13 @@ func editConfig(ctx context.Context, file string, strict bool, change func(*ini)
 		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
 	for _, w := range fresh {
 		log.Print(warning + w)
 	}
-	return err
+	return nil
 }
 
 // checkAll checks the settings of a text and the key that they name. It returns

@@ -891,7 +891,11 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return http.StatusOK, encodeResponse(nil, err)
 	}
 	v, err := h.call(request{r.Context(), peer, time.Now()}, name, params)
-	h.inTurn(p, len(message), func() { answer = h.encode(peer, name, v, err) })
+	size := len(message)
+	if _, isText := v.(string); !isText { // as OK is; a list may be long
+		size = maxMessage
+	}
+	h.inTurn(p, size, func() { answer = h.encode(peer, name, v, err) })
 	return http.StatusOK, answer
 }
 

@@ -442,7 +442,7 @@ func reason(code int, why string, said []byte) string {
 	case words != "":
 		return strconv.Quote(words)
 	case why == "" && code < 0:
-		return "ended by " + syscall.Signal(-code).String()
+		return fmt.Sprintf("ended by signal %d (%v)", -code, syscall.Signal(-code))
 	}
 	return why
 }
@@ -967,7 +967,7 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 	if q.closed {
 		return faultf(faultBusy, "the agent is shutting down")
 	}
-	return faultf(faultBusy, "the queue of %d commands is full", q.size)
+	return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
 }
 
 // admit lets in the jobs that wait for room, as far as there is any.
@@ -1475,7 +1475,9 @@ func (d *delivery) answered(now time.Time) {
 func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	if d.awaySince.IsZero() {
 		d.awaySince = now
-		log.Printf(warning+"monitor %s: away: %s", d.client.url.Redacted(), oneLine(err.Error()))
+		if !d.closing { // an attempt has a second only then, which says little of the monitor
+			log.Printf(warning+"monitor %s: away: %s", d.client.url.Redacted(), oneLine(err.Error()))
+		}
 		d.saveAll()
 	}
 	d.misses++
