@@ -1,8 +1,5 @@
 package main
 
-// Helpers first, then the tests in the order of the source files, last the
-// whole story over HTTP. Tests use loopback and temporary directories only.
-
 import (
 	"archive/tar"
 	"bufio"
@@ -26,7 +23,6 @@ import (
 	"io/fs"
 	"log"
 	"maps"
-	"math"
 	"math/big"
 	mathrand "math/rand"
 	"net"
@@ -53,6 +49,9 @@ import (
 	"unsafe"
 )
 
+// Helpers come first, then tests in the order of the source files, then whole stories,
+// fuzz targets and benchmarks. A helper of one test stands beside it. Tests use loopback and temporary directories only.
+
 var (
 	update   = flag.Bool("update", false, "rewrite the golden files of testdata")
 	kills    = flag.Int("kills", 25, "how often TestKill kills the agent")
@@ -62,7 +61,14 @@ var (
 // patience is how long a test waits for what must happen, before it fails.
 const patience = 30 * time.Second
 
+// ctx is for calls that nothing cuts short.
+var ctx = context.Background()
+
+// files are the texts of files by their names; a name that ends in a slash is a directory.
+type files = map[string]string
+
 func TestMain(m *testing.M) {
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // else each child takes a second to end
 	if os.Getenv("PICKET_TEST_MAIN") != "" { // a child that is to be the program
 		if n, err := strconv.ParseUint(os.Getenv("PICKET_TEST_FILES"), 10, 16); err == nil {
 			syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n})
@@ -80,14 +86,14 @@ func TestMain(m *testing.M) {
 		log.SetOutput(io.Discard)
 	}
 	code := m.Run()
+	os.RemoveAll(program.dir)
 	for _, what := range sortedKeys(totals.n) {
 		fmt.Printf("total: %d %s\n", totals.n[what], what)
 	}
 	os.Exit(code)
 }
 
-// Totals are what the tests have done, printed at the end so that it can be
-// quoted.
+// totals counts what the tests have done. It is printed at the end.
 var totals struct {
 	sync.Mutex
 	n map[string]int
@@ -103,6 +109,76 @@ func total(what string, n int) {
 	totals.n[what] += n
 }
 
+// parallel calls work n times at once, and waits for all of them.
+func parallel(n int, work func(i int)) {
+	var all sync.WaitGroup
+	for i := 0; i < n; i++ {
+		all.Add(1)
+		go func(i int) {
+			defer all.Done()
+			work(i)
+		}(i)
+	}
+	all.Wait()
+}
+
+// must ends the test at an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// expect wants something to hold, and otherwise says what a test got and what it wants.
+func expect(t testing.TB, holds bool, format string, args ...any) {
+	t.Helper()
+	if !holds {
+		t.Errorf(format, args...)
+	}
+}
+
+// equal compares what a test got with what it wants.
+func equal(t testing.TB, what string, got, want any) {
+	t.Helper()
+	expect(t, reflect.DeepEqual(got, want), "%s: got %+v; want %+v", what, got, want)
+}
+
+// has wants a text, an error or a log to have a part, in which … stands for any text.
+func has(t testing.TB, what string, got any, part string) {
+	t.Helper()
+	text := fmt.Sprint(got)
+	expect(t, like(text, "…"+part+"…"), "%s: got %s; want %s", what, text, part)
+}
+
+// like reports whether got is want, in which … stands for any text.
+func like(got, want string) bool {
+	pattern := strings.ReplaceAll(regexp.QuoteMeta(want), "…", ".*")
+	return regexp.MustCompile("(?s)^" + pattern + "$").MatchString(got)
+}
+
+// await waits until what comes true.
+func await(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: got nothing in %v", what, patience)
+		}
+	}
+}
+
+// receive waits for the next element of a channel.
+func receive[T any](t testing.TB, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(patience):
+		t.Fatalf("%s: got nothing in %v", what, patience)
+		panic("unreachable")
+	}
+}
+
 // logged returns what is logged from here to the end of the test.
 func logged(t *testing.T) fmt.Stringer {
 	var b lockedBuffer
@@ -112,7 +188,7 @@ func logged(t *testing.T) fmt.Stringer {
 	return &b
 }
 
-// Unmarked takes the severities off the lines of a log.
+// unmarked takes the severities off the lines of a log.
 type unmarked struct{ w io.Writer }
 
 func (u unmarked) Write(line []byte) (int, error) {
@@ -121,6 +197,7 @@ func (u unmarked) Write(line []byte) (int, error) {
 	return len(line), err
 }
 
+// A lockedBuffer may be written and read at the same time.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -138,75 +215,108 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// await waits until what comes true.
-func await(t testing.TB, what string, done func() bool) {
+// wantLog waits until a log has a text, in which … stands for anything.
+func wantLog(t testing.TB, log fmt.Stringer, text string) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not in %v", what, patience)
+	defer func() {
+		if t.Failed() {
+			t.Logf("the log is %s", log)
 		}
+	}()
+	await(t, "the log has "+text, func() bool { return like(log.String(), "…"+text+"…") })
+}
+
+func readFile(t testing.TB, file string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	must(t, err)
+	return data
+}
+
+// writeTree makes files, which are executable, and directories.
+func writeTree(t testing.TB, dir string, tree files) {
+	t.Helper()
+	for _, name := range sortedKeys(tree) {
+		file := filepath.Join(dir, name)
+		if strings.HasSuffix(name, "/") {
+			must(t, os.MkdirAll(file, 0o755))
+			continue
+		}
+		must(t, os.MkdirAll(filepath.Dir(file), 0o755))
+		must(t, os.WriteFile(file, []byte(tree[name]), 0o755))
 	}
 }
 
-// receive waits for the next element of a channel.
-func receive[T any](t testing.TB, what string, c <-chan T) T {
+// readTree returns the files of a directory, times in their names replaced by TIME.
+func readTree(t testing.TB, dir string) files {
 	t.Helper()
-	select {
-	case v := <-c:
-		return v
-	case <-time.After(patience):
-		t.Fatalf("%s: nothing in %v", what, patience)
-		panic("unreachable")
+	tree := make(files)
+	must(t, filepath.WalkDir(dir, func(file string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() || e.Type() == fs.ModeNamedPipe {
+			return err
+		}
+		name, err := filepath.Rel(dir, file)
+		if err != nil {
+			return err
+		}
+		text, err := os.ReadFile(file)
+		tree[regexp.MustCompile(`_\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`).ReplaceAllString(name, "_TIME")] = string(text)
+		return err
+	}))
+	return tree
+}
+
+// describeTree tells all that there is in a directory, with owners, modes and contents.
+func describeTree(t *testing.T, dir string) (text string) {
+	t.Helper()
+	must(t, filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		content := ""
+		if info.Mode().IsRegular() {
+			content = string(readFile(t, file))
+		}
+		text += fmt.Sprintf("%s %v %d %d %q\n", file, info.Mode(), ownerOf(info).Uid, ownerOf(info).Nlink, content)
+		return nil
+	}))
+	return text
+}
+
+// leavesNothing wants no temporary file in these directories.
+func leavesNothing(t testing.TB, where string, dirs ...string) {
+	t.Helper()
+	for _, dir := range dirs {
+		left, err := filepath.Glob(filepath.Join(dir, ".*"))
+		expect(t, err == nil && len(left) == 0, "%s: got %q, %v; want nothing left", where, left, err)
 	}
+}
+
+// glob lists the files that a pattern fits, of which there must be one.
+func glob(t testing.TB, pattern string) []string {
+	t.Helper()
+	list, err := filepath.Glob(pattern)
+	if err != nil || len(list) == 0 {
+		t.Fatalf("%s: got %q, %v; want files", pattern, list, err)
+	}
+	return list
 }
 
 // golden compares got with a file of testdata.
 func golden(t *testing.T, file, got string) {
 	t.Helper()
 	if *update {
-		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(file, []byte(got), 0o644))
 	}
-	want, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got != string(want) {
-		t.Errorf("%s: got\n%s\nwant\n%s", file, got, want)
-	}
+	equal(t, file, got, string(readFile(t, file)))
 }
 
-// shipped returns the shipped files whose names begin so, or skips the test where
-// one is not as it is shipped: whoever uses picket changes client.cfg and sensors.
-// testdata/shipped.txt has their checksums, as of sha256sum; -update renews them.
-func shipped(t testing.TB, prefix string) map[string]string {
-	t.Helper()
-	const list = "testdata/shipped.txt"
-	sums, err := os.ReadFile(list)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, now := make(map[string]string), ""
-	for _, line := range strings.Split(strings.TrimSpace(string(sums)), "\n") {
-		_, name, _ := strings.Cut(line, "  ")
-		text, _ := os.ReadFile(name) // it may be gone
-		is := fmt.Sprintf("%x  %s", sha256.Sum256(text), name)
-		now += is + "\n"
-		if strings.HasPrefix(name, prefix) {
-			files[name] = string(text)
-			if is != line && !*update {
-				t.Skipf("%s is not as it is shipped; if it is to be shipped so, run go test -update", name)
-			}
-		}
-	}
-	if *update {
-		if err := os.WriteFile(list, []byte(now), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return files
-}
+// splitLines returns the lines of a text without their ends.
+func splitLines(text string) []string { return strings.Split(strings.TrimSuffix(text, "\n"), "\n") }
 
 // A testCase is one of the cases that a file of testdata holds.
 type testCase struct{ name, text string }
@@ -215,11 +325,7 @@ type testCase struct{ name, text string }
 // goes on to the next such line; what stands before the first is for the reader.
 func cases(t testing.TB, file string) (list []testCase) {
 	t.Helper()
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, line := range strings.SplitAfter(string(text), "\n") {
+	for _, line := range strings.SplitAfter(string(readFile(t, file)), "\n") {
 		name, opens := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "-- ")
 		name, closes := strings.CutSuffix(name, " --")
 		if opens && closes {
@@ -231,14 +337,73 @@ func cases(t testing.TB, file string) (list []testCase) {
 	return list
 }
 
-// program returns the path of a program, or skips the test.
-func program(t testing.TB, name string) string {
+// shipped returns the shipped files whose names begin so, or skips the test where
+// one is not as it is shipped: whoever uses picket changes client.cfg and sensors.
+// testdata/shipped.txt has their checksums, as of sha256sum; -update renews them.
+func shipped(t testing.TB, prefix string) files {
+	t.Helper()
+	const list = "testdata/shipped.txt"
+	found, now := make(files), ""
+	for _, line := range splitLines(string(readFile(t, list))) {
+		_, name, _ := strings.Cut(line, "  ")
+		text, _ := os.ReadFile(name) // it may be gone
+		is := fmt.Sprintf("%x  %s", sha256.Sum256(text), name)
+		now += is + "\n"
+		if strings.HasPrefix(name, prefix) {
+			found[name] = string(text)
+			if is != line && !*update {
+				t.Skipf("%s is not as it is shipped; if it is to be shipped so, run go test -update", name)
+			}
+		}
+	}
+	if *update {
+		must(t, os.WriteFile(list, []byte(now), 0o644))
+	}
+	return found
+}
+
+// lockFile locks a file or directory, as another process does.
+func lockFile(t testing.TB, path string) *os.File {
+	t.Helper()
+	f := get(os.Open(path))
+	t.Cleanup(func() { f.Close() })
+	must(t, syscall.Flock(int(f.Fd()), syscall.LOCK_EX))
+	return f
+}
+
+// forEverybody lets other users into a temporary directory.
+func forEverybody(t *testing.T, dir string) {
+	t.Helper()
+	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
+		must(t, os.Chmod(dir, 0o755))
+	}
+}
+
+// mount mounts something until the test ends, or skips the test.
+func mount(t *testing.T, source, target, kind string, flags uintptr, data string) {
+	t.Helper()
+	if err := syscall.Mount(source, target, kind, flags, data); err != nil {
+		t.Skipf("mount %s: %v", target, err)
+	}
+	t.Cleanup(func() { must(t, syscall.Unmount(target, syscall.MNT_DETACH)) })
+}
+
+// needs returns the path of a program, or skips the test.
+func needs(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
 		t.Skipf("no %s on this machine", name)
 	}
 	return path
+}
+
+// needsRoot skips the test if its user is not root.
+func needsRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can")
+	}
 }
 
 // findPython2 returns the path of a Python 2.7, or nothing: few machines have
@@ -254,22 +419,122 @@ func findPython2() string {
 	return ""
 }
 
-// writeSensor makes a sensor of a shell script.
-func writeSensor(t testing.TB, dir, name, script string) {
+// runTool runs a program in dir, and returns what it prints.
+func runTool(t testing.TB, dir, name string, args ...string) string {
 	t.Helper()
-	if err := makeFiles(dir, map[string]string{name + "/check": "#!/bin/sh\n" + script + "\n"}); err != nil {
-		t.Fatal(err)
+	cmd := exec.Command(name, args...)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v: %s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// The program as make build makes it, which is built once.
+var program struct {
+	once sync.Once
+	dir  string
+}
+
+// binary returns the path of the program.
+func binary(t testing.TB) string {
+	t.Helper()
+	program.once.Do(func() {
+		var err error
+		program.dir, err = os.MkdirTemp("", "picket-test-")
+		must(t, err)
+		must(t, os.Chmod(program.dir, 0o755))
+		goBuild(t, filepath.Join(program.dir, "picket"), ".")
+	})
+	return filepath.Join(program.dir, "picket")
+}
+
+func goBuild(t testing.TB, file, source string) string {
+	t.Helper()
+	t.Setenv("CGO_ENABLED", "0")
+	linker := "-s -w -buildid= -X main.built=1 -X main.release=test"
+	flags := []string{"build", "-trimpath", "-buildvcs=false", "-tags", "nethttpomithttp2", "-ldflags", linker}
+	runTool(t, "", "go", append(flags, "-o", file, source)...)
+	return file
+}
+
+// processes lists the processes, zombies too, whose directory in /proc fits.
+func processes(fits func(dir string) bool) (pids []int) {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		if fits(dir) {
+			pid, _ := strconv.Atoi(filepath.Base(dir))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// mark puts a word into the environment of all processes that are started from
+// here on. It returns a function that lists them.
+func mark(t *testing.T) func() []int {
+	word := fmt.Sprint(t.Name(), time.Now().UnixNano())
+	t.Setenv("PICKET_TEST_MARK", word)
+	return func() []int {
+		return processes(func(dir string) bool {
+			env, _ := os.ReadFile(dir + "/environ") // it may have ended
+			return strings.Contains(string(env), "PICKET_TEST_MARK="+word)
+		})
 	}
 }
 
-// testSensors returns the sensors of a new directory with one sensor, s.
-func testSensors(t testing.TB, script string) *sensors {
+// awaitNone waits until none of the marked processes is left.
+func awaitNone(t *testing.T, marked func() []int) {
 	t.Helper()
-	dir := t.TempDir()
-	if script != "" {
-		writeSensor(t, dir, "s", script)
+	await(t, "no process is left", func() bool { return len(marked()) == 0 })
+}
+
+// openFiles counts the open files of this process.
+func openFiles(t *testing.T) int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip(err)
 	}
-	return newSensors(dir, "check", "options", patience, nil)
+	return len(entries)
+}
+
+// residentMemory is a figure of /proc/PID/status, in KiB.
+func residentMemory(t testing.TB, pid any, name string) int {
+	t.Helper()
+	text := readFile(t, fmt.Sprintf("/proc/%v/status", pid))
+	match := regexp.MustCompile(name + `:\s+(\d+) kB`).FindSubmatch(text)
+	if match == nil {
+		t.Fatalf("got %s; want %s in it", text, name)
+	}
+	n, _ := strconv.Atoi(string(match[1]))
+	return n
+}
+
+// memoryGroup makes a memory cgroup that ends with the test, where it can.
+func memoryGroup(t *testing.T, limit int64) (dir string, ok bool) {
+	for root, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
+	} {
+		dir, err := os.MkdirTemp(root, "picket-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			await(t, "the cgroup is empty", func() bool {
+				err := os.Remove(dir)
+				return err == nil || errors.Is(err, fs.ErrNotExist)
+			})
+		})
+		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
+			_, err = fmt.Fprint(f, limit)
+			f.Close()
+			if err == nil {
+				return dir, true
+			}
+		}
+	}
+	return "", false
 }
 
 // A recorder is a monitor that keeps what it gets, and misbehaves on demand.
@@ -280,7 +545,22 @@ type recorder struct {
 	tries    atomic.Int64
 
 	mu        sync.Mutex
-	misbehave func(w http.ResponseWriter, try int) bool // reports whether it has answered
+	misbehave func(w http.ResponseWriter, a attempt) bool // reports whether it has answered
+}
+
+func (m *recorder) set(misbehave func(w http.ResponseWriter, a attempt) bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.misbehave = misbehave
+}
+
+// An attempt is a call that a recorder gets.
+type attempt struct {
+	try     int // the first is 1
+	method  string
+	params  []any
+	store   func() // does what the monitor would, but does not answer
+	context context.Context
 }
 
 func newRecorder(t testing.TB) *recorder {
@@ -288,30 +568,80 @@ func newRecorder(t testing.TB) *recorder {
 	m.monitor = &monitor{stored: func(s storedReading) error { m.readings <- s; return nil }}
 	inner := newHandler(m.methods())
 	m.url = serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		try := int(m.tries.Add(1))
+		a := attempt{try: int(m.tries.Add(1)), context: r.Context()}
 		m.mu.Lock()
 		misbehave := m.misbehave
 		m.mu.Unlock()
-		if misbehave == nil || !misbehave(w, try) {
-			inner.ServeHTTP(w, r)
+		if misbehave != nil {
+			body, _ := io.ReadAll(r.Body)
+			a.method, a.params, _ = decodeCall(body)
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			a.store = func() { inner.ServeHTTP(httptest.NewRecorder(), r) }
+			if misbehave(w, a) {
+				return
+			}
 		}
+		inner.ServeHTTP(w, r)
 	}))
 	return m
 }
 
-func (m *recorder) set(misbehave func(w http.ResponseWriter, try int) bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.misbehave = misbehave
+// away answers as a monitor that is out of order.
+func away(w http.ResponseWriter, _ attempt) bool { w.WriteHeader(503); return true }
+
+// listenRaw calls a function with each connection until the test ends, and closes the
+// connection after it.
+func listenRaw(t testing.TB, address string, serve func(net.Conn)) *rawListener {
+	t.Helper()
+	l := &rawListener{Listener: listen(t, address)}
+	l.served.Add(1)
+	go func() {
+		defer l.served.Done()
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			l.conns.Add(1)
+			l.served.Add(1)
+			go func() {
+				defer l.served.Done()
+				defer conn.Close()
+				serve(conn)
+			}()
+		}
+	}()
+	t.Cleanup(func() { l.Close(); l.served.Wait() })
+	return l
+}
+
+// listen listens on loopback until the test ends.
+func listen(t testing.TB, address string) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", address)
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// A rawListener counts its connections.
+type rawListener struct {
+	net.Listener
+	conns  atomic.Int32
+	served sync.WaitGroup
 }
 
 // serve serves a handler on loopback until the test ends.
 func serve(t testing.TB, h http.Handler) *url.URL {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	u, _ := serveOn(t, "127.0.0.1:0", h)
+	return u
+}
+
+// serveOn serves a handler at an address.
+func serveOn(t testing.TB, address string, h http.Handler) (*url.URL, *http.Server) {
+	t.Helper()
+	listener := listen(t, address)
 	server := &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)}
 	run := server.Serve
 	if h, ok := h.(*handler); ok {
@@ -320,96 +650,528 @@ func serve(t testing.TB, h http.Handler) *url.URL {
 	done := make(chan struct{})
 	go func() { defer close(done); run(listener) }()
 	t.Cleanup(func() { server.Close(); <-done })
-	return &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
+	return &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}, server
 }
 
-// testSettings are the defaults, for an agent in dir that a test talks to.
-func testSettings(t testing.TB, dir string, monitor *url.URL) settings {
+// dial connects, from an address of loopback or, with "", from any. The connection is
+// closed when the test ends.
+func dial(t testing.TB, address, from string) *net.TCPConn {
 	t.Helper()
-	s, _, err := (&ini{}).settings(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.path, s.listen, s.monitor = dir, "127.0.0.1:0", monitor
-	return s
+	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", address)
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	return conn.(*net.TCPConn)
 }
 
-// startAgent runs an agent until the test ends.
-func startAgent(t testing.TB, s settings) (*agent, *client) {
-	t.Helper()
-	a, err := newAgent(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- a.run(ctx) }()
-	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}, patience, nil)
-	t.Cleanup(func() {
-		c.close()
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("run: %v", err)
-		}
-	})
-	return a, c
+// testClient returns a client that is closed when the test ends.
+func testClient(t testing.TB, u *url.URL, rules *tls.Config) *client {
+	c := newClient(u, patience, rules)
+	t.Cleanup(c.close)
+	return c
 }
 
-// chdir changes the working directory until the test ends (Chdir of
-// testing.T is younger than Go 1.21).
-func chdir(t *testing.T, dir string) {
-	before, err := os.Getwd()
-	if err == nil {
-		err = os.Chdir(dir)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.Chdir(before); err != nil {
-			t.Fatal(err)
-		}
-	})
+// idleTimeout is how long a client keeps a connection that it does not use.
+func (c *client) idleTimeout() *time.Duration {
+	return &c.http.Transport.(*http.Transport).IdleConnTimeout
 }
 
 // mustCall calls a method and wants it to succeed.
 func mustCall(t testing.TB, c *client, name string, params ...any) any {
 	t.Helper()
-	v, err := c.call(context.Background(), name, params...)
+	v, err := c.call(ctx, name, params...)
 	if err != nil {
 		t.Fatalf("%s%v: %v", name, params, err)
 	}
 	return v
 }
 
-// mark puts a word into the environment of all sensors that are started from
-// here on, so that marked finds their processes.
-func mark(t *testing.T) string {
-	word := fmt.Sprintf("PICKET_TEST_MARK=%s-%d", t.Name(), time.Now().UnixNano())
-	name, value, _ := strings.Cut(word, "=")
-	t.Setenv(name, value)
-	return word
+// wantFault wants a method to refuse its parameters.
+func wantFault(t testing.TB, c *client, method string, params ...any) {
+	t.Helper()
+	equal(t, fmt.Sprintf("%s%.80v", method, params), verdict(c.call(ctx, method, params...)), fmt.Sprint(faultParams))
 }
 
-// marked lists the processes, zombies too, with that word in the environment.
-func marked(t *testing.T, word string) []int {
+// fromJSON returns the elements of an array in JSON, whole numbers as int or i8.
+func fromJSON(t *testing.T, text string) []any {
 	t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/environ")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var pids []int
-	for _, file := range files {
-		env, _ := os.ReadFile(file) // it may have ended
-		if slices.Contains(strings.Split(string(env), "\x00"), word) {
-			pid, _ := strconv.Atoi(strings.Split(file, "/")[2])
-			pids = append(pids, pid)
+	var list []any
+	d := json.NewDecoder(strings.NewReader(text))
+	d.UseNumber()
+	must(t, d.Decode(&list))
+	return plainJSON(list).([]any)
+}
+
+// plainJSON replaces the numbers in a value.
+func plainJSON(v any) any {
+	switch v := v.(type) {
+	case json.Number:
+		if f, err := v.Float64(); err == nil && strings.Contains(string(v), ".") {
+			return f
+		}
+		return wireValue(string(v))
+	case []any:
+		for i := range v {
+			v[i] = plainJSON(v[i])
 		}
 	}
-	return pids
+	return v
 }
 
-// dump is all that an INI text says, one line an option.
+// picket runs a command line in this process. It returns "exit CODE", what is
+// printed, and the error as it would be logged.
+func picket(args ...string) string {
+	var out bytes.Buffer
+	err := execute(ctx, make(chan os.Signal, 1), args, &out)
+	code := 0
+	var coded *exitError
+	switch {
+	case errors.As(err, &coded):
+		code, err = coded.code, coded.err
+	case err != nil:
+		code = exitFailed
+	}
+	if err != nil {
+		fmt.Fprintf(&out, "picket: %v\n", err)
+	}
+	return fmt.Sprintf("exit %d\n%s", code, &out)
+}
+
+// writeSensor makes a sensor of a shell script.
+func writeSensor(t testing.TB, dir, name, script string) {
+	t.Helper()
+	writeTree(t, dir, files{name + "/check": "#!/bin/sh\n" + script + "\n"})
+}
+
+// printing is a sensor that prints a number.
+func printing(n int) string { return fmt.Sprintf("#!/bin/sh\necho %d\n", n) }
+
+// A gate is a file for which sensors wait.
+type gate string
+
+// open lets the sensors go on.
+func (g gate) open(t testing.TB) { must(t, os.WriteFile(string(g), nil, 0o600)) }
+
+// gatedSensor returns a sensor that prints 3 as soon as its gate is open.
+func gatedSensor(t testing.TB) (gate, string) {
+	file := filepath.Join(t.TempDir(), "gate")
+	return gate(file), "#!/bin/sh\nwhile [ ! -e '" + file + "' ]; do sleep 0.02; done; echo 3\n"
+}
+
+// A packed is one entry of a package that a test builds.
+type packed struct {
+	tar.Header
+	body string
+	raw  map[int]string // replaces bytes of the header, from these on
+}
+
+// entry is a file of a package, or with a slash at the end of its name a directory.
+func entry(name, body string) packed { return packed{Header: tar.Header{Name: name}, body: body} }
+
+// packageOf returns a package, not compressed, with these entries in order.
+func packageOf(t testing.TB, entries ...packed) string {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, e := range entries {
+		h := e.Header
+		if h.Typeflag == 0 {
+			h.Typeflag = tar.TypeReg
+			if strings.HasSuffix(h.Name, "/") {
+				h.Typeflag = tar.TypeDir
+			}
+		}
+		if h.Mode == 0 {
+			h.Mode = 0o755
+		}
+		h.Size = int64(len(e.body))
+		w.Flush() // what is before
+		start := b.Len()
+		must(t, w.WriteHeader(&h))
+		if header := b.Bytes()[start:]; len(e.raw) > 0 {
+			for at, bytes := range e.raw {
+				copy(header[at:], bytes)
+			}
+			copy(header[148:], "        ")
+			sum := 0
+			for _, c := range header {
+				sum += int(c)
+			}
+			copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
+		}
+		_, err := io.WriteString(w, e.body)
+		must(t, err)
+	}
+	w.Flush()
+	return b.String() + strings.Repeat("\x00", 1024)
+}
+
+// demoPackage is a package of the sensor demo, which prints a number, and more.
+func demoPackage(t testing.TB, n int, more ...packed) string {
+	t.Helper()
+	return packageOf(t, append([]packed{entry("demo/", ""), entry("demo/check", printing(n))}, more...)...)
+}
+
+// demo is the source of a demoPackage.
+func demo(t testing.TB, n int, more ...packed) source {
+	t.Helper()
+	return fromText(demoPackage(t, n, more...), "")
+}
+
+// fromText is a source of a package that is in memory.
+func fromText(archive, signature string) source {
+	return source{
+		archive:   func(_ context.Context, to io.Writer) error { _, err := io.WriteString(to, archive); return err },
+		signature: func(context.Context) ([]byte, error) { return []byte(signature), nil },
+	}
+}
+
+// testUpdater returns an updater of dir/sensors and dir/backup with these
+// files in them, which takes packages of 1 MiB that unpack to 2 MiB.
+func testUpdater(t testing.TB, dir string, before files) *updater {
+	t.Helper()
+	writeTree(t, dir, before)
+	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
+	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
+	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+}
+
+// at is a path among the sensors.
+func (u *updater) at(elements ...string) string {
+	return filepath.Join(append([]string{u.sensors.path}, elements...)...)
+}
+
+// signify makes a key pair and returns the public key's file and a function
+// that signs.
+func signify(t testing.TB, number string) (public string, sign func(string) string) {
+	key, secret, err := ed25519.GenerateKey(nil)
+	must(t, err)
+	text := func(what string, data []byte) string {
+		coded := base64.StdEncoding.EncodeToString(append([]byte("Ed"+number), data...))
+		return "untrusted comment: " + what + "\n" + coded + "\n"
+	}
+	return text("picket public key", key), func(message string) string {
+		return text("verify with picket.pub", ed25519.Sign(secret, []byte(message)))
+	}
+}
+
+// A testCA signs certificates for tests.
+type testCA struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  string
+}
+
+// sign returns a certificate and its key as PEM. The first one is the CA's own.
+func (ca *testCA) sign(t testing.TB, cert *x509.Certificate, from, to time.Time) (certPEM, keyPEM string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	if ca.key == nil {
+		ca.key = key
+	}
+	cert.SerialNumber, cert.NotBefore, cert.NotAfter = big.NewInt(time.Now().UnixNano()), from, to
+	der, err := x509.CreateCertificate(rand.Reader, cert, ca.cert, &key.PublicKey, ca.key)
+	must(t, err)
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	must(t, err)
+	encode := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	return encode("CERTIFICATE", der), encode("EC PRIVATE KEY", keyDER)
+}
+
+// files writes a certificate that is valid between two times, its key and the
+// CA's certificate, and loads them.
+func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
+	t.Helper()
+	dir := t.TempDir()
+	cert, key := ca.sign(t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+	}, from, to)
+	writeTree(t, dir, files{name + ".crt": cert, name + ".key": key, "ca.crt": ca.pem})
+	return loadTLS(t, dir, name)
+}
+
+// valid writes a certificate that is valid now.
+func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
+	t.Helper()
+	return ca.files(t, name, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+}
+
+func newCA(t testing.TB, name string) *testCA {
+	t.Helper()
+	ca := &testCA{cert: &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}}
+	ca.cert.Subject.CommonName = name
+	ca.pem, _ = ca.sign(t, ca.cert, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+	return ca
+}
+
+// loadTLS loads the certificate of a name, its key and the CA's from dir.
+func loadTLS(t testing.TB, dir, name string) tlsFiles {
+	t.Helper()
+	path := func(file string) string { return filepath.Join(dir, file) }
+	f := tlsFiles{certificate: path(name + ".crt"), key: path(name + ".key"), ca: path("ca.crt")}
+	if option, err := f.load(); err != nil {
+		t.Fatal(option, err)
+	}
+	return f
+}
+
+// serveTLS serves methods over TLS.
+func serveTLS(t testing.TB, methods []method, files tlsFiles) (*handler, *url.URL) {
+	h := newHandler(methods)
+	h.setAccess(&access{tls: serverTLS(files)})
+	u := serve(t, h)
+	u.Scheme = "https"
+	return h, u
+}
+
+// A box is a directory with a client.cfg, a monitor that records, and a client
+// that commands the agent which box.run or box.start runs there.
+type box struct {
+	*recorder
+	dir    string
+	config string // the text of client.cfg
+	client *client
+}
+
+// newBox makes a box with these files. Its client.cfg names the monitor, has an
+// address to listen at, and then more; its packages are in packages/.
+func newBox(t testing.TB, more string, tree files) *box {
+	t.Helper()
+	b := &box{recorder: newRecorder(t), dir: t.TempDir()}
+	b.packages = filepath.Join(b.dir, "packages")
+	writeTree(t, b.dir, tree)
+	b.configure(t, "[monitor]\nurl = "+b.url.String()+"\n[agent]\nlisten = 127.0.0.1:0\n"+more)
+	return b
+}
+
+// configure gives the box another client.cfg.
+func (b *box) configure(t testing.TB, text string) {
+	t.Helper()
+	b.config = text
+	writeTree(t, b.dir, files{"client.cfg": text})
+}
+
+// written returns the client.cfg that is there.
+func (b *box) written(t testing.TB) string {
+	return string(readFile(t, filepath.Join(b.dir, "client.cfg")))
+}
+
+// run runs the agent in this process until the test ends.
+func (b *box) run(t testing.TB) *agent {
+	t.Helper()
+	s := get(readSettings(filepath.Join(b.dir, "client.cfg")))
+	a, err := newAgent(s)
+	must(t, err)
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { ended <- a.run(ctx) }()
+	t.Cleanup(func() { cancel(); must(t, <-ended) })
+	b.client = clientOf(t, a.listener.Addr().String())
+	return a
+}
+
+// start runs the agent as a child.
+func (b *box) start(t testing.TB, args ...string) *child {
+	t.Helper()
+	return b.startAs(t, self(t, b.dir, args...))
+}
+
+// startAs runs the agent as a child, by a command that becomes it.
+func (b *box) startAs(t testing.TB, cmd *exec.Cmd) *child {
+	t.Helper()
+	p := start(t, cmd)
+	b.client = p.client(t)
+	return p
+}
+
+// ask gives a command that has a ticket, and returns what the monitor gets.
+func (b *box) ask(t testing.TB, method string, params ...any) storedReading {
+	t.Helper()
+	mustCall(t, b.client, method, params...)
+	return receive(t, "the outcome of "+method, b.readings)
+}
+
+// read runs a sensor without arguments.
+func (b *box) read(t testing.TB, ticket any, sensor string) storedReading {
+	t.Helper()
+	return b.ask(t, "cmd_submit_reading", ticket, sensor)
+}
+
+// health asks the agent for a figure of its own.
+func (b *box) health(t testing.TB, name string) string {
+	t.Helper()
+	return b.ask(t, "cmd_submit_reading", "health", "picket", name).value
+}
+
+// startTiny starts the agent in a memory cgroup of 16 MiB, and reports whether
+// this machine has such groups. All that is in the group is killed when the test ends.
+func (b *box) startTiny(t *testing.T) (p *child, limited bool) {
+	t.Helper()
+	group, limited := memoryGroup(t, 16<<20)
+	cmd := exec.Command("sh", "-c", `[ -z "$1" ] || echo $$ >"$1/cgroup.procs"; exec "$2"`, "sh", group, binary(t))
+	cmd.Dir = b.dir
+	p = b.startAs(t, cmd)
+	t.Cleanup(func() {
+		pids, _ := os.ReadFile(filepath.Join(group, "cgroup.procs")) // its sensors, too
+		for _, pid := range strings.Fields(string(pids)) {
+			n, _ := strconv.Atoi(pid)
+			syscall.Kill(n, syscall.SIGKILL)
+		}
+	})
+	return p, limited
+}
+
+// reload has an agent read another client.cfg, and returns what it logs of that.
+func (b *box) reload(t testing.TB, p *child, text string) string {
+	t.Helper()
+	before := len(p.log.String())
+	writeTree(t, b.dir, files{"client.cfg": text})
+	p.signal(t, syscall.SIGHUP)
+	await(t, "the reload", func() bool { return strings.Contains(p.log.String()[before:], "in force") })
+	return p.log.String()[before:]
+}
+
+// wants compares what the monitor gets: "ticket 7: exit 0, value 1".
+func wants(t testing.TB, got storedReading, want string) {
+	t.Helper()
+	has(t, "the reading", got, " 127.0.0.1 "+want)
+}
+
+// A child is a program that runs as a child of the test, and its log.
+type child struct {
+	*exec.Cmd
+	log    lockedBuffer
+	serves chan string   // gets each line of the log that names the address where it serves
+	ended  chan struct{} // is closed when it has ended
+}
+
+// servesAt matches the line with which a program says where it serves.
+var servesAt = regexp.MustCompile(`(?:on|listening) (?:http://)?(127\.0\.0\.1:\d+)[,/]`)
+
+// start starts a program and kills it when the test ends.
+func start(t testing.TB, cmd *exec.Cmd) *child {
+	t.Helper()
+	c := &child{Cmd: cmd, serves: make(chan string, 100), ended: make(chan struct{})}
+	stderr, err := cmd.StderrPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	go func() {
+		defer close(c.ended)
+		defer close(c.serves)
+		var err error
+		for lines := bufio.NewReader(stderr); err == nil; {
+			var line string
+			line, err = lines.ReadString('\n')
+			c.log.Write([]byte(line))
+			if match := servesAt.FindStringSubmatch(line); match != nil {
+				c.serves <- match[1]
+			}
+		}
+		c.Wait() // whose error is in ProcessState
+	}()
+	t.Cleanup(func() { c.Process.Kill(); <-c.ended })
+	return c
+}
+
+// client waits until an agent serves, and returns a client that calls it.
+func (c *child) client(t testing.TB) *client {
+	t.Helper()
+	return clientOf(t, c.address(t))
+}
+
+// address waits until the program serves, and returns where.
+func (c *child) address(t testing.TB) string {
+	t.Helper()
+	address := receive(t, "its address", c.serves)
+	if address == "" {
+		t.Fatalf("%s does not serve: %s", c.Path, &c.log)
+	}
+	return address
+}
+
+// signal sends signals.
+func (c *child) signal(t testing.TB, signals ...syscall.Signal) {
+	t.Helper()
+	for _, s := range signals {
+		must(t, c.Process.Signal(s))
+	}
+}
+
+// wait waits for the end and returns the exit code, -1 for a signal.
+func (c *child) wait(t testing.TB) int {
+	t.Helper()
+	receive(t, "the end of "+c.Path, c.ended)
+	return c.ProcessState.ExitCode()
+}
+
+// terminate ends an agent, which must succeed.
+func (c *child) terminate(t testing.TB) {
+	t.Helper()
+	c.signal(t, syscall.SIGTERM)
+	code := c.wait(t)
+	expect(t, code == 0, "got exit %d; want 0: %s", code, &c.log)
+}
+
+// clientOf returns a client of an agent at this address.
+func clientOf(t testing.TB, address string) *client {
+	return testClient(t, &url.URL{Scheme: "http", Host: address, Path: "/"}, nil)
+}
+
+// self is the command that runs this program in dir.
+func self(t testing.TB, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	file := get(os.Executable())
+	cmd := exec.Command(file, args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
+	return cmd
+}
+
+// wrapped returns a command that becomes cmd: its arguments end with those of cmd.
+func wrapped(cmd *exec.Cmd, name string, args ...string) *exec.Cmd {
+	outer := exec.Command(name, append(append(args, cmd.Path), cmd.Args[1:]...)...)
+	outer.Dir, outer.Env = cmd.Dir, cmd.Env
+	return outer
+}
+
+// get returns the value of a call that never fails on a healthy machine, and panics if it does.
+func get[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
+}
+
+// largePackage returns a package of demo of nearly 4 MiB.
+func largePackage(t *testing.T) string {
+	t.Helper()
+	body := make([]byte, 4<<20-100<<10) // that no compression makes smaller
+	mathrand.New(mathrand.NewSource(3)).Read(body)
+	archive := demoPackage(t, 1, entry("demo/data", string(body)))
+	tool, err := exec.LookPath("bzip2")
+	if err != nil {
+		return archive // which takes less memory
+	}
+	dir := t.TempDir()
+	writeTree(t, dir, files{"demo.tar": archive})
+	runTool(t, dir, tool, "-9", "demo.tar")
+	return string(readFile(t, filepath.Join(dir, "demo.tar.bz2")))
+}
+
+// largeBox makes a box with a signed package of demo of nearly 4 MiB.
+func largeBox(t *testing.T, more string) *box {
+	archive := largePackage(t)
+	public, sign := signify(t, "keynum_1")
+	return newBox(t, more+"[sensor]\npublic_key = key.pub\n", files{
+		"sensors/s/check": printing(1), "key.pub": public,
+		"packages/demo.tar.bz2": archive, "packages/demo.tar.bz2.sig": sign(archive),
+	})
+}
+
+// dump returns all options of an INI text, one a line.
 func dump(c *ini) string {
 	var b strings.Builder
 	for i, line := range c.lines {
@@ -428,37 +1190,26 @@ func dump(c *ini) string {
 }
 
 func TestINI(t *testing.T) {
-	files, err := filepath.Glob("testdata/ini/*.ini")
-	if err != nil || len(files) == 0 {
-		t.Fatal(files, err)
-	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := parseINI(filepath.Base(file), string(text))
+	for _, file := range glob(t, "testdata/ini/*.ini") {
+		text := string(readFile(t, file))
+		c, err := parseINI(filepath.Base(file), text)
 		got := dump(c)
 		if err != nil {
 			got = err.Error() + "\n"
-		} else if c.text() != string(text) {
-			t.Errorf("%s: text() is %q", file, c.text())
+		} else {
+			equal(t, file, c.text(), text)
 		}
 		golden(t, strings.TrimSuffix(file, ".ini")+".golden", got)
 	}
-	if _, err := parseINI("x", strings.Repeat("x\n", 30)); len(strings.Split(err.Error(), "\n")) != maxBadLines {
-		t.Errorf("got %v; want the first twenty bad lines", err)
-	}
+	_, err := parseINI("x", strings.Repeat("x\n", 30))
+	equal(t, "bad lines that are named", len(splitLines(err.Error())), maxBadLines)
 }
 
 // TestINIPython compares with the two parsers that these files were written
 // for, as far as the dialects agree.
 func TestINIPython(t *testing.T) {
 	compare := func(python, file string) {
-		c, err := readINI(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := get(readINI(file))
 		var lines []string
 		for k := range c.values {
 			v, err := c.get(k.section, k.option)
@@ -470,10 +1221,7 @@ func TestINIPython(t *testing.T) {
 			}
 		}
 		slices.Sort(lines)
-		want, err := exec.Command(python, "testdata/ini/values.py", file).Output()
-		if got := strings.Join(lines, ""); err != nil || got != string(want) || len(lines) < 10 {
-			t.Errorf("%s: got\n%s\nwant as %s\n%s, %v", file, got, python, want, err)
-		}
+		equal(t, file, strings.Join(lines, ""), runTool(t, "", python, "testdata/ini/values.py", file))
 	}
 	if python2 := findPython2(); python2 != "" {
 		compare(python2, "testdata/ini/classic.ini")
@@ -482,18 +1230,12 @@ func TestINIPython(t *testing.T) {
 	// What picket wrote, Python 3 reads; it has no rem lines and no "".
 	c := &ini{values: make(map[iniKey]iniValue)}
 	for i, value := range []string{"", "plain", "100%", "%(none)s", "two\nlines", "a:b=c", "ü", "x;y", "[x]"} {
-		if err := c.set("section", fmt.Sprint("Option", i), value); err != nil {
-			t.Error(err)
-		}
+		must(t, c.set("section", fmt.Sprint("Option", i), value))
 	}
-	if err := c.set(defaults, "d", "default"); err != nil {
-		t.Error(err)
-	}
-	file := filepath.Join(t.TempDir(), "written.ini")
-	if err := os.WriteFile(file, []byte(c.text()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	compare(program(t, "python3"), file)
+	must(t, c.set(defaults, "d", "default"))
+	dir := t.TempDir()
+	writeTree(t, dir, files{"written.ini": c.text()})
+	compare(needs(t, "python3"), filepath.Join(dir, "written.ini"))
 }
 
 func TestINIEdit(t *testing.T) {
@@ -501,20 +1243,17 @@ func TestINIEdit(t *testing.T) {
 	for _, test := range cases(t, "testdata/edits.txt") {
 		before, after, _ := strings.Cut(plain.Replace(test.text), "=>\n")
 		c, err := parseINI("x.ini", before)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		if words := strings.Split(plain.Replace(test.name), "|"); len(words) == 3 {
 			err = c.set(words[0], words[1], words[2])
 		} else {
 			err = c.remove(words[0], words[1:]...)
 		}
-		switch {
-		case after != "" && (err != nil || c.text() != after):
-			t.Errorf("%s in %q: got %q, %v; want %q", test.name, before, c.text(), err, after)
-		case after == "" && (err == nil || c.text() != before):
-			t.Errorf("%s in %q: got %q, %v; want an error and nothing changed", test.name, before, c.text(), err)
+		where := fmt.Sprintf("%s in %q", test.name, before)
+		if equal(t, where+" refused", err != nil, after == ""); err != nil {
+			after = before
 		}
+		equal(t, where, c.text(), after)
 	}
 }
 
@@ -522,36 +1261,25 @@ func TestINIEdit(t *testing.T) {
 func TestSettings(t *testing.T) {
 	for _, test := range cases(t, "testdata/settings.txt") {
 		text, want, _ := strings.Cut(strings.ReplaceAll(test.text, "EUID", strconv.Itoa(os.Geteuid())), "=>\n")
-		c, err := parseINI("c.cfg", text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := get(parseINI("c.cfg", text))
 		_, warnings, err := c.settings("/dir")
 		got := strings.Join(warnings, "\n") + "\n"
 		if err != nil {
 			got = err.Error() + "\n" + got
 		}
-		if strings.Trim(got, "\n") != strings.Trim(want, "\n") {
-			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, want)
-		}
+		equal(t, test.name, strings.Trim(got, "\n"), strings.Trim(want, "\n"))
 	}
-	want := settings{
+	got, _, err := (&ini{}).settings("/dir")
+	must(t, err)
+	equal(t, "the defaults", got, settings{
 		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup",
 		timeout: 30 * time.Second, concurrency: 4, update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
 		monitor:        &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"},
 		monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20, listen: ":8080", queue: 256,
-	}
-	if got, _, err := (&ini{}).settings("/dir"); err != nil || !reflect.DeepEqual(got, want) {
-		t.Errorf("got %+v, %v; want %+v", got, err, want)
-	}
-	c, err := parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n")
-	if err != nil {
-		t.Fatal(err)
-	}
+	})
+	c := get(parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n"))
 	s, _, err := c.settings("")
-	if got := fmt.Sprint(s.timeout, s.allow, err); got != "1h0m0s [10.0.0.0/8 10.1.2.3/32] <nil>" {
-		t.Errorf("got %s; want at most an hour, and IPv4", got)
-	}
+	equal(t, "at most an hour, and IPv4", fmt.Sprint(s.timeout, s.allow, err), "1h0m0s [10.0.0.0/8 10.1.2.3/32] <nil>")
 }
 
 // TestLost: each protection that goes away is named.
@@ -572,14 +1300,11 @@ func TestLost(t *testing.T) {
 	} {
 		next := s
 		change(&next)
-		if got := strings.Join(s.lost(&next), ", "); got != want || len(next.lost(&s)) > 0 {
-			t.Errorf("got %q, and %q the other way round; want %q", got, next.lost(&s), want)
-		}
+		equal(t, "what is lost", strings.Join(s.lost(&next), ", "), want)
+		equal(t, "the other way round", len(next.lost(&s)), 0)
 	}
 	empty, _, _ := (&ini{}).settings("")
-	if got := s.lost(&empty); len(got) != 9 {
-		t.Errorf("an empty client.cfg: got %q; want all", got)
-	}
+	equal(t, "lost by an empty client.cfg", len(s.lost(&empty)), 9)
 }
 
 // TestIrregular: a FIFO, a socket, a device or a directory in the place of a
@@ -588,100 +1313,75 @@ func TestIrregular(t *testing.T) {
 	dir := t.TempDir()
 	plain, fifo, socket := filepath.Join(dir, "plain"), filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
 	l, err := net.Listen("unix", socket)
-	if err := errors.Join(err, syscall.Mkfifo(fifo, 0o600), os.WriteFile(plain, nil, 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(err, syscall.Mkfifo(fifo, 0o600), os.WriteFile(plain, nil, 0o600)))
 	defer l.Close()
 	for _, file := range []string{dir, fifo, socket, "/dev/zero"} {
 		want := file + ": not a regular file"
-		if _, err := readINI(file); err == nil || err.Error() != want {
-			t.Errorf("got %v; want %s", err, want)
-		}
+		_, err := readINI(file)
+		equal(t, "client.cfg", fmt.Sprint(err), want)
 		for text, option := range map[string]string{
 			"[monitor]\nca = FILE":                         "[monitor] ca",
 			"[agent]\nclient_ca = FILE":                    "[agent] client_ca",
 			"[agent]\ncertificate = FILE\nkey = PLAIN":     "[agent] certificate",
 			"[monitor]\nkey = FILE\ncertificate = PLAIN\n": "[monitor] key",
 		} {
-			c, err := parseINI("c.cfg", strings.NewReplacer("FILE", file, "PLAIN", plain).Replace(text))
-			if err != nil {
-				t.Fatal(err)
-			}
+			c := get(parseINI("c.cfg", strings.NewReplacer("FILE", file, "PLAIN", plain).Replace(text)))
 			_, _, err = c.settings("")
-			if want := "c.cfg:2: " + option + ": " + want; err == nil || !strings.HasPrefix(err.Error(), want) {
-				t.Errorf("got %v; want %s", err, want)
-			}
+			has(t, option, err, "c.cfg:2: "+option+": "+want)
 		}
 	}
+	_, err = readKeys(fifo)
+	has(t, "a key", err, "not a regular file")
 }
 
 // TestShippedConfig: client.cfg shows every option with its default, and the
 // README explains it. Whoever follows the README sets values in it; those may differ.
 func TestShippedConfig(t *testing.T) {
 	text := shipped(t, "client.cfg")["client.cfg"]
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	readme := string(readFile(t, "README.md"))
 	all := regexp.MustCompile(`(?m)^#([a-z_]+ =)`).ReplaceAllString(text, "$1")
 	for name, text := range map[string]string{"as it is": text, "with every default": all} {
-		c, err := parseINI("client.cfg", text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := get(parseINI("client.cfg", text))
 		got, warnings, err := c.settings("")
+		must(t, err)
 		want, _, _ := (&ini{}).settings("")
-		if err != nil || len(warnings) > 0 || !reflect.DeepEqual(got, want) {
-			t.Errorf("%s: got %+v, %v, %v; want %+v", name, got, warnings, err, want)
-		}
+		equal(t, name, got, want)
+		equal(t, name+": warnings", len(warnings), 0)
 		for _, o := range known {
-			if _, shown := c.raw(o.section, o.name); name == "with every default" && !shown {
-				t.Errorf("client.cfg does not show [%s] %s", o.section, o.name)
-			}
-			if !strings.Contains(string(readme), "`"+o.name+"`") {
-				t.Errorf("the README does not explain [%s] %s", o.section, o.name)
-			}
+			_, shown := c.raw(o.section, o.name)
+			expect(t, name != "with every default" || shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
+			has(t, "the README", readme, "`"+o.name+"`")
 		}
 	}
 	var help bytes.Buffer
-	if err := runHelp(context.Background(), invocation{out: &help}); err != nil {
-		t.Error(err)
-	}
+	must(t, runHelp(ctx, invocation{out: &help}))
 	lines := strings.Split(help.String(), "\n")
 	for _, line := range lines {
-		if len(line) > 80 || len(lines) > 25 {
-			t.Errorf("help is no screen of 80x25: %q, %d lines", line, len(lines))
-		}
+		expect(t, len(line) <= 80 && len(lines) <= 25, "got %q, %d lines; want a screen of 80x25", line, len(lines))
 	}
 	for _, c := range subcommands() {
-		if c.name != "" && !strings.Contains(string(readme), "`picket "+c.name) {
-			t.Errorf("the README does not explain picket %s", c.name)
+		if c.name != "" {
+			has(t, "the README", readme, "`picket "+c.name)
 		}
 	}
 }
 
-// TestEditINI: of changes at once none is lost. The file keeps its owner, its
-// mode and the link to it. No link is followed that somebody planted where the
-// new content is written first. What fails changes nothing.
+// TestEditINI: no change is lost when several are made at once. The file keeps its
+// owner, its mode and the link to it. A link that somebody planted at the temporary
+// name is not followed. A change that fails changes nothing.
 func TestEditINI(t *testing.T) {
 	dir := t.TempDir()
 	target, link := filepath.Join(dir, "target.cfg"), filepath.Join(dir, "client.cfg")
-	writeTree(t, dir, map[string]string{"target.cfg": "[a]\nx = 1\n", "victim": "untouched"})
+	writeTree(t, dir, files{"target.cfg": "[a]\nx = 1\n", "victim": "untouched"})
 	plant := func() error { return os.Symlink("victim", nextFile(target)) }
-	if err := errors.Join(os.Chmod(target, 0o640), os.Symlink("target.cfg", link), plant()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.Chmod(target, 0o640), os.Symlink("target.cfg", link), plant()))
 	if os.Geteuid() == 0 {
-		if err := os.Chown(target, 12, 34); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chown(target, 12, 34))
 	}
 	about := func() string {
 		info, err := os.Stat(target)
 		to, err2 := os.Readlink(link)
-		if err := errors.Join(err, err2); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, err2))
 		owner := info.Sys().(*syscall.Stat_t)
 		return fmt.Sprint(info.Mode(), owner.Uid, owner.Gid, to)
 	}
@@ -689,108 +1389,86 @@ func TestEditINI(t *testing.T) {
 	edit := func(ctx context.Context, option string) error {
 		return editINI(ctx, link, func(c *ini) error { return c.set("a", option, "1") })
 	}
-	var done sync.WaitGroup
-	for i := 0; i < 20; i++ {
-		done.Add(1)
-		go func(i int) {
-			defer done.Done()
-			if err := edit(context.Background(), fmt.Sprint("y", i)); err != nil {
-				t.Error(err)
-			}
-		}(i)
-	}
-	done.Wait()
-	c, err := readINI(target)
-	if err != nil || len(c.values) != 22 || about() != before {
-		t.Errorf("got %v, %v, %s; want 21 values and their section, %s", c.values, err, about(), before)
-	}
-
-	lock, err := os.Open(dir)
-	if err == nil {
-		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	short, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
-	defer cancel()
-	if err := edit(short, "z"); err == nil || !strings.Contains(err.Error(), "another process holds it") {
-		t.Errorf("a lock that another process holds: got %v", err)
-	}
-	if err := recoverINI(link); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("recover, with a lock that another process holds: got %v", err)
-	}
-	lock.Close()
-	if err := plant(); err != nil || replaceFile(target, []byte("x")) == nil {
-		t.Errorf("%v, or no error where a link was planted meanwhile", err)
-	}
-	if err := recoverINI(link); err != nil {
-		t.Error(err)
-	}
-	want := map[string]string{"target.cfg": c.text(), "victim": "untouched", "client.cfg": c.text()}
-	if got := readTree(t, dir); !reflect.DeepEqual(got, want) {
-		t.Errorf("got %q; want %q", got, want)
-	}
-}
-
-func FuzzINI(f *testing.F) {
-	files, _ := filepath.Glob("testdata/ini/*.ini")
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(string(text), "sensor", "path", "a\nb")
-	}
-	f.Fuzz(func(t *testing.T, text, section, option, value string) {
-		c, err := parseINI("f", text)
-		if err != nil {
-			return
-		}
-		if c.text() != text {
-			t.Fatalf("text() is %q", c.text())
-		}
-		before := dump(c) // which must end
-		if err := c.set(section, option, value); err != nil {
-			if c.text() != text || dump(c) != before {
-				t.Fatalf("refused, yet changed: %q", c.text())
-			}
-			return
-		}
-		if got, err := c.get(section, option); got != value || err != nil {
-			t.Fatalf("got %q, %v", got, err)
-		}
-		if again, err := parseINI("f", c.text()); err != nil || dump(again) != dump(c) {
-			t.Fatalf("reads back as %q, %v; want %q", dump(again), err, dump(c))
-		}
-		if err := c.remove(section, option); err != nil {
-			t.Fatal(err)
-		}
-		if _, own := c.values[iniKey{section, strings.ToLower(option)}]; own {
-			t.Fatal("still there")
+	parallel(20, func(i int) {
+		if err := edit(ctx, fmt.Sprint("y", i)); err != nil {
+			t.Error(err)
 		}
 	})
+	c := get(readINI(target))
+	equal(t, "values and their section", len(c.values), 22)
+	equal(t, "the file", about(), before)
+
+	lock := lockFile(t, dir)
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	has(t, "a lock that another process holds", edit(short, "z"), "another process holds it")
+	if err := recoverINI(link); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("recover: got %v; want an error that says so, too", err)
+	}
+	lock.Close()
+	must(t, plant())
+	if replaceFile(target, []byte("x")) == nil {
+		t.Error("got no error where a link was planted meanwhile")
+	}
+	must(t, recoverINI(link))
+	want := files{"target.cfg": c.text(), "victim": "untouched", "client.cfg": c.text()}
+	equal(t, "the directory", readTree(t, dir), want)
 }
 
+// TestCrashConfig kills a process that changes client.cfg again and again, from
+// outside and at random moments. The file is whole each time, and the next start
+// removes what is left beside it.
+func TestCrashConfig(t *testing.T) {
+	const text = "[monitor]\nurl = http://%d/ ; here\n"
+	if file := os.Getenv("PICKET_TEST_CONFIG"); file != "" { // this process is to be killed
+		for i := 0; ; i = 1 - i {
+			u := fmt.Sprintf("http://%d/", i)
+			must(t, editINI(ctx, file, func(c *ini) error { return c.set("monitor", "url", u) }))
+		}
+	}
+	program := get(os.Executable())
+	half := 0
+	for i := 0; i < *kills; i++ {
+		dir := t.TempDir()
+		writeTree(t, dir, files{"client.cfg": fmt.Sprintf(text, 2)})
+		file := filepath.Join(dir, "client.cfg")
+		cmd := exec.Command(program, "-test.run=^TestCrashConfig$")
+		cmd.Env = append(os.Environ(), "PICKET_TEST_CONFIG="+file)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		must(t, cmd.Start())
+		await(t, "first change", func() bool { return string(readFile(t, file)) != fmt.Sprintf(text, 2) })
+		time.Sleep(time.Duration(mathrand.Int63n(int64(5 * time.Millisecond)))) // any moment will do
+		cmd.Process.Kill()
+		cmd.Wait()
+		if exists(nextFile(file)) {
+			half++
+		}
+		must(t, recoverINI(file))
+		got := readTree(t, dir)
+		if whole := got["client.cfg"]; len(got) != 1 || whole != fmt.Sprintf(text, 0) && whole != fmt.Sprintf(text, 1) {
+			t.Errorf("got %q; want one of two texts, and nothing else", got)
+		}
+	}
+	total("kills of a change of client.cfg", *kills)
+	if half == 0 && *kills >= 25 {
+		t.Error("got none that was killed while it wrote; want some")
+	}
+}
+
+// TestSensorName takes good names; TestBadRequests has the bad ones.
 func TestSensorName(t *testing.T) {
-	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", strings.Repeat("x", maxName)} {
-		if got, err := sensorName(good); got != good || err != nil {
-			t.Errorf("%q: got %q, %v", good, got, err)
-		}
+	longest := strings.Repeat("x", maxName)
+	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", longest} {
+		got, err := sensorName(good)
+		must(t, err)
+		equal(t, "the name", got, good)
 	}
-	bad := []any{"", ".", "..", "a/b", "/", "../x", ".hidden", "a\x00", "a\nb", "\xff", strings.Repeat("x", maxName+1), 7, nil, []any{"disk"}}
-	for _, bad := range bad {
-		if got, err := sensorName(bad); err == nil {
-			t.Errorf("%q: got %q; want an error", bad, got)
-		}
-	}
-	if backup := "." + strings.Repeat("x", maxName) + "_2010-03-07T21:24:33"; len(backup) != 255 {
-		t.Errorf("a backup's name has %d bytes; want the 255 that fit", len(backup))
-	}
+	equal(t, "bytes of a backup's name", len("."+longest+"_2010-03-07T21:24:33"), 255)
 }
 
+// TestArguments takes good arguments; TestBadRequests has the bad ones.
 func TestArguments(t *testing.T) {
-	good := []struct {
+	for _, test := range []struct {
 		v    any
 		want []string
 	}{
@@ -805,25 +1483,9 @@ func TestArguments(t *testing.T) {
 		},
 		{strings.Repeat("'' ", 512), make([]string, 512)},
 		{[]any{strings.Repeat("x", maxArguments-16)}, []string{strings.Repeat("x", maxArguments-16)}},
-	}
-	for _, test := range good {
-		if got, err := arguments(test.v); err != nil || !slices.Equal(got, test.want) {
-			t.Errorf("%v: got %q, %v; want %q", test.v, got, err, test.want)
-		}
-	}
-	var tooMany []any
-	for i := 0; i < 513; i++ {
-		tooMany = append(tooMany, "")
-	}
-	bad := []any{
-		7, true, map[string]any{}, []any{nil}, []any{[]any{}}, []any{[]byte{0}}, "'",
-		strings.Repeat("x", maxArguments-15), strings.Repeat(" ", maxArguments+1), strings.Repeat("'' ", 513),
-		[]any{strings.Repeat("x", maxArguments-15)}, tooMany,
-	}
-	for _, bad := range bad {
-		if got, err := arguments(bad); err == nil {
-			t.Errorf("%v: got %q; want an error", bad, got)
-		}
+	} {
+		got, err := arguments(test.v)
+		expect(t, err == nil && slices.Equal(got, test.want), "%v: got %q, %v; want %q", test.v, got, err, test.want)
 	}
 }
 
@@ -834,9 +1496,7 @@ func TestSplitWords(t *testing.T) {
 		if err != nil {
 			got = "error"
 		}
-		if got != c.name {
-			t.Errorf("%q: got %s; want %s", c.text, got, c.name)
-		}
+		equal(t, c.text, got, c.name)
 	}
 }
 
@@ -855,202 +1515,159 @@ func TestSplitWordsShell(t *testing.T) {
 			continue // the shell waits for more, or takes set -- without words
 		}
 		out, err := exec.Command("/bin/sh", "-c", "set -- "+b.String()+"\nprintf '<%s>' \"$@\"").Output()
-		if want := "<" + strings.Join(got, "><") + ">"; err != nil || string(out) != want {
-			t.Errorf("%q: got %q; the shell has %q, %v", b.String(), want, out, err)
-		}
+		want := "<" + strings.Join(got, "><") + ">"
+		expect(t, err == nil && string(out) == want, "%q: got %q; the shell has %q, %v", b.String(), want, out, err)
 		compared++
 	}
-	if compared < 100 {
-		t.Errorf("compared %d only", compared)
+	expect(t, compared >= 100, "got %d compared; want 100 or more", compared)
+}
+
+// testSensors returns the sensors of a new directory with one sensor, s.
+func testSensors(t testing.TB, script string) *sensors {
+	t.Helper()
+	dir := t.TempDir()
+	if script != "" {
+		writeSensor(t, dir, "s", script)
 	}
+	return newSensors(dir, "check", "options", patience, nil)
+}
+
+// summary is what a reading says: its code, its value and its reason.
+func summary(r reading) string {
+	if r.value == "" {
+		r.value = "nan"
+	}
+	return strings.TrimSpace(fmt.Sprint(r.code, " ", r.value, " ", r.reason))
+}
+
+// summaryOf runs a sensor.
+func summaryOf(s *sensors, name string, args ...string) string {
+	return summary(s.read(ctx, name, args, nil))
 }
 
 func TestReading(t *testing.T) {
 	for _, c := range cases(t, "testdata/sensors/readings.txt") {
-		r := testSensors(t, c.text).read(context.Background(), "s", []string{"1 2", "*"}, nil)
-		if r.value == "" {
-			r.value = "nan"
-		}
-		if got := strings.TrimSpace(fmt.Sprint(r.code, " ", r.value, " ", r.reason)); got != c.name {
-			t.Errorf("%s: got %s; want %s", c.text, got, c.name)
-		}
+		equal(t, c.text, summaryOf(testSensors(t, c.text), "s", "1 2", "*"), c.name)
 	}
 }
 
 func TestReadingNotStarted(t *testing.T) {
-	s := testSensors(t, "echo 1")
+	s := testSensors(t, "")
 	file := filepath.Join(s.path, "s", "check")
-	read := func(name string) string {
-		r := s.read(context.Background(), name, nil, nil)
-		return fmt.Sprint(r.code, r.value, " ", r.reason)
-	}
-	put := func(text string, mode os.FileMode) string {
-		os.RemoveAll(file)
-		if err := os.WriteFile(file, []byte(text), mode); err != nil {
-			t.Fatal(err)
-		}
-		return read("s")
-	}
-	for _, test := range []struct{ got, want string }{
-		{read("none"), "127 no such sensor"},
-		{put("#!/bin/sh\necho 1\n", 0o644), "126 start " + file + ": permission denied"},
-		{put("#!/bin/sh\r\necho 1\r\n", 0o755), "126 start " + file + ": interpreter not found: does the file have Windows line ends?"},
-		{put("echo 1\n", 0o755), "126 start " + file + ": exec format error"},
-		{put("\x7fELF\x02\x01\x01", 0o755), "126 start " + file + ": exec format error"},
-		{put("", 0o755), "126 start " + file + ": exec format error"},
+	equal(t, "none", summaryOf(s, "none"), "127 nan no such sensor")
+	for _, test := range []struct {
+		text string
+		mode os.FileMode
+		want string
+	}{
+		{"#!/bin/sh\necho 1\n", 0o644, "permission denied"},
+		{"#!/bin/sh\r\necho 1\r\n", 0o755, "interpreter not found: does the file have Windows line ends?"},
+		{"echo 1\n", 0o755, "exec format error"},
+		{"\x7fELF\x02\x01\x01", 0o755, "exec format error"},
+		{"", 0o755, "exec format error"},
 	} {
-		if test.got != test.want {
-			t.Errorf("got %q; want %q", test.got, test.want)
-		}
+		writeTree(t, s.path, files{"s/check": test.text})
+		must(t, os.Chmod(file, test.mode))
+		equal(t, test.text, summaryOf(s, "s"), "126 nan start "+file+": "+test.want)
 	}
-	os.Remove(file)
-	writeTree(t, s.path, map[string]string{"s/check/": "", "empty/": "", "file": ""})
-	for name, want := range map[string]string{"s": "126 ", "empty": "127 no such sensor", "file": "127 no such sensor"} {
-		if got := read(name); !strings.HasPrefix(got, want) {
-			t.Errorf("%s: got %q; want %q", name, got, want)
-		}
+	must(t, os.Remove(file))
+	writeTree(t, s.path, files{"s/check/": "", "empty/": "", "file": ""})
+	const none = "127 nan no such sensor"
+	for name, want := range map[string]string{"s": "126 nan ", "empty": none, "file": none} {
+		has(t, name, summaryOf(s, name), want)
 	}
-	if s.running() != 0 {
-		t.Errorf("%d run; want none", s.running())
-	}
+	equal(t, "running", s.running(), 0)
 }
 
 // TestReadingQuick: nothing that a sensor writes is lost, whenever it ends, and
 // no file is left open.
 func TestReadingQuick(t *testing.T) {
 	s := testSensors(t, "printf 1; sleep $1; printf 2; echo x >&2; exit 3")
-	files := openFiles(t)
+	open := openFiles(t)
 	for i := 0; i < 40; i++ {
-		r := s.read(context.Background(), "s", []string{fmt.Sprintf("0.%03d", i/2)}, nil)
-		if r.code != 3 || r.value != "12" || r.reason != `"x"` {
-			t.Errorf("%d ms: got %+v", i/2, r)
-		}
+		r := s.read(ctx, "s", []string{fmt.Sprintf("0.%03d", i/2)}, nil)
+		equal(t, fmt.Sprint(i/2, " ms"), summary(r), `3 12 "x"`)
 	}
-	await(t, "all files are closed", func() bool { return openFiles(t) <= files })
+	await(t, "all files are closed", func() bool { return openFiles(t) <= open })
 }
 
-// TestReadingMeanwhile: a sensor that is still open for writing is tried again
-// until it is closed, and one that is away while a new version is there until
-// that is in its place.
+// TestReadingMeanwhile: a sensor is tried again while it is still open for writing, and
+// while an update has moved it away and its new version is not yet in place.
 func TestReadingMeanwhile(t *testing.T) {
 	s := testSensors(t, "echo 1")
-	f, err := os.OpenFile(filepath.Join(s.path, "s", "check"), os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f := get(os.OpenFile(filepath.Join(s.path, "s", "check"), os.O_WRONLY, 0))
 	time.AfterFunc(50*time.Millisecond, func() { f.Close() })
-	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
-		t.Errorf("got %+v", r)
-	}
+	equal(t, "open for writing", summaryOf(s, "s"), "0 1")
 	next := filepath.Join(s.path, newPrefix+"s")
-	if err := os.Rename(filepath.Join(s.path, "s"), next); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(filepath.Join(s.path, "s"), next))
 	time.AfterFunc(50*time.Millisecond, func() { os.Rename(next, filepath.Join(s.path, "s")) })
-	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
-		t.Errorf("got %+v", r)
-	}
+	equal(t, "away", summaryOf(s, "s"), "0 1")
 }
 
 // TestReadingOneVersion: an interpreter reads the script that it was started for,
 // although another directory has the sensor's name by then.
 func TestReadingOneVersion(t *testing.T) {
 	s := testSensors(t, "")
-	interpreter := filepath.Join(t.TempDir(), "interpreter")
-	writeTree(t, filepath.Dir(interpreter), map[string]string{
-		"interpreter": "#!/bin/sh\nmv ../s ../moved; mkdir ../s; echo 'echo 2' >../s/check; exec sh \"$1\"\n",
-	})
-	writeTree(t, s.path, map[string]string{"s/check": "#!" + interpreter + "\necho 1\n"})
-	if r := s.read(context.Background(), "s", nil, nil); r.value != "1" {
-		t.Errorf("got %+v; want the first version's 1", r)
-	}
+	const interpreter = "#!/bin/sh\nmv ../s ../moved; mkdir ../s; echo 'echo 2' >../s/check; exec sh \"$1\"\n"
+	writeTree(t, s.path, files{"interpreter": interpreter, "s/check": "#!" + s.path + "/interpreter\necho 1\n"})
+	equal(t, "the first version", summaryOf(s, "s"), "0 1")
 }
 
-// TestRetire: who replaces a sensor waits for the runs of the version before,
-// and for no others.
+// TestRetire: an update waits for the runs of the version before, and for no others.
 func TestRetire(t *testing.T) {
 	s := testSensors(t, "until [ -e $1 ]; do sleep 0.01; done; echo 1")
 	receive(t, "nothing runs", s.retire("s"))
-	read := func(gate string) <-chan reading {
-		before, done := s.running(), make(chan reading, 1)
-		go func() { done <- s.read(context.Background(), "s", []string{gate}, nil) }()
+	read := func(gate string) <-chan string {
+		before, done := s.running(), make(chan string, 1)
+		go func() { done <- summaryOf(s, "s", gate) }()
 		await(t, "it runs", func() bool { return s.running() > before })
 		return done
 	}
 	first := read("1")
 	over := s.retire("s")
 	second := read("2")
-	writeTree(t, s.path, map[string]string{"s/2": ""})
+	writeTree(t, s.path, files{"s/2": ""})
 	receive(t, "the second", second)
 	select {
 	case <-over:
-		t.Error("the first run is not over")
+		t.Error("the version is over; want it to wait for the first run")
 	default:
 	}
-	writeTree(t, s.path, map[string]string{"s/1": ""})
+	writeTree(t, s.path, files{"s/1": ""})
 	receive(t, "the first", first)
 	receive(t, "the end of the version", over)
 }
 
-// TestReadingLeavesNothing: whatever a sensor starts, its reading does not
-// wait for it, and what stays in the process group is killed.
+// TestReadingLeavesNothing: whatever a sensor of testdata/sensors/leavings.txt starts,
+// its reading does not wait for it, and what stays in the process group is killed.
 func TestReadingLeavesNothing(t *testing.T) {
-	word := mark(t)
-	tests := []struct {
-		script  string
-		timeout time.Duration
-		want    string
-	}{
-		{"sleep 300 & echo 1", patience, "0 1"},
-		{"setsid sleep 300 & echo 1", patience, "0 1"},
-		{"(sleep 300 &) ; echo 1; exit 3", patience, "3 1"},
-		{"trap '' HUP TERM; sleep 300 & sleep 300 & echo 1", patience, "0 1"},
-		{"sleep 300; true", 100 * time.Millisecond, "-15 "},
-		{"(sleep 300)", 100 * time.Millisecond, "-15 "},
-		{"sleep 300 | cat", 100 * time.Millisecond, "-15 "},
-		{"echo 1; exec >&- 2>&-; sleep 300", 100 * time.Millisecond, "-15 "},
-		{"trap 'echo 1; exit 0' TERM; sleep 300 & wait", 500 * time.Millisecond, "-15 "},
-		{"exec yes", 100 * time.Millisecond, "-15 "},
-		{"trap '' TERM; while :; do sleep 300; done", 500 * time.Millisecond, "-9 "},
-		{"exec " + program(t, "perl") + " -e 'setpgrp(0, getpgrp(getppid())); sleep 300'", 500 * time.Millisecond, "-15 "},
-	}
-	var done sync.WaitGroup
-	for _, test := range tests {
-		s := testSensors(t, test.script)
-		s.timeout = test.timeout
-		test := test
-		done.Add(1)
-		go func() {
-			defer done.Done()
-			begun := time.Now()
-			r := s.read(context.Background(), "s", nil, nil)
-			if got := fmt.Sprint(r.code, " ", r.value); got != test.want {
-				t.Errorf("%q: got %s, %s; want %s", test.script, got, r.reason, test.want)
-			}
-			if took := time.Since(begun); took > patience {
-				t.Errorf("%q: took %v", test.script, took)
-			}
-		}()
-	}
-	done.Wait()
-	for _, pid := range marked(t, word) { // the one that left the group on purpose
+	needs(t, "perl")
+	marked := mark(t)
+	tests := cases(t, "testdata/sensors/leavings.txt")
+	parallel(len(tests), func(i int) {
+		timeout, want, _ := strings.Cut(tests[i].name, ": ")
+		s := testSensors(t, tests[i].text)
+		s.timeout, _ = time.ParseDuration(timeout)
+		begun := time.Now()
+		has(t, tests[i].text, summaryOf(s, "s")+" ", want+" ")
+		took := time.Since(begun)
+		expect(t, took <= patience, "%q: got an end after %v; want at most %v", tests[i].text, took, patience)
+	})
+	for _, pid := range marked() { // the one that left the group on purpose
 		if group, err := syscall.Getpgid(pid); err == nil && group == pid {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	await(t, "all processes have ended", func() bool { return len(marked(t, word)) == 0 })
+	awaitNone(t, marked)
 }
 
-// TestReadingInterrupted: what ends the agent ends a sensor. What it says goes
-// through a pipe, although a file would do.
+// TestReadingInterrupted: the end of the agent ends a sensor. A sensor's standard error
+// is a pipe, never the file where it goes.
 func TestReadingInterrupted(t *testing.T) {
 	s := testSensors(t, "[ -p /proc/self/fd/2 ] && echo started >&2; sleep 300")
-	said, err := os.Create(filepath.Join(t.TempDir(), "said"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	said := get(os.Create(filepath.Join(t.TempDir(), "said")))
 	defer said.Close()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(ctx)
 	go func() {
 		await(t, "the sensor says it", func() bool {
 			text, err := os.ReadFile(said.Name())
@@ -1059,9 +1676,7 @@ func TestReadingInterrupted(t *testing.T) {
 		cancel()
 	}()
 	for _, stderr := range []io.Writer{said, nil} {
-		if r := s.read(ctx, "s", nil, stderr); r.code != -15 || r.reason != "interrupted" {
-			t.Errorf("got %+v", r)
-		}
+		equal(t, "the reading", summary(s.read(ctx, "s", nil, stderr)), "-15 nan interrupted")
 	}
 }
 
@@ -1071,220 +1686,148 @@ func TestReadingStuck(t *testing.T) {
 	s := testSensors(t, "echo 1")
 	p := s.add("s")
 	p.stuck = true
-	if r := s.read(context.Background(), "s", nil, nil); r.code != codeNotStarted || !strings.Contains(r.reason, "cannot be killed") {
-		t.Errorf("got %+v", r)
-	}
+	has(t, "beside it", summaryOf(s, "s"), "126 nan …cannot be killed")
 	s.remove(p)
-	if r := s.read(context.Background(), "s", nil, nil); r.code != 0 {
-		t.Errorf("got %+v", r)
-	}
+	equal(t, "after it", summaryOf(s, "s"), "0 1")
 }
 
 // TestReadingUser: sensors run as somebody else, with his groups only and with
 // his home.
 func TestReadingUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can run sensors as another user")
-	}
+	needsRoot(t)
 	const daemon, nobodys = "1 1 1 daemon daemon his", "54321 54321 54321 54321 54321 /"
 	for name, want := range map[string]string{"daemon": daemon, "1": daemon, "54321": nobodys} {
-		user, err := otherUser(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his; echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
+		user := get(otherUser(name))
+		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his\n"+
+			"echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
 		forEverybody(t, s.path)
 		s.credential, s.env = user.credential, sensorEnv(user)
-		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(want) {
-			t.Errorf("%s: got %+v; want %s", name, r, want)
-		}
+		equal(t, name, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
 	}
 }
 
-// forEverybody lets other users into a temporary directory.
-func forEverybody(t *testing.T, dir string) {
-	t.Helper()
-	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// TestReadingLocale: a decimal point is a point, and all else is as it was.
+// TestReadingLocale: sensors print a decimal point; the other locale settings stay.
 func TestReadingLocale(t *testing.T) {
-	for _, test := range []struct{ all, want string }{
-		{"", "LANG=xx LC_NUMERIC=C LC_TIME=tt "},
-		{"aa", "LANG=aa LC_NUMERIC=C "},
-	} {
+	s := testSensors(t, "echo $(env | grep -E '^(LANG|LC_[A-Z]*)=.' | sort) >&2; exit 1")
+	for all, want := range map[string]string{"": "LANG=xx LC_NUMERIC=C LC_TIME=tt", "aa": "LANG=aa LC_NUMERIC=C"} {
 		t.Setenv("LANG", "xx")
 		t.Setenv("LC_TIME", "tt")
 		t.Setenv("LC_NUMERIC", "nn")
-		t.Setenv("LC_ALL", test.all)
-		s := testSensors(t, "env | grep -E '^(LANG|LC_[A-Z]*)=.' | sort | tr '\\n' ' ' >&2; exit 1")
-		if r := s.read(context.Background(), "s", nil, nil); r.reason != strconv.Quote(strings.TrimSpace(test.want)) {
-			t.Errorf("LC_ALL=%s: got %s; want %s", test.all, r.reason, test.want)
-		}
+		t.Setenv("LC_ALL", all)
+		s := newSensors(s.path, "check", "options", patience, nil)
+		equal(t, "LC_ALL="+all, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
 	}
 }
 
 // TestOrphans: as process 1 the agent reaps what sensors leave, and no reading
 // gets the exit code of an orphan.
 func TestOrphans(t *testing.T) {
-	unshare := program(t, "unshare")
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
-	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	m := newRecorder(t)
+	needsRoot(t)
 	const orphans = "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done"
-	writeSensor(t, filepath.Join(dir, "sensors"), "s", orphans+"; echo $1; exit $2")
-	writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf("[monitor]\nurl = %s\n[agent]\nlisten = 127.0.0.1:0\n", m.url)})
-	cmd := exec.Command(unshare, "--pid", "--fork", "--kill-child", self)
-	c := startIn(t, dir, cmd).client(t)
+	b := newBox(t, "", files{"sensors/s/check": "#!/bin/sh\n" + orphans + "; echo $1; exit $2"})
+	p := start(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--pid", "--fork", "--kill-child"))
+	b.client = p.client(t)
 	const n = 60
 	for i := 0; i < n; i++ {
-		mustCall(t, c, "cmd_submit_reading", i, "s", []any{i, i % 2 * 3})
+		mustCall(t, b.client, "cmd_submit_reading", i, "s", []any{i, i % 2 * 3})
 	}
 	for i := 0; i < n; i++ {
-		s := receive(t, "reading", m.readings)
-		if got, want := fmt.Sprint(s.code, " ", s.value), fmt.Sprint(s.ticket.(int)%2*3, " ", s.ticket); got != want {
-			t.Errorf("got %s; want %s", got, want)
-		}
+		s := receive(t, "reading", b.readings)
+		wants(t, s, fmt.Sprintf("ticket %v: exit %d, value %v", s.ticket, s.ticket.(int)%2*3, s.ticket))
 	}
-	agent := childrenOf(t, cmd.Process.Pid)
+	agent := childrenOf(p.Process.Pid)
 	if len(agent) != 1 {
-		t.Fatalf("unshare has %d children; want the agent", len(agent))
+		t.Fatalf("got %d children of unshare; want the agent", len(agent))
 	}
-	await(t, "all orphans are reaped", func() bool { return len(childrenOf(t, agent[0])) == 0 })
+	await(t, "all orphans are reaped", func() bool { return len(childrenOf(agent[0])) == 0 })
 }
 
 // childrenOf lists the children of a process, zombies too.
-func childrenOf(t *testing.T, parent int) (pids []int) {
-	t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range files {
-		text, _ := os.ReadFile(file) // it may have ended
+func childrenOf(parent int) []int {
+	return processes(func(dir string) bool {
+		text, _ := os.ReadFile(dir + "/stat") // it may have ended
 		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-		if len(fields) > 1 && fields[1] == strconv.Itoa(parent) {
-			pid, _ := strconv.Atoi(strings.Split(file, "/")[2])
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+		return len(fields) > 1 && fields[1] == strconv.Itoa(parent)
+	})
 }
 
 // TestProcessLimit: a sensor uses up all processes that the agent's user may
 // have. The agent, which needs threads, goes on; sensors start again afterwards.
 func TestProcessLimit(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
-	}
+	needsRoot(t)
 	const uid = 54321
-	word := mark(t)
-	dir := t.TempDir()
-	m := newRecorder(t)
-	sensors := filepath.Join(dir, "sensors")
-	writeSensor(t, sensors, "s", "echo 1")
-	writeSensor(t, sensors, "greedy", "(while sleep 300 & do :; done); : >full; exec sleep 300")
-	config := "[sensor]\nconcurrency = 8\ntimeout = 3s\n[agent]\nlisten = 127.0.0.1:0\n[monitor]\nspool = spool\n"
-	writeTree(t, dir, map[string]string{"client.cfg": config + "url = " + m.url.String() + "\n"})
-	for _, d := range []string{dir, filepath.Join(sensors, "greedy")} {
-		if err := os.Chown(d, uid, uid); err != nil {
-			t.Fatal(err)
-		}
-	}
-	forEverybody(t, filepath.Join(sensors, "greedy"))
-	self, err := os.Open("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer self.Close()
-	cmd := exec.Command("/proc/self/fd/3") // whose directory is not for everybody
-	cmd.ExtraFiles = []*os.File{self}
+	marked := mark(t)
+	b := newBox(t, "[sensor]\nconcurrency = 8\ntimeout = 3s\n[monitor]\nspool = spool\n", files{
+		"sensors/s/check":      printing(1),
+		"sensors/greedy/check": "#!/bin/sh\n(while sleep 300 & do :; done); : >full; exec sleep 300",
+	})
+	greedy := filepath.Join(b.dir, "sensors/greedy")
+	must(t, errors.Join(os.Chown(b.dir, uid, uid), os.Chown(greedy, uid, uid)))
+	forEverybody(t, greedy)
+	program := get(os.Open("/proc/self/exe"))
+	defer program.Close()
+	cmd := self(t, b.dir)
+	cmd.Path, cmd.ExtraFiles = "/proc/self/fd/3", []*os.File{program} // whose directory is not for everybody
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	const processLimit = 6 // RLIMIT_NPROC, which package syscall does not have
 	var before syscall.Rlimit
-	if err := syscall.Getrlimit(rlimitProcesses, &before); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Setrlimit(rlimitProcesses, &syscall.Rlimit{Cur: 60, Max: before.Max}); err != nil {
-		t.Fatal(err)
-	}
-	agent := startIn(t, dir, cmd)
-	syscall.Setrlimit(rlimitProcesses, &before)
-	c := agent.client(t)
+	must(t, syscall.Getrlimit(processLimit, &before))
+	must(t, syscall.Setrlimit(processLimit, &syscall.Rlimit{Cur: 60, Max: before.Max}))
+	p := start(t, cmd)
+	syscall.Setrlimit(processLimit, &before)
+	b.client = p.client(t)
 	defer func() {
-		for _, pid := range marked(t, word) {
+		for _, pid := range marked() {
 			syscall.Kill(pid, syscall.SIGKILL) // which the agent would have done
 		}
-		await(t, "no process is left", func() bool { return len(marked(t, word)) == 0 })
+		awaitNone(t, marked)
 		if t.Failed() {
-			t.Log(&agent.log)
+			t.Log(&p.log)
 		}
 	}()
-	mustCall(t, c, "cmd_submit_reading", 0, "greedy")
-	await(t, "no process is left to start", func() bool { _, err := os.Stat(filepath.Join(sensors, "greedy", "full")); return err == nil })
-	var callers sync.WaitGroup
-	for i := 1; i <= 20; i++ {
-		callers.Add(1)
-		go func(i int) {
-			defer callers.Done()
-			c := newClient(c.url, patience, nil)
-			defer c.close()
-			for k := 0; k < 5; k++ {
-				_, err := c.call(context.Background(), "cmd_submit_reading", 100*k+i, "s")
-				if _, err2 := c.call(context.Background(), "cmd_list_sensors"); err != nil || err2 != nil {
-					t.Error(err, err2)
-				}
+	mustCall(t, b.client, "cmd_submit_reading", 0, "greedy")
+	await(t, "no process is left to start", func() bool { return exists(filepath.Join(greedy, "full")) })
+	parallel(20, func(i int) {
+		c := newClient(b.client.url, patience, nil)
+		defer c.close()
+		for k := 0; k < 5; k++ {
+			_, err := c.call(ctx, "cmd_submit_reading", 100*k+i+1, "s")
+			if _, err2 := c.call(ctx, "cmd_list_sensors"); err != nil || err2 != nil {
+				t.Error(err, err2)
 			}
-		}(i)
-	}
-	callers.Wait()
+		}
+	})
 	codes := make(map[int]int)
 	for i := 0; i < 101; i++ {
-		codes[receive(t, "reading", m.readings).code]++
+		codes[receive(t, "reading", b.readings).code]++
 	}
-	if codes[codeNotStarted] == 0 || codes[-int(syscall.SIGTERM)] != 1 {
-		t.Errorf("got these codes %v; want 126 while no process could be made, and -15 of the greedy one", codes)
-	}
-	mustCall(t, c, "cmd_submit_reading", 999, "s")
-	if got := receive(t, "reading", m.readings); got.code != 0 {
-		t.Errorf("afterwards: got %+v", got)
-	}
+	expect(t, codes[codeNotStarted] != 0 && codes[-int(syscall.SIGTERM)] == 1,
+		"got the codes %v; want 126 while no process could be made, and -15 of the greedy one", codes)
+	wants(t, b.read(t, 999, "s"), "ticket 999: exit 0, value 1")
 }
-
-const rlimitProcesses = 6 // RLIMIT_NPROC, which package syscall does not have
 
 func TestHelpTexts(t *testing.T) {
 	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
-	writeSensor(t, s.path, "mute", "echo why not >&2; exit 7")
-	writeSensor(t, s.path, ".hidden", "echo 1")
-	writeSensor(t, s.path, "silent", "true")
 	tooLong := strings.Repeat("x", maxName+1)
-	writeSensor(t, s.path, tooLong, "echo 1")
-	writeTree(t, s.path, map[string]string{"empty/": ""})
-	got, err := s.helpTexts(context.Background())
-	want := map[string]string{
+	for name, script := range map[string]string{
+		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1",
+	} {
+		writeSensor(t, s.path, name, script)
+	}
+	writeTree(t, s.path, files{"empty/": ""})
+	got, err := s.helpTexts(ctx)
+	must(t, err)
+	equal(t, "the texts", got, files{
 		"silent": "no help: silent options: nothing said",
 		"s":      "x <vol>  one\ny      two",
 		"mute":   `no help: mute options: exit 7: "why not"`,
-	}
-	if err != nil || !maps.Equal(got, want) {
-		t.Errorf("got %q, %v; want %q", got, err, want)
-	}
-	if names, unusable, err := s.names(); err != nil || len(names) != 3 || !slices.Equal(unusable, []string{tooLong}) {
-		t.Errorf("got %q, unusable %q, %v; want 3 and the one with the long name", names, unusable, err)
-	}
+	})
+	names, unusable, err := s.names()
+	must(t, err)
+	equal(t, "names", [][]string{names, unusable}, [][]string{{"mute", "s", "silent"}, {tooLong}})
 	s.path += "/none"
-	if _, err := s.helpTexts(context.Background()); err == nil {
-		t.Error("no error where there is no directory")
+	if _, err := s.helpTexts(ctx); err == nil {
+		t.Error("got no error; want one where there is no directory")
 	}
 }
 
@@ -1294,20 +1837,11 @@ func TestHelpTextsKept(t *testing.T) {
 	s := testSensors(t, "echo x; echo >>asked")
 	list := func(want int) {
 		t.Helper()
-		var done sync.WaitGroup
-		for i := 0; i < 10; i++ {
-			done.Add(1)
-			go func() {
-				defer done.Done()
-				if got, err := s.helpTexts(context.Background()); err != nil || got["s"] != "x" {
-					t.Errorf("got %q, %v", got, err)
-				}
-			}()
-		}
-		done.Wait()
-		if asked, err := os.ReadFile(filepath.Join(s.path, "s", "asked")); err != nil || len(asked) != want {
-			t.Errorf("asked %d times, %v; want %d", len(asked), err, want)
-		}
+		parallel(10, func(int) {
+			got, err := s.helpTexts(ctx)
+			equal(t, "help", fmt.Sprint(got["s"], err), "x<nil>")
+		})
+		equal(t, "times asked", len(readFile(t, filepath.Join(s.path, "s", "asked"))), want)
 	}
 	list(1)
 	writeSensor(t, s.path, "s", "echo x; echo >>asked; # changed")
@@ -1317,93 +1851,68 @@ func TestHelpTextsKept(t *testing.T) {
 // TestShippedSensors runs every option of every shipped sensor under every
 // small shell there is.
 func TestShippedSensors(t *testing.T) {
-	shells := map[string][]string{"sh": {"/bin/sh"}}
-	for _, other := range [][]string{{"dash"}, {"busybox", "ash"}} {
-		if path, err := exec.LookPath(other[0]); err == nil {
-			shells[other[0]] = append([]string{path}, other[1:]...)
+	tree, tried := shipped(t, "sensors/"), 0
+	for _, shell := range []string{"sh", "dash", "busybox ash"} {
+		name, applet, _ := strings.Cut(shell, " ")
+		path, err := exec.LookPath(name)
+		if err != nil {
+			continue
 		}
-	}
-	if len(shells) < 3 {
-		defer t.Skip("without dash or busybox, which are not on this machine") // after what can be tested
-	}
-	dir := t.TempDir()
-	writeTree(t, dir, shipped(t, "sensors/"))
-	path := filepath.Join(dir, "sensors")
-	names, _, err := newSensors(path, "check", "options", patience, nil).names()
-	if want := []string{"cpu_load", "disk", "memory", "network", "processes", "temperature", "uptime"}; err != nil || !slices.Equal(names, want) {
-		t.Fatalf("got %q, %v; want %q", names, err, want)
-	}
-	var done sync.WaitGroup
-	defer done.Wait()
-	for shell, words := range shells {
-		for _, name := range names {
-			env := os.Environ()
-			if shell == "busybox" {
-				env = []string{"PATH=" + busyboxPath(t, words[0])}
-			}
-			done.Add(1)
-			go func(shell string, words []string, name string) {
-				defer done.Done()
-				testShippedSensor(t, name, shell, env, append(words[:len(words):len(words)], filepath.Join(path, name, "check")))
-			}(shell, words, name)
+		dir := t.TempDir()
+		for file, text := range tree {
+			interpreter := strings.TrimSpace("#!" + path + " " + applet)
+			writeTree(t, dir, files{file: strings.Replace(text, "#!/bin/sh", interpreter, 1)})
 		}
+		s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
+		if name == "busybox" {
+			s.env = append(s.env, "PATH="+busyboxPath(t, path))
+		}
+		helps, err := s.helpTexts(ctx)
+		must(t, err)
+		names := sortedKeys(helps)
+		want := []string{"cpu_load", "disk", "memory", "network", "processes", "temperature", "uptime"}
+		equal(t, "names", names, want)
+		parallel(len(names), func(i int) { testShippedSensor(t, s, shell, names[i], helps[names[i]]) })
+		tried++
+	}
+	if tried < 3 {
+		t.Skip("without dash or busybox, which are not on this machine")
 	}
 }
 
-func testShippedSensor(t *testing.T, name, shell string, env, command []string) {
-	run := func(args ...string) (stdout, stderr string, code int) {
-		cmd := exec.Command(command[0], append(command[1:len(command):len(command)], args...)...)
-		var out, errs strings.Builder
-		cmd.Stdout, cmd.Stderr, cmd.Env = &out, &errs, env
-		cmd.Run()
-		return out.String(), errs.String(), cmd.ProcessState.ExitCode()
-	}
-	help, _, code := run("options")
-	if code != 0 || help == "" || len(help) > maxOutput {
-		t.Errorf("%s %s options: exit %d, %q", shell, name, code, help)
-	}
-	var done sync.WaitGroup
-	for _, line := range strings.Split(strings.TrimSpace(help), "\n") {
+func testShippedSensor(t *testing.T, s *sensors, shell, name, help string) {
+	lines := splitLines(help)
+	parallel(2*len(lines), func(i int) { // several wait for a second
 		var args []string
-		for _, a := range firstOption(line) {
+		for _, a := range firstOption(lines[i/2]) {
 			args = append(args, a.(string))
 		}
 		if args[0] == "zone" {
 			args = append(args, "0")
 		}
-		for _, args := range [][]string{args, {strings.Join(args, " ")}} {
-			done.Add(1)
-			go func(args []string) {
-				defer done.Done()
-				out, reason, code := run(args...)
-				if code == 0 && !regexp.MustCompile(`^-?[0-9]+(\.[0-9]+)?\n$`).MatchString(out) || code != 0 && (out != "" || !strings.HasPrefix(reason, name+": ")) {
-					t.Errorf("%s %s %q: exit %d, %q, %q", shell, name, args, code, out, reason)
-				}
-				if everyBox := name != "temperature" && args[0] != "swap_used_pct"; everyBox && code != 0 {
-					t.Errorf("%s %s %q: exit %d, %q; every box has that", shell, name, args, code, reason)
-				}
-			}(args)
+		if i%2 == 1 {
+			args = []string{strings.Join(args, " ")}
 		}
-	}
-	done.Wait()
-	for _, args := range [][]string{{}, {""}, {"nonsense"}, {"$(reboot)"}, {"-x"}, {"*"}, {"options", "more"}, {"a", "b", "c"}, {"percent", "/no/such/dir"}, {"rx_bytes", "../../.."}} {
-		if out, reason, code := run(args...); code == 0 || out != "" || strings.Count(reason, "\n") != 1 {
-			t.Errorf("%s %s %q: exit %d, %q, %q; want an error of one line", shell, name, args, code, out, reason)
-		}
+		got := summaryOf(s, name, args...)
+		mayFail := name == "temperature" || strings.HasPrefix(args[0], "swap_used_pct") // not every box has that
+		expect(t, like(got, "0 …") || mayFail && like(got, `… nan "`+name+`: …"`),
+			"%s %s %q: got %s; want a number", shell, name, args, got)
+	})
+	for _, args := range [][]string{
+		{}, {""}, {"nonsense"}, {"$(reboot)"}, {"-x"}, {"*"}, {"options", "more"}, {"a", "b", "c"},
+		{"percent", "/no/such/dir"}, {"rx_bytes", "../../.."},
+	} {
+		got := summaryOf(s, name, args...)
+		expect(t, like(got, `… nan "…"`) && !strings.Contains(got, `\n`),
+			"%s %s %q: got %s; want an error of one line", shell, name, args, got)
 	}
 }
 
 // busyboxPath makes a directory with busybox's applets and nothing else.
 func busyboxPath(t *testing.T, busybox string) string {
 	dir := t.TempDir()
-	applets, err := exec.Command(busybox, "--list").Output()
-	if err != nil {
-		t.Fatalf("%s --list: %v", busybox, err)
-	}
-	for _, applet := range strings.Fields(string(applets)) {
-		if err := os.Symlink(busybox, filepath.Join(dir, applet)); err != nil {
-			t.Fatal(err)
-		}
+	for _, applet := range strings.Fields(runTool(t, "", busybox, "--list")) {
+		must(t, os.Symlink(busybox, filepath.Join(dir, applet)))
 	}
 	return dir
 }
@@ -1416,6 +1925,7 @@ type testQueue struct {
 	end       chan reading
 	delivered chan string
 	discarded chan any
+	outsiders []<-chan error // commands that wait for room
 }
 
 func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
@@ -1433,26 +1943,39 @@ func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
 			return reading{code: -15, value: c.sensor}
 		}
 	}, func(ticket any, r reading) {
-		q.delivered <- fmt.Sprintf("%#v %d %s", ticket, r.code, r.value)
+		q.delivered <- strings.TrimSpace(fmt.Sprintf("%#v %d %s", ticket, r.code, r.value))
 	}, func(ticket any) { q.discarded <- ticket })
 	t.Cleanup(func() { within(0, q.close) })
 	return q
 }
 
-func (q *testQueue) submit(c command) {
-	q.Helper()
-	if err := q.accept(context.Background(), c, time.Now().Add(patience)); err != nil {
-		q.Errorf("%+v: %v", c, err)
+// commandOf reads "TICKET SENSOR" or "TICKET CHANGE:SENSOR", and perhaps "from ADDRESS".
+func commandOf(words []string) (c command) {
+	c.ticket = strings.Trim(words[0], `"`)
+	number, isInt64 := strings.CutPrefix(words[0], "i8:")
+	if n, err := strconv.Atoi(number); isInt64 {
+		c.ticket = int64(n)
+	} else if err == nil {
+		c.ticket = n
+	} else if words[0] == "nil" {
+		c.ticket = nil
 	}
+	c.change, c.sensor, _ = strings.Cut(words[1], ":")
+	if !strings.Contains(words[1], ":") {
+		c.change, c.sensor = "", words[1]
+	}
+	if len(words) == 4 {
+		c.from = words[3]
+	}
+	return c
 }
 
-// submitLater submits a command for which there is no room.
-func (q *testQueue) submitLater(c command) <-chan error {
-	q.Helper()
+// wait submits a command for which there is no room.
+func (q *testQueue) wait(c command) {
 	before, accepted := q.counted().outside, make(chan error, 1)
-	go func() { accepted <- q.accept(context.Background(), c, time.Now().Add(patience)) }()
+	go func() { accepted <- q.accept(ctx, c, time.Now().Add(patience)) }()
 	await(q, "it waits for room", func() bool { return q.counted().outside > before })
-	return accepted
+	q.outsiders = append(q.outsiders, accepted)
 }
 
 // counted tells how many commands wait in the queue, and how many for room in it.
@@ -1463,1231 +1986,186 @@ func (q *testQueue) counted() (n struct{ waiting, outside int }) {
 	return n
 }
 
-// starts checks which sensors are read next, and ends each run if it is told to.
-func (q *testQueue) starts(end bool, sensors ...string) {
+// starts checks which sensor is read next; … is any.
+func (q *testQueue) starts(want string) {
 	q.Helper()
-	for _, want := range sensors {
-		if c := receive(q, "start", q.started); c.change+c.sensor != want {
-			q.Errorf("%s%s begins; want %s", c.change, c.sensor, want)
+	c := receive(q, "start", q.started)
+	got := c.sensor
+	if c.change != "" {
+		got = c.change + ":" + c.sensor
+	}
+	expect(q, like(got, want), "got %s; want %s to begin", got, want)
+}
+
+// step makes one step of testdata/queue.txt.
+func (q *testQueue) step(line string) {
+	q.Helper()
+	step, rest, _ := strings.Cut(line, " ")
+	words := strings.Fields(rest)
+	switch step {
+	case "resize":
+		concurrency, _ := strconv.Atoi(words[0])
+		size, _ := strconv.Atoi(words[1])
+		q.resize(concurrency, size)
+	case "submit":
+		must(q, q.accept(ctx, commandOf(words), time.Now().Add(patience)))
+	case "wait":
+		q.wait(commandOf(words))
+	case "full":
+		has(q, line, q.accept(ctx, commandOf(words), time.Now()), fmt.Sprint("fault ", faultBusy))
+	case "room", "closing":
+		want := map[string]string{"room": "<nil>", "closing": "shutting down"}[step]
+		for _, accepted := range q.outsiders {
+			has(q, line, receive(q, "room", accepted), want)
 		}
-		if end {
-			q.end <- reading{}
+	case "starts", "runs":
+		for _, word := range words {
+			if q.starts(word); step == "runs" {
+				q.end <- reading{}
+			}
 		}
+	case "end":
+		q.end <- reading{}
+	case "close":
+		within(patience, q.close)
+	case "cancel":
+		within(0, q.close)
+	case "delivers":
+		for _, want := range strings.Split(rest, ", ") {
+			equal(q, line, receive(q, "delivery", q.delivered), want)
+		}
+	case "delivered":
+		var got []string
+		for len(q.delivered) > 0 {
+			got = append(got, <-q.delivered)
+		}
+		slices.Sort(got)
+		equal(q, line, strings.Join(got, ", "), rest)
+	case "counts":
+		equal(q, line, fmt.Sprint(q.counted().waiting, len(q.started)), rest)
+	case "discards":
+		equal(q, line, fmt.Sprint(len(q.discarded)), rest)
+	default:
+		q.Fatalf("%s: no such step", line)
 	}
 }
 
-// delivers checks what is delivered next.
-func (q *testQueue) delivers(readings ...string) {
-	q.Helper()
-	for _, want := range readings {
-		if got := receive(q, "delivery", q.delivered); got != want {
-			q.Errorf("delivers %q; want %q", got, want)
-		}
-	}
-}
-
+// TestQueue makes the steps of testdata/queue.txt.
 func TestQueue(t *testing.T) {
-	q := newTestQueue(t, 1, 3)
-	q.submit(command{ticket: 1, sensor: "a", args: []string{"x"}})
-	q.starts(false, "a")
-	q.submit(command{ticket: 1, sensor: "a", args: []string{"x"}}) // runs already
-	q.submit(command{ticket: 2, sensor: "b"})
-	q.submit(command{ticket: 2, sensor: "b"})         // waits already
-	q.submit(command{ticket: "2", sensor: "string"})  // another ticket
-	q.submit(command{ticket: int64(2), sensor: "i8"}) // and another: now the queue is full
-	q.submit(command{ticket: 2, sensor: "c"})         // takes the place of the one that waits
-	err := q.accept(context.Background(), command{ticket: 9, sensor: "z"}, time.Now())
-	if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultBusy {
-		t.Errorf("full: got %v; want a fault %d", err, faultBusy)
-	}
-	q.end <- reading{}
-	q.starts(true, "c", "string", "i8")
-	q.delivers("1 0 a", "2 0 c", `"2" 0 string`, "2 0 i8")
-}
-
-// TestQueueGivenAway: a running command whose ticket comes again with other
-// arguments is not delivered.
-func TestQueueGivenAway(t *testing.T) {
-	q := newTestQueue(t, 2, 3)
-	q.submit(command{ticket: 1, sensor: "old"})
-	q.starts(false, "old")
-	q.submit(command{ticket: 1, sensor: "new"})
-	q.starts(false, "new")
-	q.end <- reading{}
-	q.end <- reading{}
-	q.delivers("1 0 new")
-	q.submit(command{ticket: 1, sensor: "new"}) // delivered before: it runs again
-	q.end <- reading{}
-	q.delivers("1 0 new")
-	if len(q.delivered) != 0 || len(q.discarded) != 3 {
-		t.Errorf("%d more delivered, %d discarded; want 0, 3", len(q.delivered), len(q.discarded))
-	}
-}
-
-// TestQueueJoin: a change joins an equal one that waits, but not past another
-// change of the sensor. One that runs may have fetched the package before: it is
-// made once more, unless the ticket is the same.
-func TestQueueJoin(t *testing.T) {
-	q := newTestQueue(t, 1, 10)
-	change := func(ticket any, change, sensor string) {
-		t.Helper()
-		q.submit(command{ticket: ticket, change: change, sensor: sensor})
-	}
-	change(1, "update ", "a")
-	q.starts(false, "update a")
-	change(1, "update ", "a") // is the one that runs
-	change(2, "update ", "a") // once more
-	change(3, "update ", "a") // joins 2
-	change(3, "update ", "a") // is the same
-	change(nil, "update ", "a")
-	change(4, "update ", "b")
-	change(5, "rollback ", "a")
-	change(6, "update ", "a") // not before 5
-	change(nil, "update ", "a")
-	change(nil, "move", "")
-	change(nil, "move", "")
-	q.submit(command{ticket: "r", sensor: "a"}) // a reading waits for none of them
-	q.starts(false, "a")
-	q.end <- reading{}
-	q.end <- reading{}
-	q.starts(true, "update a", "update b", "rollback a", "update a", "move")
-	within(patience, q.close)
-	delivered := make(map[string]int)
-	for len(q.delivered) > 0 {
-		delivered[<-q.delivered]++
-	}
-	want := map[string]int{"1 0 a": 1, "2 0 a": 1, "3 0 a": 1, "4 0 b": 1, "5 0 a": 1, "6 0 a": 1, `"r" 0 a`: 1}
-	if !maps.Equal(delivered, want) || len(q.started) > 0 {
-		t.Errorf("got %v and %d more started; want %v", delivered, len(q.started), want)
-	}
-}
-
-// TestQueueClose: every command that was accepted is delivered at the end, and no
-// other one is accepted.
-func TestQueueClose(t *testing.T) {
-	q := newTestQueue(t, 2, 10)
-	for i := 1; i <= 12; i++ {
-		q.submit(command{ticket: i, sensor: fmt.Sprint("s", i)})
-	}
-	receive(t, "start", q.started)
-	receive(t, "start", q.started)
-	refused := q.submitLater(command{ticket: 13, sensor: "s13"})
-	within(0, q.close)
-	if err := receive(t, "a fault", refused); err == nil || !strings.Contains(err.Error(), "shutting down") {
-		t.Errorf("got %v", err)
-	}
-	if n := len(q.delivered); n != 12 {
-		t.Errorf("%d delivered; want every one of 12", n)
-	}
-	for len(q.delivered) > 0 {
-		if got := <-q.delivered; !strings.Contains(got, " -15 ") {
-			t.Errorf("got %q", got)
-		}
-	}
-}
-
-// TestQueueTurns: who floods the queue does not keep another out, who finds
-// room although it is full and whose commands are run in turn.
-func TestQueueTurns(t *testing.T) {
-	q := newTestQueue(t, 1, 8)
-	flood := command{sensor: "flood", from: "flood"}
-	var flooded []<-chan error
-	for i := 0; i < 19; i++ { // one runs, eight wait
-		flood.ticket = i
-		if i < 9 {
-			q.submit(flood)
-		} else {
-			flooded = append(flooded, q.submitLater(flood))
-		}
-	}
-	q.submit(command{ticket: 20, sensor: "monitor", from: "monitor"}) // at once
-	q.submit(command{ticket: 21, sensor: "monitor", from: "monitor"})
-	q.starts(true, "flood", "flood", "monitor", "flood", "monitor")
-	for i := 0; i < 16; i++ {
-		q.starts(true, "flood")
-	}
-	for i, accepted := range flooded {
-		if err := receive(t, "room", accepted); err != nil {
-			t.Errorf("%d: %v", i, err)
-		}
-	}
-}
-
-// TestQueueOrder: who waits for room gets it in the order of coming.
-func TestQueueOrder(t *testing.T) {
-	q := newTestQueue(t, 1, 1)
-	q.submit(command{ticket: 0, sensor: "a"})
-	q.submit(command{ticket: 1, sensor: "b"})
-	var accepted []<-chan error
-	for i, sensor := range []string{"c", "d", "e", "f"} {
-		accepted = append(accepted, q.submitLater(command{ticket: 2 + i, sensor: sensor}))
-	}
-	q.starts(true, "a", "b", "c", "d", "e", "f")
-	for _, accepted := range accepted {
-		if err := receive(t, "room", accepted); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// TestQueueCap: one sensor leaves a slot to the others, if there are several.
-func TestQueueCap(t *testing.T) {
-	q := newTestQueue(t, 3, 5)
-	for i := 0; i < 5; i++ {
-		q.submit(command{ticket: i, sensor: "hangs"})
-	}
-	q.starts(false, "hangs", "hangs")
-	for i := 5; i < 8; i++ {
-		q.submit(command{ticket: i, sensor: fmt.Sprint("s", i)})
-	}
-	q.starts(false, "s5")
-	q.end <- reading{} // whichever of the three it is
-	receive(t, "another", q.started)
-	if n := q.counted().waiting; n != 4 || len(q.started) > 0 {
-		t.Errorf("%d wait, %d more started; want 4, 0", n, len(q.started))
-	}
-	q.resize(1, 5) // where there is one slot only, every sensor may have it
-	for i := 0; i < 7; i++ {
-		q.end <- reading{}
-	}
-	within(patience, q.close)
-	if len(q.delivered) != 8 {
-		t.Errorf("%d delivered; want 8", len(q.delivered))
-	}
-}
-
-// TestQueueResize: another concurrency and size are in force at once.
-func TestQueueResize(t *testing.T) {
-	q := newTestQueue(t, 1, 1)
-	q.submit(command{ticket: 1, sensor: "a"})
-	q.submit(command{ticket: 2, sensor: "b"})
-	q.starts(false, "a")
-	waited := q.submitLater(command{ticket: 3, sensor: "c"})
-	q.resize(3, 1)
-	if err := receive(t, "room", waited); err != nil {
-		t.Error(err)
-	}
-	for i := 0; i < 2; i++ {
-		receive(t, "start", q.started)
-	}
-	q.resize(1, 1)
-	q.submit(command{ticket: 4, sensor: "d"})
-	for i := 0; i < 3; i++ {
-		if len(q.started) > 0 {
-			t.Error("more than one runs")
-		}
-		q.end <- reading{}
-	}
-	q.starts(true, "d")
-}
-
-// TestQueueConcurrency: never more run at once than may.
-func TestQueueConcurrency(t *testing.T) {
-	var running, most atomic.Int64
-	delivered := make(chan any, 100)
-	q := newQueue(3, 100, func(context.Context, command) reading {
-		n := running.Add(1)
-		defer running.Add(-1)
-		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
-		}
-		runtime.Gosched()
-		return reading{}
-	}, func(ticket any, _ reading) { delivered <- ticket }, func(any) {})
-	for i := 0; i < 100; i++ {
-		if err := q.accept(context.Background(), command{ticket: i, sensor: fmt.Sprint(i)}, time.Now().Add(patience)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for i := 0; i < 100; i++ {
-		receive(t, "delivery", delivered)
-	}
-	within(patience, q.close)
-	if most.Load() > 3 {
-		t.Errorf("%d ran at once; want at most 3", most.Load())
-	}
-}
-
-func TestDecodeCall(t *testing.T) {
-	files, err := filepath.Glob("testdata/xml/*.xml")
-	if err != nil || len(files) < 10 {
-		t.Fatal(files, err)
-	}
-	for _, file := range files {
-		message, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		method, params, err := decodeCall(message)
-		if err != nil {
-			t.Errorf("%s: %v", file, err)
-			continue
-		}
-		golden(t, strings.TrimSuffix(file, ".xml")+".golden", string(encodeCall(method, params...))+"\n")
-	}
-}
-
-func TestResponse(t *testing.T) {
-	value := map[string]any{
-		"b": []any{nil, true, false, 1, int64(2), 2.5, 1e20}, "a<&>\"'": "\x00\r\n\t\xff ü]]>",
-		"d": dateTime("20261122T20:43:21"), "e": []byte("hello"),
-	}
-	message := encodeResponse(value, nil)
-	golden(t, "testdata/response.golden", string(message)+"\n")
-	value["a<&>\"'"] = "\uFFFD\r\n\t\uFFFD ü]]>"
-	if got, err := decodeResponse(message); err != nil || !reflect.DeepEqual(got, value) {
-		t.Errorf("got %#v, %v; want %#v", got, err, value)
-	}
-	_, err := decodeResponse(encodeResponse(nil, faultf(7, "no\nway")))
-	if f := (*fault)(nil); !errors.As(err, &f) || *f != (fault{7, "no way"}) {
-		t.Errorf("got %v", err)
-	}
-}
-
-// xmlSeeds adds the messages of testdata.
-func xmlSeeds(f *testing.F) {
-	files, err := filepath.Glob("testdata/xml/*.xml")
-	if err != nil || len(files) == 0 {
-		f.Fatal(files, err)
-	}
-	for _, file := range files {
-		message, err := os.ReadFile(file)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(message)
-	}
-}
-
-// FuzzCall: a call that can be read is the same when it is written and read
-// again; any other is a fault.
-func FuzzCall(f *testing.F) {
-	xmlSeeds(f)
-	f.Fuzz(func(t *testing.T, message []byte) {
-		method, params, err := decodeCall(message)
-		if err != nil {
-			if f := (*fault)(nil); !errors.As(err, &f) {
-				t.Fatalf("%v is no fault", err)
-			}
-			return
-		}
-		method2, params2, err := decodeCall(encodeCall(method, params...))
-		if err != nil || method2 != method || !reflect.DeepEqual(params2, params) {
-			t.Fatalf("%q %#v reads back as %q %#v, %v", method, params, method2, params2, err)
-		}
-	})
-}
-
-// FuzzResponse: a result that can be read is the same when it is written and
-// read again; so is a fault.
-func FuzzResponse(f *testing.F) {
-	xmlSeeds(f)
-	every := []any{1, int64(2), "a", nil, true, []byte("b"), dateTime("20261122T20:43:21"), map[string]any{"x": 2.5}}
-	f.Add(encodeResponse(every, nil))
-	f.Add(encodeResponse(nil, faultf(1, "x")))
-	f.Fuzz(func(t *testing.T, message []byte) {
-		v, err := decodeResponse(message)
-		sent := (*fault)(nil)
-		if err != nil && !errors.As(err, &sent) {
-			return
-		}
-		v2, err2 := decodeResponse(encodeResponse(v, err))
-		if !reflect.DeepEqual(v, v2) || !reflect.DeepEqual(err, err2) {
-			t.Fatalf("%#v, %v reads back as %#v, %v", v, err, v2, err2)
-		}
-	})
-}
-
-// notation is what stands in braces in testdata: a byte or several, {\x00}, and
-// what is repeated, {x*65536}.
-var notation = regexp.MustCompile(`\{(\\[^{}*]*)\}|\{([^{}]*)\*(\d+)\}`)
-
-// expand returns a text of testdata without its notation.
-func expand(t *testing.T, text string) string {
-	call := string(encodeCall("healthcheck"))
-	text = strings.NewReplacer("{call}", call, "{message}", message("<param><value/></param>")).Replace(text)
-	return notation.ReplaceAllStringFunc(text, func(braces string) string {
-		part := notation.FindStringSubmatch(braces)
-		plain, err := strconv.Unquote(`"` + strings.ReplaceAll(part[1]+part[2], `"`, `\"`) + `"`)
-		if err != nil {
-			t.Fatalf("%s: %v", braces, err)
-		}
-		n := 1
-		if part[3] != "" {
-			n, _ = strconv.Atoi(part[3])
-		}
-		return strings.Repeat(plain, n)
-	})
-}
-
-// message returns a call of the method m, which there is not, with what is in its
-// <params>.
-func message(params string) string {
-	return "<methodCall><methodName>m</methodName><params>" + params + "</params></methodCall>"
-}
-
-// httpText returns a text of testdata as HTTP, with its lines' ends.
-func httpText(text string) string {
-	if !strings.HasSuffix(text, "\n\n") {
-		text = strings.TrimSuffix(text, "\n")
-	}
-	return strings.ReplaceAll(text, "\n", "\r\n")
-}
-
-// TestHTTP sends bytes and looks at the head of the answer and what is in it;
-// TestBadRequests has what is refused.
-func TestHTTP(t *testing.T) {
-	h := newHandler([]method{
-		{"healthcheck", "string", "OK.", healthcheck},
-		{"defect", "string", "", func(request, []any) (any, error) { panic("defect") }},
-		{"error", "string", "", func(request, []any) (any, error) { return nil, errors.New("inside") }},
-	})
-	host := serve(t, h).Host
-	post := func(head, method string) string {
-		body := encodeCall(method)
-		return fmt.Sprintf("POST %s\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)
-	}
-	call := string(encodeCall("healthcheck"))
-	chunked := "POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" +
-		"3\r\n" + call[:3] + "\r\n60\r\n" + call[3:] + "\r\n0\r\n\r\n"
-	tests := []struct{ request, want string }{
-		{post("/xmlrpc HTTP/1.1", "healthcheck"), "HTTP/1.1 200 .*text/xml.*<string>OK<"},
-		{post("/xmlrpc/ HTTP/1.1", "healthcheck"), "HTTP/1.1 200 .*<string>OK<"},
-		{post("/RPC2 HTTP/1.1", "healthcheck"), "HTTP/1.1 200 .*<string>OK<"},
-		{post("/ HTTP/1.1", "healthcheck"), "HTTP/1.1 200 .*<string>OK<"},
-		{post("/ HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded", "healthcheck"), "HTTP/1.1 200 .*<string>OK<"},
-		{post("/ HTTP/1.1\r\nExpect: 100-continue", "healthcheck"), "HTTP/1.1 100 .*HTTP/1.1 200 .*<string>OK<"},
-		{post("/ HTTP/1.1\r\nContent-Encoding: identity", "healthcheck"), "HTTP/1.1 200 "},
-		{"POST / HTTP/1.0\r\nContent-Length: 99\r\n\r\n" + call, "HTTP/1.0 200 .*Content-Length: 120.*<string>OK<"},
-		{chunked, "HTTP/1.1 200 .*<string>OK<"},
-		{"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "HTTP/1.1 405 .*Allow: POST\r\n"},
-		{"GET / HTTP/1.0\r\n\r\n", "HTTP/1.0 405 .*Allow: POST\r\n"},
-		{post("/ HTTP/1.1", "defect"), "HTTP/1.1 200 .*<int>-32603<"},
-		{post("/ HTTP/1.1", "error"), "HTTP/1.1 200 .*<int>-32603<"},
-	}
-	for _, test := range tests {
-		conn, err := net.Dial("tcp", host)
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(conn, test.request)
-		conn.SetReadDeadline(time.Now().Add(patience))
-		answer, err := io.ReadAll(conn)
-		conn.Close()
-		if err != nil || !regexp.MustCompile("(?s)^"+test.want).Match(answer) {
-			t.Errorf("%.100q: got %q, %v; want %q", test.request, answer, err, test.want)
-		}
-	}
-}
-
-// exchange sends bytes, and nothing after them, and returns what is answered:
-// for each response its status or, with 200, what is in it.
-func exchange(t *testing.T, host, request string) string {
-	t.Helper()
-	conn, err := net.Dial("tcp", host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn.SetDeadline(time.Now().Add(patience))
-	sent := make(chan struct{})
-	go func() { // a refusal may come before the end
-		defer close(sent)
-		io.WriteString(conn, request)
-		conn.(*net.TCPConn).CloseWrite()
-	}()
-	defer func() { conn.Close(); <-sent }()
-	method, _, _ := strings.Cut(request, " ")
-	var got []string
-	for r := bufio.NewReader(conn); ; {
-		resp, err := http.ReadResponse(r, &http.Request{Method: method})
-		if err != nil {
-			if len(got) == 0 {
-				return "nothing"
-			}
-			return strings.Join(got, " ")
-		}
-		body, _ := io.ReadAll(resp.Body) // it may end in a reset
-		if resp.StatusCode == http.StatusOK {
-			v, err := decodeResponse(body)
-			got = append(got, verdict(v, err))
-		} else {
-			got = append(got, fmt.Sprint(resp.StatusCode))
-		}
-	}
-}
-
-// verdict is the code of a fault, or those in the results of a multicall, or
-// the result.
-func verdict(v any, err error) string {
-	if f := (*fault)(nil); errors.As(err, &f) {
-		return fmt.Sprint(f.code)
-	}
-	results, _ := v.([]any)
-	for i, result := range results {
-		if f, ok := result.(map[string]any); ok {
-			results[i] = f["faultCode"]
-		}
-	}
-	return strings.TrimSuffix(fmt.Sprintf("%v %v", v, err), " <nil>")
-}
-
-// TestHalfClosed: a caller that has closed its sending side, as nc -N does, gets the
-// answer all the same.
-func TestHalfClosed(t *testing.T) {
-	s := testSettings(t, t.TempDir(), newRecorder(t).url)
-	writeSensor(t, s.path, "s", "sleep 0.2; echo what it is")
-	a, _ := startAgent(t, s)
-	got := exchange(t, a.listener.Addr().String(), postedCall("cmd_list_sensors"))
-	if want := "s:what it is"; !strings.Contains(got, want) {
-		t.Errorf("got %s; want %s", got, want)
-	}
-}
-
-// requestKinds has, by the kind of a case in testdata/requests.txt, the texts that
-// each of its lines is put into, and what makes a request of such a text.
-var requestKinds = map[string]struct {
-	request func(text string) string
-	texts   []string
-}{
-	"request":   {strings.Clone, []string{"%s"}},
-	"line":      {strings.Clone, []string{"%s\r\nHost: x\r\nContent-Length: 99\r\n\r\n{call}"}},
-	"header":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\n%s\r\nContent-Length: 99\r\n\r\n{call}"}},
-	"length":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n{call}"}},
-	"chunks":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%s"}},
-	"body":      {posted, []string{"%s"}},
-	"param":     {posted, []string{message("<param>%s</param>")}},
-	"value":     {postedCall, []string{"m | %s"}},
-	"call":      {postedCall, []string{"%s"}},
-	"arguments": {postedCall, []string{"cmd_submit_reading | <int>7</int> | s | %s"}},
-	"multicall": {postedCall, []string{"system.multicall | <array><data><value>%s</value></data></array>"}},
-	"sensor": {postedCall, []string{
-		"cmd_submit_reading | <int>7</int> | %s", "cmd_update_sensor_code | %s",
-		"cmd_rollback_sensor_code | %s | <int>7</int>",
-	}},
-	"ticket": {postedCall, []string{
-		"cmd_submit_reading | %s | s", "cmd_update_sensor_code | s | %s",
-		"cmd_rollback_sensor_code | s | %s", "cmd_register_new_server | %s",
-	}},
-}
-
-// posted returns the request with a body.
-func posted(body string) string {
-	return fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-}
-
-// postedCall returns the request of a method with the values of its parameters,
-// split by " | ".
-func postedCall(call string) string {
-	method, values, some := strings.Cut(call, " | ")
-	params := ""
-	if some {
-		params = "<param><value>" + strings.ReplaceAll(values, " | ", "</value></param><param><value>") + "</value></param>"
-	}
-	return posted("<methodCall><methodName>" + method + "</methodName><params>" + params + "</params></methodCall>")
-}
-
-type badRequest struct{ want, request string }
-
-// badRequests returns the requests of testdata/requests.txt.
-func badRequests(t *testing.T) (list []badRequest) {
-	for _, c := range cases(t, "testdata/requests.txt") {
-		space := strings.LastIndex(c.name, " ")
-		want, kind := c.name[:space], requestKinds[c.name[space+1:]]
-		lines := strings.Split(strings.TrimSuffix(c.text, "\n"), "\n")
-		if c.name[space+1:] == "request" {
-			lines = []string{httpText(c.text)}
-		}
-		for _, line := range lines {
-			for _, text := range kind.texts {
-				list = append(list, badRequest{want, kind.request(expand(t, strings.Replace(text, "%s", line, 1)))})
-			}
-		}
-	}
-	return list
-}
-
-// TestBadRequests: whatever is sent to an agent, the answer says what is wrong
-// with it, and afterwards the agent is as it was.
-func TestBadRequests(t *testing.T) {
-	lines := logged(t)
-	dir := t.TempDir()
-	writeSensor(t, dir, "s", "echo 1")
-	m := newRecorder(t)
-	a, c := startAgent(t, testSettings(t, dir, m.url))
-	host := a.listener.Addr().String()
-	settled := func() int { // without connections
-		c.close()
-		a.delivery.monitor().close()
-		await(t, "no connections", func() bool {
-			stacks := make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			return !bytes.Contains(stacks, []byte("net/http.(*conn)")) && !bytes.Contains(stacks, []byte("net/http.(*persistConn)"))
-		})
-		return runtime.NumGoroutine()
-	}
-	heap := func() uint64 {
-		var stats runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&stats)
-		return stats.HeapAlloc
-	}
-	mustCall(t, c, "cmd_submit_reading", 1, "s")
-	receive(t, "reading", m.readings)
-	health := func() string { // but for what goes on
-		return regexp.MustCompile(` (uptime|delivered|refused|rss_kb|last_delivery_age) \d+`).ReplaceAllString(a.healthLine(), "")
-	}
-	goroutines, bytesBefore, healthBefore := settled(), heap(), health()
-
-	tests := badRequests(t)
-	for _, test := range tests {
-		if got := exchange(t, host, test.request); got != test.want {
-			t.Errorf("%.200q: got %s; want %s", test.request, got, test.want)
-		}
-	}
-
-	if v := mustCall(t, c, "healthcheck"); v != "OK" {
-		t.Errorf("healthcheck: got %v", v)
-	}
-	mustCall(t, c, "cmd_submit_reading", 2, "s")
-	if got := receive(t, "reading", m.readings); got.ticket != any(2) || got.value != "1" || len(m.readings) != 0 {
-		t.Errorf("got %+v, %d more; want ticket 2 alone", got, len(m.readings))
-	}
-	if strings.Contains(lines.String(), "defect") {
-		t.Errorf("got %s", lines)
-	}
-	await(t, "the goroutines are back", func() bool { return settled() <= goroutines })
-	if got := health(); got != healthBefore {
-		t.Errorf("got %s; want %s", got, healthBefore)
-	}
-	bytesAfter := heap()
-	if bytesAfter > bytesBefore+8<<20 {
-		t.Errorf("heap: got %d bytes; want %d", bytesAfter, bytesBefore)
-	}
-	total("bad requests refused", len(tests))
-	t.Logf("%d requests; heap %d KiB before, %d KiB after; %d goroutines", len(tests), bytesBefore>>10, bytesAfter>>10, goroutines)
-}
-
-// TestConnToClose: whoever comes when all connections are taken gets one, unless
-// he holds the most. A call that waits does not give way to an idle connection.
-func TestConnToClose(t *testing.T) {
-	var apart []string // hosts, none of which holds more than another
-	for i := 1; i <= maxConns; i++ {
-		apart = append(apart, fmt.Sprint("10.0.1.", i))
-	}
-	for _, test := range []struct {
-		name    string
-		hosts   []string // of 64 connections, in turn
-		working int      // so many of them are
-		comes   string
-		gives   string // whose connection gives way
-	}{
-		{"a hog with one address", []string{"10.0.0.2"}, maxConns, "10.0.0.9", `10\.0\.0\.2`},
-		{"a hog with four", []string{"10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"}, maxConns, "10.0.0.9", `10\.0\.0\.[2-5]`},
-		{"a neighbour", []string{"2001:db8::bad"}, maxConns, "2001:db8::1", `2001:db8::bad`},
-		{"idle ones", []string{"10.0.0.2", "10.0.0.3"}, 0, "10.0.0.9", `10\.0\.0\.[23]`},
-		{"himself", []string{"10.0.0.9"}, maxConns, "10.0.0.9", `10\.0\.0\.9`},
-		{"one that may not call", append([]string{"192.168.0.1"}, apart[1:]...), maxConns, "10.0.0.9", `192\.168\.0\.1`},
-		{"the idle one", apart, maxConns - 1, "10.0.0.9", `10\.0\.1\.64`},
-		{"the longest idle one", apart, 0, "10.0.0.9", `10\.0\.1\.1`},
-		{"the latest call", apart, maxConns, "10.0.0.9", `10\.0\.1\.64`},
-	} {
-		h := newHandler(nil)
-		h.setAccess(&access{allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}})
-		admit := func(host string) *peerConn {
-			c, other := net.Pipe()
-			t.Cleanup(func() { c.Close(); other.Close() })
-			return peerOf(h.admit(addressed{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}))
-		}
-		for i := 0; i < maxConns; i++ {
-			p := admit(test.hosts[i%len(test.hosts)])
-			p.working, p.since = i < test.working, time.Unix(int64(i), 0)
-		}
-		before := maps.Clone(h.conns)
-		before[admit(test.comes)] = true
-		var gave []string
-		for p := range before {
-			if !h.conns[p] {
-				gave = append(gave, p.host)
-				if p.ctx.Err() == nil {
-					t.Errorf("%s: the call on it goes on", test.name)
-				}
-			}
-		}
-		if len(gave) != 1 || !regexp.MustCompile("^"+test.gives+"$").MatchString(gave[0]) || h.count.Load() != 1 {
-			t.Errorf("%s: %v gave way, %d counted; want %s", test.name, gave, h.count.Load(), test.gives)
-		}
-	}
-}
-
-// An addressed connection comes from that address.
-type addressed struct {
-	net.Conn
-	remote net.Addr
-}
-
-func (a addressed) RemoteAddr() net.Addr { return a.remote }
-
-// TestLargeAnswers: an answer has 64 KiB at most, whatever the calls are that it
-// is for; only a package may have more.
-func TestLargeAnswers(t *testing.T) {
-	lines := logged(t)
-	u := serve(t, newHandler([]method{
-		{"quarter", "string", "", func(request, []any) (any, error) { return strings.Repeat("&", maxMessage/20), nil }},
-		{"whole", "string", "", func(request, []any) (any, error) { return strings.Repeat("x", maxMessage-118), nil }},
-		{"more", "string", "", func(request, []any) (any, error) { return strings.Repeat("x", maxMessage-117), nil }},
-		{"package", "base64", "", func(request, []any) (any, error) { return make([]byte, maxMessage), nil }},
-	}))
-	c := newClient(u, patience, nil)
-	defer c.close()
-	call := map[string]any{"methodName": "quarter", "params": []any{}}
-	calls := []any{call, call, call, call}
-	for _, test := range []struct {
-		name   string
-		params []any
-		fault  int
-	}{
-		{"whole", nil, 0},
-		{"more", nil, faultRequest},
-		{"package", nil, 0},
-		{"system.multicall", []any{calls[:3]}, 0},
-		{"system.multicall", []any{calls}, faultRequest},
-	} {
-		_, err := c.call(context.Background(), test.name, test.params...)
-		f := &fault{}
-		if errors.As(err, &f); f.code != test.fault || err != nil && test.fault == 0 {
-			t.Errorf("%s: got %v; want fault %d", test.name, err, test.fault)
-		}
-	}
-	if want := `127.0.0.1: "more": fault -32600: the answer has more than 65536 bytes`; !strings.Contains(lines.String(), want) {
-		t.Errorf("got %s; want %s", lines, want)
-	}
-}
-
-// TestFewFiles: where the process may not have many files open, those that hold
-// connections do not use them up.
-func TestFewFiles(t *testing.T) {
-	dir := t.TempDir()
-	m := newRecorder(t)
-	writeTree(t, dir, map[string]string{"sensors/s/check": printing(1), "client.cfg": "[monitor]\nurl = " + m.url.String() + "\n[agent]\nlisten = 127.0.0.1:0\n"})
-	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 48 {
-		t.Skip("no limit of files")
-	}
-	t.Setenv("PICKET_TEST_FILES", "48")
-	_, c, lines := servingChild(t, dir)
-	for i := 0; i < 3*maxConns; i++ {
-		conn, err := net.Dial("tcp", c.url.Host)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-	}
-	for i := 0; i < 10; i++ {
-		mustCall(t, c, "cmd_submit_reading", i, "s")
-		if got := receive(t, "reading", m.readings); got.value != "1" {
-			t.Errorf("got %+v: %s", got, lines)
-		}
-	}
-}
-
-func TestIntrospection(t *testing.T) {
-	h := newHandler([]method{{"m", "string int, string", "help", healthcheck}})
-	call := func(name string, params ...any) string {
-		v, err := h.call(request{}, name, params)
-		return fmt.Sprintf("%v %v", v, err)
-	}
-	many := make([]any, maxCalls+1)
-	tests := []struct{ got, want string }{
-		{call("system.listMethods"), "[m system.getCapabilities system.listMethods system.methodHelp system.methodSignature system.multicall] <nil>"},
-		{call("system.listMethods", 1), "<nil> fault -32602: .*"},
-		{call("system.methodHelp", "m"), "help <nil>"},
-		{call("system.methodHelp"), ".*fault -32602: .*"},
-		{call("system.methodHelp", "x"), ".*fault -32602: no such method: \"x\""},
-		{call("system.methodSignature", "m"), `\[\[string int\] \[string\]\] <nil>`},
-		{call("system.methodSignature", 1), ".*fault -32602: .*"},
-		{call("system.getCapabilities"), "map.*faults_interop.*20010516.*<nil>"},
-		{call("system.multicall", []any{
-			map[string]any{"methodName": "m", "params": []any{}},
-			map[string]any{"methodName": "m"},
-			map[string]any{"methodName": "x", "params": []any{}},
-			map[string]any{"methodName": "system.multicall", "params": []any{[]any{}}},
-			"m",
-		}), `\[\[OK\] \[OK\] map\[faultCode:-32601 .*\] map\[faultCode:-32602 .*\] map\[faultCode:-32602 .*\]\] <nil>`},
-		{call("system.multicall", many), "<nil> fault -32602: .*"},
-		{call("system.multicall", 1), "<nil> fault -32602: .*"},
-		{call("system.multicall"), "<nil> fault -32602: .*"},
-	}
-	for _, test := range tests {
-		if !regexp.MustCompile("^("+test.want+")$").MatchString(test.got) && test.got != test.want {
-			t.Errorf("got %s; want %s", test.got, test.want)
-		}
-	}
-}
-
-// TestClientKeepsConnection: a burst goes over one connection, over TLS, too. It does
-// not stay open for long: it might be the only one that the monitor can serve.
-func TestClientKeepsConnection(t *testing.T) {
-	files := newCA(t, "ca").files(t, "monitor", time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-	for scheme, rules := range map[string]*tls.Config{"http": nil, "https": serverTLS(files)} {
-		h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
-		h.setAccess(&access{tls: rules})
-		u := serve(t, h)
-		u.Scheme = scheme
-		c := newClient(u, patience, clientTLS(files))
-		idle := &c.http.Transport.(*http.Transport).IdleConnTimeout
-		usual := *idle
-		*idle = patience
-		conns := make(map[*peerConn]bool)
-		for i := 0; i < 20; i++ {
-			mustCall(t, c, "healthcheck")
-			h.mu.Lock()
-			maps.Copy(conns, h.conns)
-			h.mu.Unlock()
-		}
-		if len(conns) != 1 {
-			t.Errorf("%s: got %d connections; want 1", scheme, len(conns))
-		}
-		c.close()
-		*idle = usual
-		mustCall(t, c, "healthcheck")
-		await(t, "the connection is closed", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) == 0 })
-	}
-}
-
-// answers are the cases of a kind in testdata/answers.txt, without the kind.
-func answers(t *testing.T, kind string) (list []testCase) {
-	for _, c := range cases(t, "testdata/answers.txt") {
-		if name, ok := strings.CutSuffix(c.name, " "+kind); ok {
-			list = append(list, testCase{name, c.text})
-		}
-	}
-	return list
-}
-
-// TestAnswers: what is a methodResponse, and what is none.
-func TestAnswers(t *testing.T) {
-	for _, c := range answers(t, "message") {
-		for _, line := range strings.Split(strings.TrimSuffix(c.text, "\n"), "\n") {
-			v, err := decodeResponse([]byte(expand(t, line)))
-			got := fmt.Sprintf("%#v", v)
-			if f := (*fault)(nil); errors.As(err, &f) {
-				got = err.Error()
-			} else if err != nil {
-				got = "none"
-			}
-			if got != c.name {
-				t.Errorf("%s: got %s, %v; want %s", line, got, err, c.name)
-			}
-		}
-	}
-}
-
-// TestClient: what a monitor may answer, byte for byte, and what becomes of the
-// connection. Nothing goes anywhere else.
-func TestClient(t *testing.T) {
-	elsewhere := newRecorder(t)
-	t.Setenv("HTTP_PROXY", elsewhere.url.String())
-	t.Setenv("http_proxy", elsewhere.url.String())
-	response := func(v any, err error) string { return string(encodeResponse(v, err)) }
-	bodies := strings.NewReplacer("{a}", response("a", nil), "{b}", response("b", nil),
-		"{fault}", response(nil, faultf(7, "x")), "{elsewhere}", elsewhere.url.String())
-	name := regexp.MustCompile(`^(.*) over (\d): (.*)$`)
-	for _, c := range cases(t, "testdata/answers.txt") {
-		parts := name.FindStringSubmatch(c.name)
-		if parts == nil { // of another kind
-			continue
-		}
-		t.Run(parts[3], func(t *testing.T) {
-			l := listenRaw(t, func(conn net.Conn) {
-				r := bufio.NewReader(conn)
-				for _, answer := range strings.Split(c.text, "...\n") {
-					if answer == "close\n" {
-						return
-					}
-					request, err := http.ReadRequest(r)
-					if err != nil || answer == "" {
-						return
-					}
-					if user, password, _ := request.BasicAuth(); user != "user" || password != "secret" ||
-						request.ContentLength <= 0 || request.Header.Get("Content-Type") != "text/xml" || len(request.Header) != 4 {
-						t.Errorf("got %v", request)
-					}
-					io.Copy(io.Discard, request.Body)
-					io.WriteString(conn, bodies.Replace(expand(t, httpText(answer))))
-				}
-				io.Copy(io.Discard, r) // until the client hangs up
-			})
-			defer l.close()
-			u := &url.URL{Scheme: "http", User: url.UserPassword("user", "secret"), Host: l.Addr().String()}
-			client := newClient(u, patience, nil)
-			client.http.Transport.(*http.Transport).IdleConnTimeout = patience
-			defer client.close()
-			if parts[3] == "half a header" {
-				client.timeout = time.Second / 2
-			}
-			for _, want := range strings.Split(parts[1], " then ") {
-				v, err := client.call(context.Background(), "m")
-				got := fmt.Sprint(v)
-				if err != nil {
-					got = err.Error()
-				}
-				if !regexp.MustCompile("^"+want+"$").MatchString(got) || strings.Contains(got, "secret") {
-					t.Errorf("got %s; want %s", got, want)
-				}
-			}
-			if got := fmt.Sprint(l.conns.Load()); got != parts[2] {
-				t.Errorf("%s connections; want %s", got, parts[2])
-			}
-		})
-	}
-	if n := elsewhere.tries.Load(); n != 0 {
-		t.Errorf("%d requests elsewhere", n)
-	}
-}
-
-// A rawListener counts its connections.
-type rawListener struct {
-	net.Listener
-	conns  atomic.Int32
-	served sync.WaitGroup
-}
-
-// listenRaw serves each connection with a function, and closes it after that.
-func listenRaw(t *testing.T, serve func(net.Conn)) *rawListener {
-	t.Helper()
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := &rawListener{Listener: inner}
-	l.served.Add(1)
-	go func() {
-		defer l.served.Done()
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			l.conns.Add(1)
-			l.served.Add(1)
-			go func() {
-				defer l.served.Done()
-				defer conn.Close()
-				serve(conn)
-			}()
-		}
-	}()
-	return l
-}
-
-// close waits until nothing is served any more.
-func (l *rawListener) close() {
-	l.Close()
-	l.served.Wait()
-}
-
-// TestClientCancelled: what was cancelled before is not sent; what was cancelled
-// when all had come is there.
-func TestClientCancelled(t *testing.T) {
-	m := newRecorder(t)
-	c := newClient(m.url, patience, nil)
-	c.http.Transport.(*http.Transport).IdleConnTimeout = patience
-	defer c.close()
-	mustCall(t, c, "healthcheck")
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	for i := 0; i < 20; i++ {
-		_, err := c.call(ctx, "cmd_store_probe_data", i, []any{0, "1"}, dateTime("20261122T20:43:21"))
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v; want %v", err, context.Canceled)
-		}
-	}
-	ctx, cancel = context.WithCancel(context.Background())
-	err := c.post(ctx, "healthcheck", nil, func(body io.Reader) error {
-		_, err := io.ReadAll(body)
-		cancel()
-		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
-	ctx, cancel = context.WithCancel(context.Background())
-	hold := make(chan struct{})
-	defer close(hold)
-	m.set(func(http.ResponseWriter, int) bool { cancel(); <-hold; return true })
-	if _, err := c.call(ctx, "healthcheck"); !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled while it waits: got %v; want %v", err, context.Canceled)
-	}
-	m.set(nil)
-	mustCall(t, c, "healthcheck")
-	if n := len(m.readings); n != 0 {
-		t.Errorf("%d sent", n)
-	}
-}
-
-// TestClientURL: where a call goes to, by the URL.
-func TestClientURL(t *testing.T) {
-	got := ""
-	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		got += " " + r.Host + " " + r.RequestURI
-		w.Write(encodeResponse("OK", nil))
-	}))
-	for text, want := range map[string]string{
-		"http://monitor":                       "monitor:80 monitor /",
-		"http://monitor:/a%20b?c=d#e":          "monitor:80 monitor /a%20b?c=d",
-		"http://[fe80::1%25eth0]:8081/xmlrpc/": "[fe80::1%eth0]:8081 [fe80::1]:8081 /xmlrpc/",
-	} {
-		parsed, err := httpURL(text)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := newClient(parsed, patience, nil)
-		c.http.Transport.(*http.Transport).DialContext = func(_ context.Context, network, address string) (net.Conn, error) {
-			got = address
-			return net.Dial(network, u.Host)
-		}
-		mustCall(t, c, "healthcheck")
-		c.close()
-		if got != want {
-			t.Errorf("%s: got %s; want %s", text, got, want)
-		}
-	}
-}
-
-// deadAddress returns a port at which nobody answers a SYN to 127.0.0.2, until the
-// function that it returns is called: a socket with a queue that is full.
-func deadAddress(t *testing.T) (port int, end func()) {
-	t.Helper()
-	address := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 2}}
-	var sockets []int
-	for i := 0; i < 5; i++ {
-		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sockets = append(sockets, fd)
-		if i > 0 {
-			syscall.Connect(fd, address) // goes on in the background, if at all
-			continue
-		}
-		err = errors.Join(syscall.Bind(fd, address), syscall.Listen(fd, 0))
-		name, _ := syscall.Getsockname(fd)
-		if err != nil || name == nil {
-			t.Fatal(err)
-		}
-		address.Port = name.(*syscall.SockaddrInet4).Port
-	}
-	end = func() {
-		for _, fd := range sockets {
-			syscall.Close(fd)
-		}
-		sockets = nil
-	}
-	t.Cleanup(end)
-	return address.Port, end
-}
-
-// TestClientAddresses: of a name with several addresses the one that answered last
-// is tried first, and one that is dead leaves time for the others.
-func TestClientAddresses(t *testing.T) {
-	port, endDead := deadAddress(t)
-	c := newClient(&url.URL{Scheme: "http", Host: fmt.Sprint("monitor:", port)}, 2*time.Second, nil)
-	c.lookup = func(context.Context, string, string) ([]netip.Addr, error) {
-		return []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("127.0.0.3")}, nil
-	}
-	var silent atomic.Bool // whether 127.0.0.2 leaves its callers waiting
-	listen := func(host string) *http.Server {
-		l, err := net.Listen("tcp", fmt.Sprint(host, ":", port))
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			io.Copy(io.Discard, r.Body)
-			if silent.Load() && host == "127.0.0.2" {
-				<-r.Context().Done()
-			}
-			w.Write(encodeResponse(host, nil))
-		})}
-		go s.Serve(l)
-		t.Cleanup(func() { s.Close() })
-		return s
-	}
-	want := func(what, host string) {
-		t.Helper()
-		v, err := c.call(context.Background(), "m")
-		c.close()
-		if v != any(host) && (host != "" || err == nil) {
-			t.Errorf("%s: got %v, %v; want an answer of %q", what, v, err, host)
-		}
-	}
-	second := listen("127.0.0.3")
-	want("the first is dead", "127.0.0.3")
-	endDead()
-	first := listen("127.0.0.2")
-	want("the second answered last", "127.0.0.3")
-	second.Close()
-	want("the second is gone", "127.0.0.2")
-	second = listen("127.0.0.3")
-	want("the first answered last", "127.0.0.2")
-	silent.Store(true)
-	want("the first is silent", "")
-	want("the first was silent", "127.0.0.3")
-	silent.Store(false)
-	first.Close()
-	second.Close()
-	want("both are gone", "")
-	listen("127.0.0.2")
-	listen("127.0.0.3")
-	want("the second answered last, before", "127.0.0.3")
-}
-
-// TestManyCallers: whatever 60 callers send or leave unread, an agent in 16 MiB
-// goes on, from its first moment, and answers others within ten seconds.
-func TestManyCallers(t *testing.T) {
-	dir := t.TempDir()
-	build := exec.Command("go", "build", "-tags", "nethttpomithttp2", "-o", filepath.Join(dir, "picket"), ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	writeTree(t, dir, map[string]string{
-		"sensors/s/check": "#!/bin/sh\nexec sleep 100\n",
-		"client.cfg": "[sensor]\ntimeout = 100\nconcurrency = 1\n[monitor]\nurl = http://127.0.0.1:9/\n" +
-			"[agent]\nqueue = 4\nlisten = 127.0.0.1:0\n",
-	})
-	// multicall returns the request of a system.multicall: each call is a method
-	// and what is in the array of its parameters.
-	multicall := func(calls ...string) string {
-		text := ""
-		for _, call := range calls {
-			name, params, _ := strings.Cut(call, " ")
-			text += "<value><struct><member><name>methodName</name><value>" + name + "</value></member>" +
-				"<member><name>params</name><value><array><data>" + params + "</data></array></value></member></struct></value>"
-		}
-		return postedCall("system.multicall | <array><data>" + text + "</data></array>")
-	}
-	const submit = "cmd_submit_reading <value><int>%d</int></value><value>s</value>"
-	capabilities := make([]string, 45)
-	for i := range capabilities {
-		capabilities[i] = "system.getCapabilities"
-	}
-	for _, test := range []struct {
-		name    string
-		times   int // that each caller sends his request
-		reads   int // answers that he reads
-		request func(caller int) string
-	}{
-		{"slow senders", 1, 0, func(int) string {
-			return "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat(" ", 65535)
-		}},
-		{"unread answers", 5, 0, func(int) string { return multicall(capabilities...) }},
-		{"many attributes", 4, 4, func(int) string {
-			return posted("<methodCall " + strings.Repeat("a='' ", 13000) + "><methodName>m</methodName></methodCall>")
-		}},
-		{"many values", 4, 4, func(int) string {
-			return postedCall("m | <array><data>" + strings.Repeat("<value>ab</value>", 1900) + "</data></array>")
-		}},
-		{"calls that wait", 1, 0, func(caller int) string {
-			values := "m " + strings.Repeat("<value>ab</value>", 1500)
-			return multicall(append(capabilities[:25:25], fmt.Sprintf(submit, caller), values)...)
-		}},
-	} {
+	for _, test := range cases(t, "testdata/queue.txt") {
 		t.Run(test.name, func(t *testing.T) {
-			address, lines := startLimited(t, dir, 16<<20)
-			var callers sync.WaitGroup
-			for i := 1; i <= 60; i++ {
-				from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i))}}
-				conn, err := from.Dial("tcp", address)
+			lines := splitLines(test.text)
+			var concurrency, size int
+			_, err := fmt.Sscanf(lines[0], "queue %d %d", &concurrency, &size)
+			must(t, err)
+			q := newTestQueue(t, concurrency, size)
+			for _, line := range lines[1:] {
+				line, _, _ = strings.Cut(line, " //")
+				times, rest, _ := strings.Cut(line, " ")
+				n, err := strconv.Atoi(times)
 				if err != nil {
-					t.Fatal(err)
+					n, rest = 1, line
 				}
-				defer conn.Close()
-				conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-				requests := strings.Repeat(test.request(i), test.times)
-				callers.Add(1)
-				go func() {
-					defer callers.Done()
-					r := bufio.NewReader(conn)
-					io.WriteString(conn, requests)
-					if test.times > 1 {
-						r.Peek(1) // the first answer is there
-					}
-					for k := 0; k < test.reads; k++ {
-						resp, err := http.ReadResponse(r, nil)
-						if err != nil {
-							t.Error(err)
-							return
-						}
-						io.Copy(io.Discard, resp.Body)
-					}
-				}()
-			}
-			healthy := func() {
-				c := newClient(&url.URL{Scheme: "http", Host: address}, 10*time.Second, nil)
-				defer c.close()
-				if v, err := c.call(context.Background(), "healthcheck"); v != "OK" {
-					t.Errorf("got %v, %v", v, err)
+				for i := 0; i < n; i++ {
+					q.step(strings.ReplaceAll(rest, "#", strconv.Itoa(i)))
 				}
 			}
-			for i := 0; i < 20; i++ {
-				healthy()
-			}
-			callers.Wait()
-			if test.name == "calls that wait" {
-				await(t, "all wait", func() bool { return strings.Count(lines.String(), "command cmd_submit_reading") == 60 })
-			}
-			healthy()
 		})
 	}
 }
 
-// startLimited starts the program of a directory in a memory cgroup, or skips the
-// test. It returns as soon as the program listens.
-func startLimited(t *testing.T, dir string, limit int64) (address string, log *lockedBuffer) {
-	t.Helper()
-	group, ok := memoryGroup(t, limit)
-	if !ok {
-		t.Skip("no memory cgroup on this machine, or no right to make one")
+// A stepDelivery makes the steps of testdata/deliveries.txt.
+type stepDelivery struct {
+	*testing.T
+	*delivery
+	monitor  *recorder
+	lines    fmt.Stringer // the log
+	attempts chan int
+	answer   chan string
+}
+
+func (s *stepDelivery) step(line string) {
+	s.Helper()
+	step, rest, _ := strings.Cut(line, " ")
+	numbers, value, _ := strings.Cut(rest, " ")
+	var first, last int
+	if n, _ := fmt.Sscanf(numbers, "%d-%d", &first, &last); n == 1 {
+		last = first
 	}
-	cmd := exec.Command("sh", "-c", `echo $$ >"$1/cgroup.procs"; exec ./picket`, "sh", group)
-	cmd.Dir = dir
-	stderr, err := cmd.StderrPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		pids, _ := os.ReadFile(filepath.Join(group, "cgroup.procs")) // its sensors, too
-		for _, pid := range strings.Fields(string(pids)) {
-			n, _ := strconv.Atoi(pid)
-			syscall.Kill(n, syscall.SIGKILL)
+	want := make(map[any]string)
+	for ticket := first; ticket <= last; ticket++ {
+		if want[ticket] = value; value == "" {
+			want[ticket] = strconv.Itoa(ticket)
 		}
-		if cmd.Wait(); cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL || len(pids) == 0 {
-			t.Errorf("the agent ended before: %v", cmd.ProcessState)
-		}
-		peak, _ := os.ReadFile(filepath.Join(group, "memory.max_usage_in_bytes")) // where there is one
-		t.Logf("peak of the group: %s", peak)
-	})
-	lines := bufio.NewReader(stderr)
-	line, err := lines.ReadString('\n')
-	_, rest, ok := strings.Cut(line, " on 127.0.0.1:")
-	if err != nil || !ok {
-		t.Fatalf("got %q, %v", line, err)
 	}
-	log = &lockedBuffer{}
-	go io.Copy(log, lines)
-	port, _, _ := strings.Cut(rest, ",")
-	return "127.0.0.1:" + port, log
+	switch step {
+	case "put":
+		for ticket := first; ticket <= last; ticket++ {
+			s.put(ticket, reading{value: want[ticket], taken: time.Now()})
+		}
+	case "attempt":
+		receive(s, "an attempt", s.attempts)
+	case "answer":
+		s.answer <- rest
+	case "free":
+		s.monitor.set(nil)
+		s.answer <- rest
+	case "gets":
+		got := make(map[any]string)
+		for range want {
+			r := receive(s, line, s.monitor.readings)
+			got[r.ticket] = r.value
+		}
+		equal(s, line, got, want)
+	case "discard":
+		s.discard(first)
+	case "gone":
+		await(s, "nothing is left", func() bool { return s.count().undelivered == 0 })
+	case "dropped":
+		equal(s, line, int(s.count().dropped), first)
+	case "tries":
+		equal(s, line, int(s.monitor.tries.Load()), first)
+	case "log":
+		want, got := strings.ReplaceAll(rest, "|", "\n")+"\n", s.lines.String()
+		same := strings.Count(got, "\n") == strings.Count(want, "\n")
+		expect(s, like(got, want) && same, "got %s; want %s", got, want)
+	default:
+		s.Fatalf("%s: no such step", line)
+	}
 }
 
 // testDelivery delivers to a recorder with waits of milliseconds.
-func testDelivery(t *testing.T, m *recorder) *delivery { return spoolDelivery(t, m, nil) }
+func testDelivery(t *testing.T, m *recorder) *delivery {
+	return deliverTo(t, m.url, patience, time.Millisecond, nil)
+}
 
-// spoolDelivery is a testDelivery with a spool.
-func spoolDelivery(t *testing.T, m *recorder, s *spool) *delivery {
-	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Millisecond, s)
+// deliverTo delivers with waits that begin with retry, until the test ends.
+func deliverTo(t *testing.T, u *url.URL, timeout, retry time.Duration, s *spool) *delivery {
+	d := newDelivery(newClient(u, timeout, nil), time.UTC, "nan", retry, s)
 	t.Cleanup(func() { within(patience, d.close) })
 	return d
+}
+
+// TestDeliverySteps makes the steps of testdata/deliveries.txt.
+func TestDeliverySteps(t *testing.T) {
+	for _, test := range cases(t, "testdata/deliveries.txt") {
+		t.Run(test.name, func(t *testing.T) {
+			lines, m := logged(t), newRecorder(t)
+			attempts, answer := hold(m)
+			s := &stepDelivery{t, testDelivery(t, m), m, lines, attempts, answer}
+			for _, line := range splitLines(test.text) {
+				s.step(line)
+			}
+		})
+	}
+}
+
+// closeTo wants a time of a reading to be right.
+func closeTo(t *testing.T, what string, got dateTime, want time.Time) {
+	t.Helper()
+	at, err := time.Parse(dateTimeLayout, string(got))
+	expect(t, err == nil && at.Sub(want).Abs() <= 2*time.Second,
+		"%s: got %s, %v; want %s", what, got, err, want.UTC())
 }
 
 // locked calls f while the delivery is locked, and returns what it returns.
@@ -2695,15 +2173,6 @@ func locked[T any](d *delivery, f func() T) T {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return f()
-}
-
-func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
-
-// puts puts readings with the tickets from first to last.
-func puts(d *delivery, first, last int) {
-	for i := first; i <= last; i++ {
-		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
-	}
 }
 
 // gets receives the readings with the tickets from first to last, in any order.
@@ -2719,17 +2188,38 @@ func gets(t *testing.T, m *recorder, first, last int) {
 	}
 }
 
-// hold makes each attempt wait until it is told how to answer: with an HTTP
-// status, or with 0 as a monitor does. Attempts come on the first channel.
-func hold(m *recorder) (attempts chan int, answer chan int) {
-	attempts, answer = make(chan int, 10000), make(chan int)
-	m.set(func(w http.ResponseWriter, try int) bool {
-		attempts <- try
-		status := <-answer
-		if status != 0 {
+// getsAll receives so many readings, and returns their codes and values by ticket.
+func getsAll(t testing.TB, m *recorder, n int) map[any]string {
+	t.Helper()
+	got := make(map[any]string)
+	for i := 0; i < n; i++ {
+		s := receive(t, "reading", m.readings)
+		got[s.ticket] = fmt.Sprint(s.code, " ", s.value)
+	}
+	return got
+}
+
+// hold makes each attempt wait for its answer: an HTTP status, a text, "fault", "abort",
+// or "ok" for what a monitor answers. Attempts come on the first channel.
+func hold(m *recorder) (attempts chan int, answer chan string) {
+	attempts, answer = make(chan int, 10000), make(chan string)
+	m.set(func(w http.ResponseWriter, a attempt) bool {
+		attempts <- a.try
+		what := <-answer
+		status, err := strconv.Atoi(what)
+		switch {
+		case what == "ok":
+			return false
+		case what == "abort":
+			panic(http.ErrAbortHandler)
+		case what == "fault":
+			w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
+		case err == nil:
 			w.WriteHeader(status)
+		default:
+			io.WriteString(w, what)
 		}
-		return status != 0
+		return true
 	})
 	return attempts, answer
 }
@@ -2737,23 +2227,21 @@ func hold(m *recorder) (attempts chan int, answer chan int) {
 func TestDelivery(t *testing.T) {
 	m := newRecorder(t)
 	d := testDelivery(t, m)
-	d.put(7, reading{code: 0, value: "0.420", taken: time.Now().Add(-time.Hour)})
+	taken := time.Now().Add(-time.Hour)
+	d.put(7, reading{code: 0, value: "0.420", taken: taken})
 	got := receive(t, "reading", m.readings)
-	at, err := time.Parse(dateTimeLayout, string(got.time))
-	if age := time.Since(at); err != nil || age < 59*time.Minute || age > 61*time.Minute {
-		t.Errorf("got time %s, %v; want an hour ago", got.time, err)
-	}
+	closeTo(t, "the time", got.time, taken)
 	got.time = ""
-	if want := (storedReading{"", "127.0.0.1", 7, 0, "0.420"}); got != want {
-		t.Errorf("got %+v; want %+v", got, want)
-	}
+	equal(t, "the reading", got, storedReading{"", "127.0.0.1", 7, 0, "0.420"})
 	d.configure(newClient(m.url, patience, nil), time.UTC, "0")
-	for _, ticket := range []any{"t", int64(8)} {
-		d.put(ticket, reading{code: 3, taken: time.Now()})
-		if got := receive(t, "reading", m.readings); got.ticket != ticket || got.code != 3 || got.value != "0" {
-			t.Errorf("got %+v; want ticket %v, code 3, value 0", got, ticket)
-		}
-	}
+	d.put("t", reading{code: 3, taken: time.Now()})
+	d.put(int64(8), reading{code: 3, taken: time.Now()})
+	equal(t, "the next readings", getsAll(t, m, 2), map[any]string{"t": "3 0", int64(8): "3 0"})
+}
+
+// setClock makes a delivery take the time from now.
+func setClock(d *delivery, now *atomic.Pointer[clocks]) {
+	locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
 }
 
 // TestDeliveryClock: the time that is sent is when the reading was taken, also
@@ -2761,34 +2249,31 @@ func TestDelivery(t *testing.T) {
 func TestDeliveryClock(t *testing.T) {
 	wall := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
 	taken := clocks{wall, time.Hour, "boot"}
+	const h = time.Hour
 	for _, test := range []struct {
 		name      string
-		now       clocks
+		wall, age time.Duration // that passed
 		corrected time.Duration
 	}{
-		{"an hour passed", clocks{wall.Add(time.Hour), 2 * time.Hour, "boot"}, 0},
-		{"suspended for an hour, of which the monotonic clock knows nothing", clocks{wall.Add(time.Hour + 1), 2*time.Hour + 1, "boot"}, 0},
-		{"the clock was set", clocks{wall.Add(25 * time.Hour), 2 * time.Hour, "boot"}, 24 * time.Hour},
-		{"and set back", clocks{wall.Add(-23 * time.Hour), 2 * time.Hour, "boot"}, -24 * time.Hour},
-		{"a clock that runs slow was corrected", clocks{wall.Add(time.Hour + time.Second), 2 * time.Hour, "boot"}, 0},
+		{"an hour passed", h, h, 0},
+		{"suspended for an hour, of which the monotonic clock knows nothing", h + 1, h + 1, 0},
+		{"the clock was set", 25 * h, h, 24 * h},
+		{"and set back", -23 * h, h, -24 * h},
+		{"a clock that runs slow was corrected", h + time.Second, h, 0},
 	} {
-		test, m := test, newRecorder(t)
+		m := newRecorder(t)
 		d := testDelivery(t, m)
 		var now atomic.Pointer[clocks]
 		now.Store(&taken)
-		locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
+		setClock(d, &now)
 		attempts, answer := hold(m)
 		d.put(1, reading{taken: time.Now()})
 		receive(t, "an attempt", attempts)
-		now.Store(&test.now)
-		answer <- 503
+		now.Store(&clocks{wall.Add(test.wall), h + test.age, "boot"})
+		answer <- "503"
 		receive(t, "another", attempts)
-		answer <- 0
-		got := receive(t, "reading", m.readings)
-		at, err := time.Parse(dateTimeLayout, string(got.time))
-		if off := at.Sub(wall.Add(test.corrected)).Abs(); err != nil || off > 2*time.Second {
-			t.Errorf("%s: got %s, %v; want %s", test.name, got.time, err, wall.Add(test.corrected))
-		}
+		answer <- "ok"
+		closeTo(t, test.name, receive(t, "reading", m.readings).time, wall.Add(test.corrected))
 	}
 }
 
@@ -2801,152 +2286,77 @@ func TestClocks(t *testing.T) {
 	}
 	now := systemClocks()()
 	up, err := strconv.ParseFloat(strings.Fields(string(text))[0], 64)
-	if off := now.age.Seconds() - up; err != nil || off < -1 || off > patience.Seconds() || !strings.HasPrefix(string(id), now.boot) || len(now.boot) != 8 {
-		t.Errorf("got %+v; want boot %s and an age of %fs", now, id, up)
-	}
+	must(t, err)
+	equal(t, "boot", now.boot, string(id[:8]))
+	off := now.age.Seconds() - up
+	expect(t, off >= -1 && off <= patience.Seconds(), "got an age of %v; want %fs", now.age, up)
 }
 
-// TestDeliveryAway: whatever a monitor does that is no answer, a reading is
-// kept and tried again. The log says when the monitor goes and when it is back.
-func TestDeliveryAway(t *testing.T) {
-	lines := logged(t)
-	m := newRecorder(t)
-	kept := make(chan struct{})
-	m.set(func(w http.ResponseWriter, try int) bool {
-		switch try {
-		case 1:
-			<-kept
-			w.WriteHeader(503)
-		case 2:
-			io.WriteString(w, "<html>")
-		case 3:
-			w.WriteHeader(404)
-		case 4:
-			panic(http.ErrAbortHandler)
-		}
-		return try <= 4
-	})
-	d := testDelivery(t, m)
-	puts(d, 1, 10)
-	close(kept)
-	gets(t, m, 1, 10)
-	want := `^monitor http://127.0.0.1:[0-9]+/xmlrpc/: away: HTTP "503 Service Unavailable"\nmonitor .*: back after [0-9]+s, 9 to deliver\n$`
-	if !regexp.MustCompile(want).MatchString(lines.String()) {
-		t.Errorf("got %s; want %s", lines, want)
-	}
-}
-
-// TestDeliveryTurns: readings come from the oldest and the newest end in turn,
-// so that behind an outage fresh ones do not wait for the end of the backlog.
-func TestDeliveryTurns(t *testing.T) {
-	m := newRecorder(t)
-	attempts, answer := hold(m)
-	d := testDelivery(t, m)
-	puts(d, 1, 1)
-	receive(t, "an attempt", attempts)
-	puts(d, 2, 7)
-	answer <- 503
-	for range [3]int{} { // the monitor is back
-		receive(t, "another", attempts)
-		answer <- 0
-	}
-	receive(t, "another", attempts)
-	puts(d, 1001, 1002)
-	m.set(nil)
-	answer <- 0
-	for _, want := range []int{7, 2, 6, 3, 1002, 4, 1001, 5, 1} { // the one that was tried comes last
-		gets(t, m, want, want)
+// puts delivers readings with the tickets from first to last.
+func puts(d *delivery, first, last int) {
+	for i := first; i <= last; i++ {
+		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
 	}
 }
 
 // TestDeliveryPoison: a reading on which the monitor always fails or hangs does
 // not hold up the others.
 func TestDeliveryPoison(t *testing.T) {
-	for _, fail := range []func(http.ResponseWriter, *http.Request){
-		func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
-		func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+	for _, fail := range []func(http.ResponseWriter, attempt){
+		func(w http.ResponseWriter, _ attempt) { w.WriteHeader(500) },
+		func(_ http.ResponseWriter, a attempt) { <-a.context.Done() },
 	} {
-		logged(t)
 		m := newRecorder(t)
-		inner := newHandler((&monitor{stored: func(s storedReading) error { m.readings <- s; return nil }}).methods())
-		u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			body, _ := io.ReadAll(r.Body)
-			if bytes.Contains(body, []byte("poison")) {
-				m.tries.Add(1)
-				fail(w, r)
-				return
+		m.set(func(w http.ResponseWriter, a attempt) bool {
+			poison := a.params[0] == any("poison")
+			if poison {
+				fail(w, a)
 			}
-			r.Body = io.NopCloser(bytes.NewReader(body))
-			inner.ServeHTTP(w, r)
-		}))
-		d := newDelivery(newClient(u, time.Second/2, nil), time.UTC, "nan", time.Millisecond, nil)
+			return poison
+		})
+		d := deliverTo(t, m.url, time.Second/2, time.Millisecond, nil)
 		d.put("poison", reading{taken: time.Now()})
 		await(t, "it was tried", func() bool { return m.tries.Load() > 0 })
 		puts(d, 1, 20)
 		gets(t, m, 1, 20)
 		d.discard("poison")
-		within(patience, d.close)
 	}
-	// How long it waits grows, but not for what a long outage did to it.
+}
+
+// TestDeliveryWaits: how long a reading waits grows with the failures, but not for
+// what a long outage did to it; after a fault it is longer.
+func TestDeliveryWaits(t *testing.T) {
 	d := testDelivery(t, newRecorder(t))
 	d.retry = time.Second
 	p := &pendingReading{}
 	for n := 1; n <= 3; n++ {
 		d.record(p, d.monitor(), io.EOF)
-		want := time.Second << (n - 1)
-		if wait := time.Until(p.notBefore); wait < want/2-time.Second/4 || wait > want*3/2 {
-			t.Errorf("got %v after %d failures; want %v ±50 %%", wait, n, want)
-		}
+		nearly(t, fmt.Sprint(n, " failures"), time.Until(p.notBefore), time.Second<<(n-1))
 		for i := 0; i < 20; i++ {
 			d.record(p, d.monitor(), io.EOF)
 		}
 		locked(d, func() any { d.answered(time.Now()); return nil })
 	}
-}
-
-// TestDeliveryFault: three faults drop a reading, fewer do not. They are spread
-// out.
-func TestDeliveryFault(t *testing.T) {
-	lines := logged(t)
-	m := newRecorder(t)
-	m.set(func(w http.ResponseWriter, try int) bool {
-		if try <= 5 {
-			w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
-		}
-		return try <= 5
-	})
-	d := testDelivery(t, m)
-	puts(d, 1, 1)
-	await(t, "dropped", func() bool { return d.count().undelivered == 0 })
-	puts(d, 2, 2)
-	if gets(t, m, 2, 2); m.tries.Load() != 6 {
-		t.Errorf("got %d tries; want 6", m.tries.Load())
-	}
-	if want := `^ticket 1: reading dropped: monitor .*: fault 1: unknown ticket\n$`; !regexp.MustCompile(want).MatchString(lines.String()) {
-		t.Errorf("got %s; want %s", lines, want)
-	}
-	d.retry = time.Second
-	p := &pendingReading{}
+	p = &pendingReading{}
 	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
 		d.record(p, d.monitor(), faultf(1, "locked"))
-		if wait := time.Until(p.notBefore); wait < want/2-time.Second || wait > want*3/2 {
-			t.Errorf("got %v; want %v ±50 %%", wait, want)
-		}
+		nearly(t, "after a fault", time.Until(p.notBefore), want)
 	}
-}
-
-func TestBackoff(t *testing.T) {
 	for n := 1; n < 100; n++ {
 		want := maxBackoff
 		if n < 10 {
 			want = time.Second << (n - 1)
 		}
 		for i := 0; i < 100; i++ {
-			if got := backoff(time.Second, n); got < want/2 || got > want*3/2+1 {
-				t.Fatalf("%d: got %v; want %v ±50 %%", n, got, want)
-			}
+			nearly(t, fmt.Sprint(n), backoff(time.Second, n), want)
 		}
 	}
+}
+
+// nearly wants a wait to be what it should be ±50 %; a moment of it has passed.
+func nearly(t *testing.T, what string, got, want time.Duration) {
+	t.Helper()
+	expect(t, got >= want/2-time.Second/4 && got <= want*3/2+1, "%s: got %v; want %v ±50 %%", what, got, want)
 }
 
 // TestDeliverySlow: a monitor that is slower than the sensors makes them wait;
@@ -2959,274 +2369,74 @@ func TestDeliverySlow(t *testing.T) {
 	put, before := make(chan int, n), time.Now()
 	go func() {
 		for i := 1; i <= n; i++ {
-			d.waitRoom(context.Background())
+			d.waitRoom(ctx)
 			puts(d, i, i)
 			put <- i
 		}
 	}()
 	await(t, "a run waits", func() bool { return !d.stalledSince().IsZero() })
-	if since := d.stalledSince(); len(put) != maxPending-roomForRuns || since.Before(before) {
-		t.Errorf("got %d, stalled since %v; want %d, since later than %v", len(put), since, maxPending-roomForRuns, before)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
+	equal(t, "put", len(put), maxPending-roomForRuns)
+	equal(t, "stalled since then", d.stalledSince().Before(before), false)
+	over, cancel := context.WithCancel(ctx)
 	cancel()
-	d.waitRoom(ctx) // which returns
+	d.waitRoom(over) // which returns
 	taken := time.Now()
 	receive(t, "an attempt", attempts)
-	answer <- 0
+	answer <- "ok"
 	await(t, "the next run waits", func() bool { return d.stalledSince().After(taken) })
 	receive(t, "an attempt", attempts)
 	m.set(nil)
-	answer <- 0
-	if gets(t, m, 1, n); !d.stalledSince().IsZero() {
-		t.Errorf("stalled since %v", d.stalledSince())
-	}
+	answer <- "ok"
+	gets(t, m, 1, n)
+	equal(t, "stalled", d.stalledSince(), time.Time{})
 }
 
-// TestDeliveryFull: more than 1,024 readings in memory push out the oldest.
-func TestDeliveryFull(t *testing.T) {
-	m := newRecorder(t)
-	attempts, answer := hold(m)
-	d := testDelivery(t, m)
-	puts(d, 0, 0)
-	receive(t, "an attempt", attempts)
-	puts(d, 1, maxPending+10)
-	m.set(nil)
-	answer <- 503
-	gets(t, m, 11, maxPending+10)
-	if totals := d.count(); totals.dropped != 11 {
-		t.Errorf("got %d dropped; want 11", totals.dropped)
-	}
-}
-
-// TestDeliveryDiscard: a ticket that was given away again takes the pending
-// reading with it, also the one that is just being sent.
-func TestDeliveryDiscard(t *testing.T) {
-	m := newRecorder(t)
-	attempts, answer := hold(m)
-	d := testDelivery(t, m)
-	puts(d, 1, 1)
-	receive(t, "an attempt", attempts)
-	puts(d, 2, 2)
-	d.discard(1)
-	d.discard(2)
-	for ticket := 1; ticket <= 2; ticket++ {
-		d.put(ticket, reading{value: "new", taken: time.Now()})
-	}
-	m.set(nil)
-	answer <- 500
-	for range [2]int{} {
-		if got := receive(t, "reading", m.readings); got.value != "new" {
-			t.Errorf("got %+v; want new ones", got)
-		}
-	}
-}
+func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
 
 // TestDeliveryClose: at the end each reading is tried once more, although the
 // monitor fails or hangs at some; what is under way then says nothing of the
 // monitor; and one that is away does not hold up the end.
 func TestDeliveryClose(t *testing.T) {
+	oneAndThree := func(try int) bool { return try == 1 || try == 3 }
 	for _, test := range []struct {
-		name        string
-		bad         func(try int) bool
-		hangs       bool
-		least, most int // delivered of 10
-		log         string
+		name      string
+		bad       func(try int) bool
+		hangs     bool
+		wait      time.Duration
+		tries     int64 // at most
+		delivered int   // of 10
+		log       string
 	}{
-		{"fails", func(try int) bool { return try == 1 || try == 3 }, false, 9, 9, "1 reading not delivered"},
-		{"hangs", func(try int) bool { return try == 1 || try == 3 }, true, 9, 9, "1 reading not delivered"},
-		{"is slow", func(try int) bool { return try == 1 }, true, 10, 10, ""},
-		{"is away", func(int) bool { return true }, false, 0, 0, "10 readings not delivered"},
+		{"fails", oneAndThree, false, patience, 11, 9, "1 reading not delivered"},
+		{"hangs", oneAndThree, true, patience, 11, 9, "1 reading not delivered"},
+		{"is slow", func(try int) bool { return try == 1 }, true, patience, 11, 10, ""},
+		{"hangs, and nobody waits", func(int) bool { return true }, true, 0, 1, 0, "10 readings not delivered"},
+		{"is away", func(int) bool { return true }, false, patience, 1 + lastMisses, 0, "10 readings not delivered"},
 	} {
 		test, lines, m, end := test, logged(t), newRecorder(t), make(chan struct{})
-		m.set(func(w http.ResponseWriter, try int) bool {
-			if test.bad(try) && test.hangs {
+		m.set(func(w http.ResponseWriter, a attempt) bool {
+			if test.bad(a.try) && test.hangs {
 				<-end
-			} else if test.bad(try) {
+			} else if test.bad(a.try) {
 				w.WriteHeader(500)
 			}
-			return test.bad(try)
+			return test.bad(a.try)
 		})
-		d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
+		d := deliverTo(t, m.url, patience, time.Hour, nil)
 		puts(d, 1, 10)
 		await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
 		if !test.hangs {
 			await(t, "it failed", func() bool { return isAway(d) })
 		}
-		within(patience, d.close)
+		within(test.wait, d.close)
 		close(end)
-		if n := len(m.readings); n < test.least || n > test.most || m.tries.Load() > 11 {
-			t.Errorf("%s: got %d readings in %d tries; want %d to %d of 10", test.name, n, m.tries.Load(), test.least, test.most)
-		}
-		if got := lines.String(); !strings.Contains(got, test.log) || test.log == "" && got != "" {
-			t.Errorf("%s: got %q; want %q", test.name, got, test.log)
-		}
-		if test.name == "is away" && m.tries.Load() != 1+lastMisses {
-			t.Errorf("got %d tries; want %d", m.tries.Load(), 1+lastMisses)
-		}
+		equal(t, test.name, len(m.readings), test.delivered)
+		n := m.tries.Load()
+		expect(t, n <= test.tries, "%s: got %d tries; want at most %d", test.name, n, test.tries)
+		has(t, test.name, lines, test.log)
+		equal(t, test.name+": logged", lines.String() != "", test.log != "")
+		equal(t, test.name+": a word on the monitor", test.wait == 0 && strings.Contains(lines.String(), "away"), false)
 	}
-
-	m := newRecorder(t)
-	_, answer := hold(m)
-	defer close(answer)
-	d := newDelivery(newClient(m.url, patience, nil), time.UTC, "nan", time.Hour, nil)
-	puts(d, 1, 1)
-	await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
-	lines := logged(t)
-	within(0, d.close)
-	if got := lines.String(); !strings.Contains(got, "1 reading not delivered") || strings.Contains(got, "away") {
-		t.Errorf("got %s; want a word on one reading alone", got)
-	}
-}
-
-// A faultyProxy stands between a delivery and its monitor: the next
-// connections carry so many bytes in all, requests and answers together, and
-// then end in one way or another.
-type faultyProxy struct {
-	net.Listener
-	to    string
-	links sync.WaitGroup
-
-	mu      sync.Mutex // guards what is below
-	tries   int        // connections that came
-	faulty  int        // of those to come, so many fail
-	carry   int        // bytes of one that fails
-	then    string     // reset, finish, or hold: nothing is passed on any more
-	request int        // bytes that went to the monitor on the latest connection
-	all     int        // bytes that went either way
-	open    []net.Conn
-}
-
-// newFaultyProxy returns a proxy that is there until the test ends.
-func newFaultyProxy(t *testing.T, to string) *faultyProxy {
-	p := &faultyProxy{to: to}
-	p.listen(t, "127.0.0.1:0")
-	t.Cleanup(func() {
-		p.Close()
-		p.mu.Lock()
-		for _, c := range p.open {
-			c.Close()
-		}
-		p.open = nil
-		p.mu.Unlock()
-		p.links.Wait()
-	})
-	return p
-}
-
-func (p *faultyProxy) listen(t *testing.T, address string) {
-	t.Helper()
-	var err error
-	if p.Listener, err = net.Listen("tcp", address); err != nil {
-		t.Fatal(err)
-	}
-	p.links.Add(1)
-	go func(l net.Listener) {
-		defer p.links.Done()
-		for {
-			near, err := l.Accept()
-			if err != nil {
-				return
-			}
-			if far, err := net.Dial("tcp", p.to); err == nil {
-				p.link(near.(*net.TCPConn), far.(*net.TCPConn))
-			} else {
-				near.Close()
-			}
-		}
-	}(p.Listener)
-}
-
-// fail makes the next connections fail, and counts from here on.
-func (p *faultyProxy) fail(connections, carry int, then string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.tries, p.faulty, p.carry, p.then = 0, connections, carry, then
-}
-
-func (p *faultyProxy) count() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.tries
-}
-
-// carried returns how many bytes the latest connection carried.
-func (p *faultyProxy) carried() (request, all int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.request, p.all
-}
-
-// link passes on what comes from either side, as much as it may.
-func (p *faultyProxy) link(near, far *net.TCPConn) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.tries++
-	left, then := 1<<30, ""
-	if p.tries <= p.faulty {
-		left, then = p.carry, p.then
-	}
-	p.request, p.all = 0, 0
-	p.open = append(p.open, near, far)
-	end := func() {
-		for _, c := range []*net.TCPConn{near, far} {
-			if then == "reset" {
-				c.SetLinger(0)
-			}
-			c.Close()
-		}
-	}
-	if left == 0 && then != "hold" {
-		end()
-	}
-	pass := func(to, from *net.TCPConn) {
-		defer p.links.Done()
-		defer end()
-		buffer := make([]byte, 32<<10)
-		for over := false; !over; {
-			n, err := from.Read(buffer)
-			p.mu.Lock()
-			n = min(n, left)
-			left -= n
-			to.Write(buffer[:n]) // a side that has gone is noticed where it is read
-			p.all += n
-			if to == far {
-				p.request += n
-			}
-			over = err != nil || left == 0 && then != "hold"
-			p.mu.Unlock()
-		}
-	}
-	p.links.Add(2)
-	go pass(far, near)
-	go pass(near, far)
-}
-
-// emptied waits until a delivery has nothing left, and leaves no connection.
-func emptied(t *testing.T, what string, d *delivery) {
-	t.Helper()
-	await(t, what, func() bool { return d.count().undelivered == 0 })
-	d.monitor().close()
-}
-
-// proxiedDelivery delivers to a recorder through a proxy.
-func proxiedDelivery(t *testing.T, timeout time.Duration) (*recorder, *faultyProxy, *delivery) {
-	m := newRecorder(t)
-	p := newFaultyProxy(t, m.url.Host)
-	u := *m.url
-	u.Host = p.Addr().String()
-	d := newDelivery(newClient(&u, timeout, nil), time.UTC, "nan", time.Millisecond, nil)
-	t.Cleanup(func() { within(patience, d.close) })
-	return m, p, d
-}
-
-// storedTickets counts how often a recorder got each ticket.
-func storedTickets(m *recorder) map[any]int {
-	stored := make(map[any]int)
-	for len(m.readings) > 0 {
-		stored[(<-m.readings).ticket]++
-	}
-	return stored
 }
 
 // TestNetworkFaults: whatever happens on the way to the monitor, or in it, a
@@ -3252,20 +2462,149 @@ func TestNetworkFaults(t *testing.T) {
 	}
 }
 
-// testNetworkFault makes what the text of a case says happen to one reading, and
-// nothing to the next.
+// A faultyProxy stands between a delivery and its monitor: the next
+// connections carry so many bytes in all, requests and answers together, and
+// then end in one way or another.
+type faultyProxy struct {
+	*rawListener
+	to string
+
+	mu      sync.Mutex // guards what is below
+	tries   int        // connections that came
+	faulty  int        // of those to come, so many fail
+	carry   int        // bytes of one that fails
+	then    string     // reset, finish, or hold: nothing is passed on any more
+	request int        // bytes that went to the monitor on the latest connection
+	all     int        // bytes that went either way
+	open    []net.Conn
+}
+
+// newFaultyProxy returns a proxy that is there until the test ends.
+func newFaultyProxy(t *testing.T, to string) *faultyProxy {
+	p := &faultyProxy{to: to}
+	p.listen(t, "127.0.0.1:0")
+	return p
+}
+
+func (p *faultyProxy) listen(t *testing.T, address string) {
+	p.rawListener = listenRaw(t, address, p.link)
+	t.Cleanup(func() {
+		p.Close()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, c := range p.open {
+			c.Close()
+		}
+	})
+}
+
+// url is where the proxy serves what it is in front of.
+func (p *faultyProxy) url() *url.URL {
+	return &url.URL{Scheme: "http", Host: p.Addr().String(), Path: "/xmlrpc/"}
+}
+
+// fail makes the next connections fail, and counts from here on.
+func (p *faultyProxy) fail(connections, carry int, then string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tries, p.faulty, p.carry, p.then = 0, connections, carry, then
+}
+
+func (p *faultyProxy) count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.tries
+}
+
+// carried returns how many bytes the latest connection carried.
+func (p *faultyProxy) carried() (request, all int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.request, p.all
+}
+
+// link passes on what comes from either side, as much as it may.
+func (p *faultyProxy) link(near net.Conn) {
+	far, err := net.Dial("tcp", p.to)
+	if err != nil {
+		return
+	}
+	p.mu.Lock()
+	p.tries++
+	left, then := 1<<30, ""
+	if p.tries <= p.faulty {
+		left, then = p.carry, p.then
+	}
+	p.request, p.all = 0, 0
+	p.open = append(p.open, near, far)
+	end := func() {
+		for _, c := range []net.Conn{near, far} {
+			if then == "reset" {
+				c.(*net.TCPConn).SetLinger(0)
+			}
+			c.Close()
+		}
+	}
+	if left == 0 && then != "hold" {
+		end()
+	}
+	p.mu.Unlock()
+	pass := func(to, from net.Conn) {
+		defer end()
+		buffer := make([]byte, 32<<10)
+		for over := false; !over; {
+			n, err := from.Read(buffer)
+			p.mu.Lock()
+			n = min(n, left)
+			left -= n
+			to.Write(buffer[:n]) // a side that has gone is noticed where it is read
+			p.all += n
+			if to == far {
+				p.request += n
+			}
+			over = err != nil || left == 0 && then != "hold"
+			p.mu.Unlock()
+		}
+	}
+	parallel(2, func(i int) { pass([]net.Conn{far, near}[i], []net.Conn{near, far}[i]) })
+}
+
+// emptied waits until nothing is left to deliver, and closes the connection.
+func emptied(t *testing.T, what string, d *delivery) {
+	t.Helper()
+	await(t, what, func() bool { return d.count().undelivered == 0 })
+	d.monitor().close()
+}
+
+// proxiedDelivery delivers to a recorder through a proxy.
+func proxiedDelivery(t *testing.T, timeout time.Duration) (*recorder, *faultyProxy, *delivery) {
+	m := newRecorder(t)
+	p := newFaultyProxy(t, m.url.Host)
+	return m, p, deliverTo(t, p.url(), timeout, time.Millisecond, nil)
+}
+
+// storedTickets counts how often a recorder got each ticket.
+func storedTickets(m *recorder) map[any]int {
+	stored := make(map[any]int)
+	for len(m.readings) > 0 {
+		stored[(<-m.readings).ticket]++
+	}
+	return stored
+}
+
+// testNetworkFault does to one reading what the text of a case says, and nothing to
+// the next one.
 func testNetworkFault(t *testing.T, text string, lengths map[string]int) {
 	var times, tries, least, most, more int
 	var kind, where string
 	figures, what, _ := strings.Cut(strings.TrimSpace(text), "\n")
-	if n, err := fmt.Sscan(figures, &times, &tries, &least, &most); n != 4 {
-		t.Fatal(err)
-	}
+	_, err := fmt.Sscan(figures, &times, &tries, &least, &most)
+	must(t, err)
 	kind, argument, _ := strings.Cut(what, " ")
 	fmt.Sscan(argument, &where, &more)
 	timeout := patience
 	if kind == "hold" {
-		timeout = 3 * time.Second // what is good takes far less
+		timeout = 2 * time.Second // what is good takes far less
 	}
 	m, p, d := proxiedDelivery(t, timeout)
 	count := func() int { return int(m.tries.Load()) }
@@ -3273,19 +2612,17 @@ func testNetworkFault(t *testing.T, text string, lengths map[string]int) {
 		p.fail(times, lengths[where]+more, kind)
 		count = p.count
 	} else {
-		m.set(func(w http.ResponseWriter, try int) bool {
-			if try <= times {
+		m.set(func(w http.ResponseWriter, a attempt) bool {
+			if a.try <= times {
 				misanswer(w, kind, argument)
 			}
-			return try <= times
+			return a.try <= times
 		})
 	}
 	sample := reading{value: "0.42", taken: time.Now()}
 	d.put("00001", sample)
 	emptied(t, "tried", d)
-	if got := count(); got != tries {
-		t.Errorf("got %d tries; want %d", got, tries)
-	}
+	equal(t, "tries", count(), tries)
 	d.put("00002", sample)
 	emptied(t, "the next reading", d)
 	stored := storedTickets(m)
@@ -3319,75 +2656,61 @@ func testRefused(t *testing.T) {
 	await(t, "three attempts", func() bool { return locked(d, func() bool { return d.misses >= 3 }) })
 	p.listen(t, p.Addr().String())
 	emptied(t, "delivered", d)
-	if stored := storedTickets(m); stored["00001"] != 1 || p.count() != 1 {
-		t.Errorf("got %v in %d tries; want it stored once, at the first that came through", stored, p.count())
-	}
+	equal(t, "stored", storedTickets(m), map[any]int{"00001": 1})
+	equal(t, "tries that came through", p.count(), 1)
 }
 
-// testResetChanges: an update or a move whose connection is reset, wherever that
-// is, has either been made or has changed nothing, and its ticket says which.
+// testResetChanges: an update or a move whose connection is reset at any byte has either
+// been made or has changed nothing, and its ticket says which.
 func testResetChanges(t *testing.T) {
-	dir := t.TempDir()
-	m, readings := &monitor{packages: filepath.Join(dir, "packages")}, make(chan storedReading, 100)
-	m.stored = func(s storedReading) error { readings <- s; return nil }
-	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)))
-	writeTree(t, dir, map[string]string{"packages/demo.tar.bz2": string(archive), "sensors/demo/check": printing(1)})
-	next := serve(t, newHandler(m.methods()))
-	p := newFaultyProxy(t, next.Host)
-	u := &url.URL{Scheme: "http", Host: p.Addr().String(), Path: "/xmlrpc/"}
-	m.next = next.String()
-	config := "[monitor]\nurl = " + u.String() + "\n"
-	writeTree(t, dir, map[string]string{"client.cfg": config})
-	s := testSettings(t, filepath.Join(dir, "sensors"), u)
-	s.backup, s.file = filepath.Join(dir, "backup"), filepath.Join(dir, "client.cfg")
-	a, c := startAgent(t, s)
-	a.delivery.mu.Lock()
-	a.delivery.retry = time.Millisecond
-	a.delivery.mu.Unlock()
+	archive := demoPackage(t, 2)
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
+	})
+	p := newFaultyProxy(t, b.url.Host)
+	b.next = b.url.String()
+	moved := b.config
+	b.configure(t, strings.Replace(b.config, b.next, p.url().String(), 1))
+	a := b.run(t)
+	retryFast(a)
 	ticket := 0
 	try := func(carry int, method string, params ...any) (code int) {
 		t.Helper()
 		a.delivery.monitor().close() // so that it comes on a connection that fails
 		p.fail(1, carry, "reset")
 		ticket++
-		mustCall(t, c, method, append(params, ticket)...)
-		got := receive(t, "outcome", readings)
+		got := b.ask(t, method, append(params, ticket)...)
 		await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
-		for len(readings) > 0 { // the last byte of an answer may come, or not
-			<-readings
+		for len(b.readings) > 0 { // the last byte of an answer may come, or not
+			<-b.readings
 		}
-		if got.ticket != any(ticket) {
-			t.Errorf("got %+v; want ticket %d", got, ticket)
-		}
+		equal(t, "ticket", got.ticket, any(ticket))
 		return got.code
 	}
-	before, failed := readTree(t, s.path), 0
+	sensors, failed := filepath.Join(b.dir, "sensors"), 0
+	before := readTree(t, sensors)
 	for n := 0; try(n, "cmd_update_sensor_code", "demo") != 0; n += 101 {
 		failed++
-		if after := readTree(t, s.path); !reflect.DeepEqual(after, before) {
-			t.Fatalf("reset after %d bytes: got %q", n, after)
+		if after := readTree(t, sensors); !reflect.DeepEqual(after, before) {
+			t.Fatalf("reset after %d bytes: got %q; want nothing changed", n, after)
 		}
 	}
-	if text := readTree(t, s.path)["demo/check"]; text != printing(2) || failed < len(archive)/101 {
-		t.Errorf("got %q after %d", text, failed)
-	}
-	moved := func(to *url.URL) {
-		t.Helper()
-		text, err := os.ReadFile(s.file)
-		if want := "[monitor]\nurl = " + to.String() + "\n"; err != nil || string(text) != want {
-			t.Errorf("got %q, %v; want %q", text, err, want)
-		}
+	if text := readTree(t, sensors)["demo/check"]; text != printing(2) || failed < len(archive)/101 {
+		t.Errorf("got %q after %d; want the new version", text, failed)
 	}
 	for n := 0; try(n, "cmd_register_new_server") != 0; n += 11 {
 		failed++
-		moved(u)
+		equal(t, "client.cfg", readTree(t, b.dir)["client.cfg"], b.config)
 	}
-	moved(next)
-	if left := leftovers(t, dir, s.path, s.backup); len(left) > 0 {
-		t.Errorf("left behind: %q", left)
-	}
+	equal(t, "client.cfg", readTree(t, b.dir)["client.cfg"], moved)
+	leavesNothing(t, b.dir)
 	total("network faults survived", failed)
 	t.Logf("%d updates and moves failed, and changed nothing", failed)
+}
+
+// retryFast makes an agent deliver with waits of milliseconds.
+func retryFast(a *agent) {
+	locked(a.delivery, func() any { a.delivery.retry = time.Millisecond; return nil })
 }
 
 // testResets: the connection is reset after each number of bytes that an
@@ -3405,38 +2728,1158 @@ func testResets(t *testing.T, m *recorder, p *faultyProxy, d *delivery, request,
 	stored, twice := storedTickets(m), 0
 	for n := 0; n <= all; n++ {
 		got := stored[ticket(n)]
-		if got < 1 || got > 2 || n < request && got != 1 {
-			t.Errorf("reset after %d bytes of %d + %d: stored %d times", n, request, all-request, got)
-		}
+		expect(t, got >= 1 && got <= 2 && (n >= request || got == 1),
+			"reset after %d bytes of %d + %d: got it stored %d times; want once or twice", n, request, all-request, got)
 		twice += got - 1
 	}
 	total("network faults survived", all+1)
 	t.Logf("%d exchanges of %d + %d bytes; %d readings were stored twice", all+1, request, all-request, twice)
 }
 
-// TestAccess: who may call, by address.
-func TestAccess(t *testing.T) {
-	allow, err := networks("192.168.1.7/24, 10.0.0.5,fd00::/8, ::ffff:172.16.0.0/108, 2001:db8::1")
-	if err != nil {
+// spoolDelivery is a testDelivery with a spool in dir, of 1 MiB at most.
+func spoolDelivery(t *testing.T, m *recorder, dir string) *delivery {
+	return deliverTo(t, m.url, patience, time.Millisecond, newSpool(dir, 1<<20))
+}
+
+// spoolText returns what is in the file of a spool, "" where there is none.
+func spoolText(t testing.TB, dir string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, "readings"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
 		t.Fatal(err)
 	}
-	a := &access{allow: allow}
-	for host, want := range map[string]bool{
-		"192.168.1.1": true, "192.168.2.1": false, "::ffff:192.168.1.9": true, "10.0.0.5": true, "10.0.0.6": false,
-		"fd12::1": true, "fe80::1%eth0": false, "172.16.3.4": true, "172.32.0.1": false, "2001:db8::1": true, "2001:db8::2": false, "": false,
+	return string(text)
+}
+
+// parseSpool reads the text of a spool.
+func parseSpool(t testing.TB, text string) ([]*pendingReading, *spool) {
+	t.Helper()
+	s := &spool{}
+	found, err := s.read(strings.NewReader(text))
+	must(t, err)
+	return found, s
+}
+
+// spooled reads what a spool holds undelivered, as ticket=value.
+func spooled(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	found, _ := parseSpool(t, spoolText(t, dir))
+	for _, p := range found {
+		list = append(list, fmt.Sprintf("%v=%s", p.ticket, p.value))
+	}
+	return list
+}
+
+// awaitSpooled waits until a spool holds so many readings.
+func awaitSpooled(t *testing.T, dir string, n int) {
+	t.Helper()
+	await(t, plural(n, "reading")+" on the disk", func() bool { return len(spooled(t, dir)) == n })
+}
+
+// awaitEmpty waits until the file of a spool is there and empty.
+func awaitEmpty(t *testing.T, dir string) {
+	t.Helper()
+	await(t, "the file is empty", func() bool {
+		return exists(filepath.Join(dir, "readings")) && spoolText(t, dir) == ""
+	})
+}
+
+// pendingOf is a reading in a spool that was taken at some moment.
+func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading {
+	return &pendingReading{reading: r, ticket: ticket, takenAt: at, record: number}
+}
+
+const inMemoryAlone = "undelivered readings are in memory alone"
+
+// TestSpool: what could not be delivered is on the disk, and is delivered by
+// the next agent with its ticket, value and time; then the file is empty. A
+// monitor that is there costs no write.
+func TestSpool(t *testing.T) {
+	expect(t, newSpool("", 1<<20) == nil, "got a spool without a directory; want none")
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
+	d := spoolDelivery(t, m, dir)
+	awaitEmpty(t, dir)
+	about := func() string {
+		info := get(os.Stat(filepath.Join(dir, "readings")))
+		return fmt.Sprint(info.Mode(), info.Size(), info.ModTime())
+	}
+	before := about()
+	has(t, "the mode", before, "-rw-------")
+	for i := 1; i <= 50; i++ {
+		puts(d, i, i)
+		gets(t, m, i, i)
+	}
+	equal(t, "the file", about(), before)
+	m.set(away)
+	taken := time.Now().Add(-time.Hour)
+	tickets := []any{1, int64(1) << 40, "a \"b\"\né", ""}
+	for i, ticket := range tickets {
+		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50"), taken: taken})
+	}
+	awaitSpooled(t, dir, len(tickets))
+	d.discard(1)
+	d.put(1, reading{code: -15, taken: taken})
+	await(t, "the newer one is", func() bool {
+		list := spooled(t, dir)
+		return slices.Contains(list, "1=") && len(list) == 4
+	})
+	within(patience, d.close)
+
+	m.set(nil)
+	d = spoolDelivery(t, m, dir)
+	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
+	for range tickets {
+		got := receive(t, "reading", m.readings)
+		closeTo(t, "the time", got.time, taken)
+		equal(t, "the reading", fmt.Sprint(got.code, " ", got.value), want[got.ticket])
+		delete(want, got.ticket)
+	}
+	awaitEmpty(t, dir)
+	equal(t, "left, and too many", []int{d.count().undelivered, len(m.readings)}, []int{0, 0})
+}
+
+// TestSpoolOld: what version 1 left behind is delivered, and then the file is
+// empty. It has readings of all types, marks, records of the clock and a last line
+// that was cut off by a power cut.
+func TestSpoolOld(t *testing.T) {
+	text := string(readFile(t, "testdata/spool/old"))
+	found, s := parseSpool(t, text)
+	equal(t, "readings, damaged, last", []int{len(found), s.damaged, int(s.last)}, []int{5, 1, 7})
+	equal(t, "time", found[0].takenAt.wall.UnixMilli(), int64(1795654616904))
+	m, dir := newRecorder(t), t.TempDir()
+	writeTree(t, dir, files{"readings": text})
+	spoolDelivery(t, m, dir)
+	equal(t, "the readings", getsAll(t, m, 5), map[any]string{
+		1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5",
+	})
+	awaitEmpty(t, dir)
+}
+
+// recordsOf are the records of so many readings in a spool, with the tickets 1, 2
+// and so on.
+func recordsOf(n int, value string) (text string) {
+	now := systemClocks()()
+	for i := 1; i <= n; i++ {
+		text += readingRecord(pendingOf(uint64(i), i, reading{value: value}, now), now)
+	}
+	return text
+}
+
+// TestSpoolDamage: any byte of a spool that is flipped, and any end that is
+// missing, costs one reading.
+func TestSpoolDamage(t *testing.T) {
+	text := recordsOf(4, "1")
+	read := func(text string) (left, damaged int, last uint64) {
+		found, s := parseSpool(t, text)
+		if s.size != len(text) {
+			t.Fatalf("got size %d; want %d", s.size, len(text))
+		}
+		return len(found), s.damaged, s.last
+	}
+	if left, damaged, last := read(text); left != 4 || damaged != 0 || last != 4 {
+		t.Errorf("got %d left, %d damaged, last %d; want 4, 0, 4", left, damaged, last)
+	}
+	left, _, last := read(text + markRecord(2) + markRecord(9))
+	expect(t, left == 3 && last == 9, "got %d left, last %d; want 3, 9", left, last)
+	for i := range text {
+		for _, flip := range []byte{1, 0x80} {
+			b := []byte(text)
+			b[i] ^= flip
+			least := 3
+			if text[i] == '\n' { // two lines become one
+				least = 2
+			}
+			if left, damaged, _ := read(string(b)); left < least || left > 3 || damaged == 0 {
+				t.Fatalf("byte %d: got %d left, %d damaged; want 3, 1", i, left, damaged)
+			}
+		}
+		whole := strings.Count(text[:i], "\n")
+		if text[i] == '\n' { // which alone is missing
+			whole++
+		}
+		if left, _, _ := read(text[:i]); left != whole {
+			t.Fatalf("cut at %d: got %d left; want %d", i, left, whole)
+		}
+		if left, _, _ := read(text[:i] + "\n" + text); left != whole+4 { // written on after a torn record
+			t.Fatalf("torn at %d: got %d left; want %d", i, left, whole+4)
+		}
+	}
+	rubbish := strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n"
+	left, damaged, _ := read(rubbish + text)
+	pieces := 100000/maxRecord + 2 // one that is too long comes in pieces
+	expect(t, left == 4 && damaged == pieces, "got %d left, %d damaged; want 4, %d", left, damaged, pieces)
+}
+
+// TestSpoolClock: a reading keeps the time at which it was taken, although the clock was
+// set later in the same boot, or the power went.
+func TestSpoolClock(t *testing.T) {
+	birth := clocks{time.Unix(300, 0), 5 * time.Minute, "aaaaaaaa"}
+	set := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), 65 * time.Minute, "aaaaaaaa"}
+	taken := clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}
+	found, _ := parseSpool(t, readingRecord(pendingOf(1, 1, reading{value: "1"}, taken), birth))
+	for _, test := range []struct {
+		at   clocks
+		want time.Time
+	}{
+		{birth, time.Unix(240, 0)},
+		{set, set.wall.Add(-61 * time.Minute)},
+		{clocks{set.wall, time.Second, "bbbbbbbb"}, time.Unix(240, 0)},
+		{clocks{set.wall, time.Second, "aaaaaaaa"}, time.Unix(240, 0)}, // a container begun anew
 	} {
-		if got := a.allows(host); got != want {
-			t.Errorf("%s: got %v; want %v", host, got, want)
+		equal(t, fmt.Sprint(test.at), found[0].takenAt.corrected(test.at).UTC(), test.want.UTC())
+	}
+	// When the clock is set, the file is written anew with the right times.
+	m, dir := newRecorder(t), t.TempDir()
+	m.set(away)
+	d := spoolDelivery(t, m, dir)
+	var now atomic.Pointer[clocks]
+	now.Store(&birth)
+	setClock(d, &now)
+	puts(d, 1, 1)
+	awaitSpooled(t, dir, 1)
+	now.Store(&set)
+	await(t, "the time is right", func() bool {
+		found, _ := parseSpool(t, spoolText(t, dir))
+		return len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
+	})
+}
+
+// TestSpoolFull: the file stays within its limit. The oldest readings are dropped, and
+// counted.
+func TestSpoolFull(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), t.TempDir()
+	const limit, n = 64 << 10, 3000
+	m.set(away)
+	d := deliverTo(t, m.url, patience, time.Millisecond, newSpool(dir, limit))
+	puts(d, 0, 0)
+	await(t, "away", func() bool { return isAway(d) })
+	for i := 1; i < n; i += 100 {
+		puts(d, i, min(i+99, n-1))
+		await(t, "it is written", func() bool { return locked(d, func() bool { return d.inMemory == 0 }) })
+		if size := len(spoolText(t, dir)); size > limit {
+			t.Fatalf("got %d bytes; want at most %d", size, limit)
 		}
 	}
-	for _, bad := range []string{"x", "1.2.3.4/33", "1.2.3.4,,5.6.7.8", ",", "host.example", "fe80::1%eth0", "::ffff:1.2.3.4/90"} {
-		if got, err := networks(bad); err == nil {
-			t.Errorf("%q: got %v", bad, got)
+	within(0, d.close)
+	left, totals := spooled(t, dir), d.count()
+	equal(t, "on the disk", len(left), totals.undelivered)
+	equal(t, "dropped and undelivered", int(totals.dropped)+totals.undelivered, n)
+	expect(t, len(left) >= limit/200 && slices.Contains(left, "2999=2999"),
+		"got %d on the disk, %q; want many, and the last", len(left), left)
+	has(t, "the log", lines, "reading dropped: the oldest of what the spool holds")
+	m = newRecorder(t)
+	spoolDelivery(t, m, dir)
+	gets(t, m, n-len(left), n-1)
+	awaitEmpty(t, dir)
+}
+
+// afterAMinute makes a spool that could not be written be tried again.
+func afterAMinute(d *delivery) {
+	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil })
+}
+
+// TestSpoolBroken: a spool that cannot be written is logged once. Readings are kept in
+// memory, and written when it works again.
+func TestSpoolBroken(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	m.set(away)
+	writeTree(t, filepath.Dir(dir), files{"spool": ""}) // a file where the directory belongs
+	d := spoolDelivery(t, m, dir)
+	puts(d, 1, 5)
+	wantLog(t, lines, inMemoryAlone)
+	must(t, os.Remove(dir))
+	afterAMinute(d)
+	awaitSpooled(t, dir, 5)
+	// The file is taken away, and what was in it written again.
+	must(t, os.RemoveAll(dir))
+	puts(d, 6, 6)
+	awaitSpooled(t, dir, 6)
+	for _, once := range []string{inMemoryAlone, "works again"} {
+		equal(t, once, strings.Count(lines.String(), once), 1)
+	}
+	_, err := newSpool(dir, 1<<20).open()
+	equal(t, "another agent", fmt.Sprint(err), "another process uses it")
+	m.set(nil)
+	gets(t, m, 1, 6)
+	awaitEmpty(t, dir)
+}
+
+// TestSpoolLate: a spool whose disk comes late is read then. A reading in it whose ticket
+// was given away again meanwhile is not delivered.
+func TestSpoolLate(t *testing.T) {
+	lines := logged(t)
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	writeTree(t, filepath.Dir(dir), files{"spool": ""}) // in its way
+	d := spoolDelivery(t, m, dir)
+	wantLog(t, lines, inMemoryAlone)
+	d.discard(3)
+	puts(d, 3, 3)
+	gets(t, m, 3, 3)
+	must(t, os.Remove(dir))
+	writeTree(t, dir, files{"readings": recordsOf(3, "-1")})
+	afterAMinute(d)
+	gets(t, m, 1, 2)
+	awaitEmpty(t, dir)
+	equal(t, "more readings", len(m.readings), 0)
+}
+
+// TestSpoolPlanted: what another user puts under the names of a spool, or on
+// the path to it, makes root touch nothing elsewhere.
+func TestSpoolPlanted(t *testing.T) {
+	needsRoot(t)
+	link := func(to string) func(file, victim string) error {
+		return func(file, victim string) error { return os.Symlink(victim+to, file) }
+	}
+	name := func(file, victim string) error { return os.Link(victim+"/file", file) }
+	fifo := func(file, _ string) error { return syscall.Mkfifo(file, 0o666) }
+	directory := func(file, _ string) error { return os.Mkdir(file, 0o777) }
+	for _, test := range []struct {
+		name, file string
+		plant      func(file, victim string) error
+		want       string // the error; "" where the spool works
+	}{
+		{"a link to a file", "/readings", link("/file"), "readings: too many levels"},
+		{"a link to nothing", "/readings", link("/new"), "readings: too many levels"},
+		{"another name of a file", "/readings", name, "not a plain file"},
+		{"a FIFO", "/readings", fifo, "not a plain file"},
+		{"a directory", "/readings", directory, "is a directory"},
+		{"next: a link", "/readings.next", link("/file"), ""},
+		{"next: a FIFO", "/readings.next", fifo, ""},
+		{"next: a directory", "/readings.next", directory, "file exists"},
+		{"a link to a directory", "", link(""), "spool: not a directory (and a link"},
+		{"a FIFO as directory", "", fifo, "spool: not a directory"},
+	} {
+		home, victim := t.TempDir(), t.TempDir()
+		dir := filepath.Join(home, "spool")
+		writeTree(t, victim, files{"file": "precious\n"})
+		before := describeTree(t, victim)
+		if test.file != "" {
+			must(t, os.Mkdir(dir, 0o777))
+		}
+		must(t, errors.Join(test.plant(dir+test.file, victim), os.Chown(home, 65534, 65534)))
+		s := newSpool(dir, 1<<20)
+		_, err := s.open()
+		if now := systemClocks()(); err == nil {
+			err = s.rewrite([]*pendingReading{pendingOf(1, 1, reading{value: "1"}, now)}, now)
+		}
+		s.close()
+		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: got %v; want %q", test.name, err, test.want)
+		}
+		must(t, os.RemoveAll(dir)) // another name of the file counts
+		equal(t, test.name, describeTree(t, victim), before)
+	}
+}
+
+// TestSpoolFullDisk: a file system with no room left, where root can make one.
+func TestSpoolFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	mount(t, "none", dir, "tmpfs", 0, "size=128k")
+	lines := logged(t)
+	m := newRecorder(t)
+	m.set(away)
+	d := spoolDelivery(t, m, dir)
+	full := func() bool { return strings.Contains(lines.String(), "no space left on device") }
+	n := 0
+	for ; n < 3000 && !full(); n += 50 { // of which half fit
+		puts(d, n, n+49)
+		await(t, "it is written", func() bool {
+			return full() || isAway(d) && locked(d, func() bool { return d.inMemory == 0 })
+		})
+	}
+	puts(d, n, n+99) // it goes on in memory
+	n += 100
+	if got := spooled(t, dir); len(got) < 500 || got[0] != "0=0" {
+		t.Errorf("got %d on the disk, %q; want many, from 0 on", len(got), got)
+	}
+	m.set(nil)
+	gets(t, m, 0, n-1)
+	equal(t, "times logged", strings.Count(lines.String(), "no space left"), 1)
+	await(t, "all are delivered", func() bool { return d.count().undelivered == 0 })
+	afterAMinute(d)
+	awaitEmpty(t, dir) // which takes no space
+}
+
+// TestLocalZone compares with what date shows.
+func TestLocalZone(t *testing.T) {
+	zones := []string{
+		"", "UTC", "CET-1CEST,M3.5.0,M10.5.0/3", "<-03>3", "EST5EDT,M3.2.0,M11.1.0", "AEST-10AEDT,M10.1.0,M4.1.0/3",
+		":UTC0", "IST-5:30", "<+1245>-12:45<+1345>,M9.5.0/2:45,M4.1.0/3:45",
+	}
+	for _, file := range []string{"/usr/share/zoneinfo/Europe/Berlin", "/usr/share/zoneinfo/America/New_York"} {
+		if exists(file) {
+			zones = append(zones, file, strings.TrimPrefix(file, "/usr/share/zoneinfo/"))
 		}
 	}
-	if got := limitKey("::ffff:1.2.3.4") + " " + limitKey("2001:db8::1:2:3:4"); got != "1.2.3.4 2001:db8::/64" {
-		t.Errorf("got %s", got)
+	for _, tz := range zones {
+		t.Setenv("TZ", tz)
+		zone := localZone()
+		for _, at := range []int64{0, 1700000000, 1780000000, 1793498399, 1793498401} {
+			want := runTool(t, "", "date", "-d", fmt.Sprint("@", at), "+%Y%m%dT%H:%M:%S")
+			equal(t, fmt.Sprintf("TZ=%s at %d", tz, at), time.Unix(at, 0).In(zone).Format(dateTimeLayout)+"\n", want)
+		}
 	}
+	for _, bad := range []string{"nonsense/zone", "\n", "CET-1CEST,M13.5.0"} {
+		zone, err := posixZone(bad)
+		expect(t, err != nil, "%q: got %v; want an error", bad, zone)
+	}
+	t.Setenv("TZ", "/dev/zero") // which has no end
+	equal(t, "/dev/zero", time.Unix(0, 0).In(localZone()).Hour(), 0)
+	// Without TZ it is /etc/localtime, then /etc/TZ.
+	etc := t.TempDir()
+	noon := time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
+	hour := func(tz string, set bool) int { return noon.In(zoneOf(tz, set, etc)).Hour() }
+	equal(t, "nothing there", hour("", false), 12)
+	writeTree(t, etc, files{"TZ": "CET-1CEST,M3.5.0,M10.5.0/3\n"})
+	equal(t, "/etc/TZ", hour("", false), 14)
+	if data, err := os.ReadFile("/usr/share/zoneinfo/America/New_York"); err == nil {
+		writeTree(t, etc, files{"localtime": string(data)})
+		equal(t, "/etc/localtime", hour("", false), 8)
+	}
+	equal(t, "TZ=", hour("", true), 12)
+}
+
+func TestDecodeCall(t *testing.T) {
+	for _, file := range glob(t, "testdata/xml/*.xml") {
+		method, params, err := decodeCall(readFile(t, file))
+		if err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
+		}
+		golden(t, strings.TrimSuffix(file, ".xml")+".golden", string(encodeCall(method, params...))+"\n")
+	}
+}
+
+func TestResponse(t *testing.T) {
+	value := map[string]any{
+		"b": []any{nil, true, false, 1, int64(2), 2.5, 1e20}, "a<&>\"'": "\x00\r\n\t\xff ü]]>",
+		"d": dateTime("20261122T20:43:21"), "e": []byte("hello"),
+	}
+	message := encodeResponse(value, nil)
+	golden(t, "testdata/response.golden", string(message)+"\n")
+	value["a<&>\"'"] = "\uFFFD\r\n\t\uFFFD ü]]>"
+	got, err := decodeResponse(message)
+	must(t, err)
+	equal(t, "the response", got, any(value))
+	_, err = decodeResponse(encodeResponse(nil, faultf(7, "no\nway")))
+	if f := (*fault)(nil); !errors.As(err, &f) || *f != (fault{7, "no way"}) {
+		t.Errorf("got %v; want fault 7", err)
+	}
+}
+
+// notation is what stands in braces in testdata: a byte or several, {\x00}, and
+// what is repeated, {x*65536}.
+var notation = regexp.MustCompile(`\{(\\[^{}*]*)\}|\{([^{}]*)\*(\d+)\}`)
+
+// expand returns a text of testdata without its notation.
+func expand(t *testing.T, text string) string {
+	call := string(encodeCall("healthcheck"))
+	text = strings.NewReplacer("{call}", call, "{message}", message("<param><value/></param>")).Replace(text)
+	return notation.ReplaceAllStringFunc(text, func(braces string) string {
+		part := notation.FindStringSubmatch(braces)
+		plain, err := strconv.Unquote(`"` + strings.ReplaceAll(part[1]+part[2], `"`, `\"`) + `"`)
+		if err != nil {
+			t.Fatalf("%s: %v", braces, err)
+		}
+		n := 1
+		if part[3] != "" {
+			n, _ = strconv.Atoi(part[3])
+		}
+		return strings.Repeat(plain, n)
+	})
+}
+
+// message returns a call of the method m, which no agent has, with these params.
+func message(params string) string {
+	return "<methodCall><methodName>m</methodName><params>" + params + "</params></methodCall>"
+}
+
+// httpText returns a text of testdata as HTTP, with its lines' ends.
+func httpText(text string) string {
+	if !strings.HasSuffix(text, "\n\n") {
+		text = strings.TrimSuffix(text, "\n")
+	}
+	return strings.ReplaceAll(text, "\n", "\r\n")
+}
+
+// exchange sends bytes, and nothing after them, and returns what is answered:
+// for each response its status or, with 200, what is in it.
+func exchange(t *testing.T, host, request string) string {
+	t.Helper()
+	conn := dial(t, host, "")
+	sent := make(chan struct{})
+	go func() { // a refusal may come before the end
+		defer close(sent)
+		io.WriteString(conn, request)
+		conn.CloseWrite()
+	}()
+	defer func() { conn.Close(); <-sent }()
+	method, _, _ := strings.Cut(request, " ")
+	var got []string
+	for r := bufio.NewReader(conn); ; {
+		resp, err := http.ReadResponse(r, &http.Request{Method: method})
+		if err != nil && len(got) == 0 {
+			return "nothing"
+		} else if err != nil {
+			return strings.Join(got, " ")
+		}
+		body, _ := io.ReadAll(resp.Body) // it may end in a reset
+		if resp.StatusCode == http.StatusOK {
+			got = append(got, verdict(decodeResponse(body)))
+		} else {
+			got = append(got, fmt.Sprint(resp.StatusCode))
+		}
+	}
+}
+
+// verdict is the code of a fault, or those in the results of a multicall, or
+// the result.
+func verdict(v any, err error) string {
+	if f := (*fault)(nil); errors.As(err, &f) {
+		return fmt.Sprint(f.code)
+	}
+	results, _ := v.([]any)
+	for i, result := range results {
+		if f, ok := result.(map[string]any); ok {
+			results[i] = f["faultCode"]
+		}
+	}
+	return strings.TrimSuffix(fmt.Sprintf("%v %v", v, err), " <nil>")
+}
+
+// posted returns the request with a body.
+func posted(body string) string {
+	return fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+}
+
+// TestHTTP sends the requests of testdata/http.txt; TestBadRequests has what is
+// refused.
+func TestHTTP(t *testing.T) {
+	host := serve(t, newHandler([]method{
+		{"healthcheck", "string", "OK.", healthcheck},
+		{"defect", "string", "", func(request, []any) (any, error) { panic("defect") }},
+		{"error", "string", "", func(request, []any) (any, error) { return nil, errors.New("inside") }},
+	})).Host
+	methods := strings.NewReplacer("{defect}", string(encodeCall("defect")), "{error}", string(encodeCall("error")))
+	for _, c := range cases(t, "testdata/http.txt") {
+		conn := dial(t, host, "")
+		io.WriteString(conn, methods.Replace(expand(t, httpText(c.text))))
+		answer, err := io.ReadAll(conn)
+		must(t, err)
+		expect(t, like(string(answer), c.name+"…"), "%s: got %q; want %s", c.text, answer, c.name)
+	}
+}
+
+// postedCall returns the request of a method with the values of its parameters,
+// split by " | ".
+func postedCall(call string) string {
+	method, values, some := strings.Cut(call, " | ")
+	params := ""
+	if some {
+		values = strings.ReplaceAll(values, " | ", "</value></param><param><value>")
+		params = "<param><value>" + values + "</value></param>"
+	}
+	return posted("<methodCall><methodName>" + method + "</methodName><params>" + params + "</params></methodCall>")
+}
+
+// TestHalfClosed: a caller that has closed its sending side, as nc -N does, still gets
+// the answer.
+func TestHalfClosed(t *testing.T) {
+	b := newBox(t, "", files{"sensors/s/check": "#!/bin/sh\nsleep 0.2; echo what it is"})
+	b.run(t)
+	has(t, "the list", exchange(t, b.client.url.Host, postedCall("cmd_list_sensors")), "s:what it is")
+}
+
+// TestBadRequests: whatever is sent to an agent, the answer says what is wrong
+// with it, and afterwards the agent is as it was.
+func TestBadRequests(t *testing.T) {
+	lines := logged(t)
+	b := newBox(t, "", files{"sensors/s/check": printing(1)})
+	a := b.run(t)
+	settled := func() int { // without connections
+		b.client.close()
+		a.delivery.monitor().close()
+		await(t, "no connections", func() bool {
+			stacks := make([]byte, 1<<20)
+			stacks = stacks[:runtime.Stack(stacks, true)]
+			return !regexp.MustCompile(`net/http\.\(\*(conn|persistConn)\)`).Match(stacks)
+		})
+		return runtime.NumGoroutine()
+	}
+	heap := func() uint64 {
+		var stats runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&stats)
+		return stats.HeapAlloc
+	}
+	b.read(t, 1, "s")
+	health := func() string { // but for what goes on
+		what := regexp.MustCompile(` (uptime|delivered|refused|rss_kb|last_delivery_age) \d+`)
+		return what.ReplaceAllString(a.healthLine(), "")
+	}
+	goroutines, bytesBefore, healthBefore := settled(), heap(), health()
+
+	tests := badRequests(t)
+	for _, test := range tests {
+		equal(t, fmt.Sprintf("%.200q", test.request), exchange(t, b.client.url.Host, test.request), test.want)
+	}
+
+	equal(t, "healthcheck", mustCall(t, b.client, "healthcheck"), any("OK"))
+	wants(t, b.read(t, 2, "s"), "ticket 2: exit 0, value 1")
+	equal(t, "more readings", len(b.readings), 0)
+	expect(t, !strings.Contains(lines.String(), "defect"), "got %s; want no defect", lines)
+	await(t, "the goroutines are back", func() bool { return settled() <= goroutines })
+	equal(t, "health", health(), healthBefore)
+	bytesAfter := heap()
+	expect(t, bytesAfter <= bytesBefore+8<<20, "heap: got %d bytes; want %d", bytesAfter, bytesBefore)
+	total("bad requests refused", len(tests))
+	t.Logf("%d requests; heap %d KiB before, %d KiB after", len(tests), bytesBefore>>10, bytesAfter>>10)
+}
+
+// requestKinds has, by the kind of a case in testdata/requests.txt, the texts that
+// each of its lines is put into, and what makes a request of such a text.
+var requestKinds = map[string]struct {
+	request func(text string) string
+	texts   []string
+}{
+	"request":   {strings.Clone, []string{"%s"}},
+	"line":      {strings.Clone, []string{"%s\r\nHost: x\r\nContent-Length: 99\r\n\r\n{call}"}},
+	"header":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\n%s\r\nContent-Length: 99\r\n\r\n{call}"}},
+	"length":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n{call}"}},
+	"chunks":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%s"}},
+	"body":      {posted, []string{"%s"}},
+	"param":     {posted, []string{message("<param>%s</param>")}},
+	"value":     {postedCall, []string{"m | %s"}},
+	"call":      {postedCall, []string{"%s"}},
+	"arguments": {postedCall, []string{"cmd_submit_reading | <int>7</int> | s | %s"}},
+	"multicall": {postedCall, []string{"system.multicall | <array><data><value>%s</value></data></array>"}},
+	"sensor": {postedCall, []string{
+		"cmd_submit_reading | <int>7</int> | %s", "cmd_update_sensor_code | %s",
+		"cmd_rollback_sensor_code | %s | <int>7</int>",
+	}},
+	"ticket": {postedCall, []string{
+		"cmd_submit_reading | %s | s", "cmd_update_sensor_code | s | %s",
+		"cmd_rollback_sensor_code | s | %s", "cmd_register_new_server | %s",
+	}},
+}
+
+type badRequest struct{ want, request string }
+
+// badRequests returns the requests of testdata/requests.txt.
+func badRequests(t *testing.T) (list []badRequest) {
+	for _, c := range cases(t, "testdata/requests.txt") {
+		space := strings.LastIndex(c.name, " ")
+		want, kind := c.name[:space], requestKinds[c.name[space+1:]]
+		lines := splitLines(c.text)
+		if c.name[space+1:] == "request" {
+			lines = []string{httpText(c.text)}
+		}
+		for _, line := range lines {
+			for _, text := range kind.texts {
+				list = append(list, badRequest{want, kind.request(expand(t, strings.Replace(text, "%s", line, 1)))})
+			}
+		}
+	}
+	return list
+}
+
+// TestConnToClose: a caller who comes when all connections are taken gets one, unless he
+// holds the most. A call that waits does not give way to an idle connection.
+func TestConnToClose(t *testing.T) {
+	var apart []string // hosts, none of which holds more than another
+	for i := 1; i <= maxConns; i++ {
+		apart = append(apart, fmt.Sprint("10.0.1.", i))
+	}
+	stranger := append([]string{"192.168.0.1"}, apart[1:]...)
+	four := []string{"10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"}
+	for _, test := range []struct {
+		name    string
+		hosts   []string // of 64 connections, in turn
+		working int      // so many of them are
+		comes   string
+		gives   string // whose connection gives way
+	}{
+		{"a hog with one address", four[:1], maxConns, "10.0.0.9", `10\.0\.0\.2`},
+		{"a hog with four", four, maxConns, "10.0.0.9", `10\.0\.0\.[2-5]`},
+		{"a neighbour", []string{"2001:db8::bad"}, maxConns, "2001:db8::1", `2001:db8::bad`},
+		{"idle ones", four[:2], 0, "10.0.0.9", `10\.0\.0\.[23]`},
+		{"himself", []string{"10.0.0.9"}, maxConns, "10.0.0.9", `10\.0\.0\.9`},
+		{"one that may not call", stranger, maxConns, "10.0.0.9", `192\.168\.0\.1`},
+		{"the idle one", apart, maxConns - 1, "10.0.0.9", `10\.0\.1\.64`},
+		{"the longest idle one", apart, 0, "10.0.0.9", `10\.0\.1\.1`},
+		{"the latest call", apart, maxConns, "10.0.0.9", `10\.0\.1\.64`},
+	} {
+		h := newHandler(nil)
+		allow := get(networks("10.0.0.0/8, 2001:db8::/32"))
+		h.setAccess(&access{allow: allow})
+		admit := func(host string) *peerConn {
+			c, other := net.Pipe()
+			t.Cleanup(func() { c.Close(); other.Close() })
+			return peerOf(h.admit(addressed{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}))
+		}
+		for i := 0; i < maxConns; i++ {
+			p := admit(test.hosts[i%len(test.hosts)])
+			p.working, p.since = i < test.working, time.Unix(int64(i), 0)
+		}
+		before := maps.Clone(h.conns)
+		before[admit(test.comes)] = true
+		var gave []string
+		for p := range before {
+			if !h.conns[p] {
+				gave = append(gave, p.host)
+				equal(t, test.name+": the end of its call", p.ctx.Err() != nil, true)
+			}
+		}
+		if len(gave) != 1 || !regexp.MustCompile("^"+test.gives+"$").MatchString(gave[0]) || h.count.Load() != 1 {
+			t.Errorf("%s: got %v, %d counted; want %s", test.name, gave, h.count.Load(), test.gives)
+		}
+	}
+}
+
+// An addressed connection comes from that address.
+type addressed struct {
+	net.Conn
+	remote net.Addr
+}
+
+func (a addressed) RemoteAddr() net.Addr { return a.remote }
+
+// TestLargeAnswers: an answer has 64 KiB at most, that of a multicall too; only a package
+// may have more.
+func TestLargeAnswers(t *testing.T) {
+	lines := logged(t)
+	answer := func(v any) func(request, []any) (any, error) {
+		return func(request, []any) (any, error) { return v, nil }
+	}
+	c := testClient(t, serve(t, newHandler([]method{
+		{"quarter", "string", "", answer(strings.Repeat("&", maxMessage/20))},
+		{"whole", "string", "", answer(strings.Repeat("x", maxMessage-118))},
+		{"more", "string", "", answer(strings.Repeat("x", maxMessage-117))},
+		{"package", "base64", "", answer(make([]byte, maxMessage))},
+	})), nil)
+	call := map[string]any{"methodName": "quarter", "params": []any{}}
+	for _, method := range []string{"whole", "package"} {
+		mustCall(t, c, method)
+	}
+	equal(t, "answers", len(mustCall(t, c, "system.multicall", []any{call, call, call}).([]any)), 3)
+	tooLarge := fmt.Sprint(faultRequest)
+	equal(t, "more", verdict(c.call(ctx, "more")), tooLarge)
+	equal(t, "four answers", verdict(c.call(ctx, "system.multicall", []any{call, call, call, call})), tooLarge)
+	has(t, "the log", lines, `127.0.0.1: "more": fault -32600: the answer has more than 65536 bytes`)
+}
+
+// TestFewFiles: callers that hold connections do not use up the files of a process that
+// may have few.
+func TestFewFiles(t *testing.T) {
+	b := newBox(t, "", files{"sensors/s/check": printing(1)})
+	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 48 {
+		t.Skip("no limit of files")
+	}
+	t.Setenv("PICKET_TEST_FILES", "48")
+	b.start(t)
+	for i := 0; i < 3*maxConns; i++ {
+		dial(t, b.client.url.Host, "")
+	}
+	for i := 0; i < 10; i++ {
+		wants(t, b.read(t, i, "s"), fmt.Sprintf("ticket %d: exit 0, value 1", i))
+	}
+}
+
+func TestIntrospection(t *testing.T) {
+	h := newHandler([]method{{"m", "string int, string", "help", healthcheck}})
+	for _, c := range cases(t, "testdata/introspection.txt") {
+		method, params, _ := strings.Cut(c.name, " ")
+		v, err := h.call(request{}, method, fromJSON(t, params))
+		got := fmt.Sprintf("%v %v\n", v, err)
+		expect(t, like(got, c.text), "%s: got %s; want %s", c.name, got, c.text)
+	}
+	_, err := h.call(request{}, "system.multicall", []any{make([]any, maxCalls+1)})
+	has(t, "too many calls", err, "fault -32602: ")
+}
+
+// open counts the connections of a handler.
+func (h *handler) open() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.conns)
+}
+
+// TestClientKeepsConnection: a burst goes over one connection, over TLS, too. It does
+// not stay open for long: it might be the only one that the monitor can serve.
+func TestClientKeepsConnection(t *testing.T) {
+	pair := newCA(t, "ca").valid(t, "monitor")
+	for scheme, rules := range map[string]*tls.Config{"http": nil, "https": serverTLS(pair)} {
+		h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
+		h.setAccess(&access{tls: rules})
+		u := serve(t, h)
+		u.Scheme = scheme
+		c := testClient(t, u, clientTLS(pair))
+		usual := *c.idleTimeout()
+		*c.idleTimeout() = patience
+		conns := make(map[*peerConn]bool)
+		for i := 0; i < 20; i++ {
+			mustCall(t, c, "healthcheck")
+			h.mu.Lock()
+			maps.Copy(conns, h.conns)
+			h.mu.Unlock()
+		}
+		equal(t, scheme+": connections", len(conns), 1)
+		c.close()
+		*c.idleTimeout() = usual
+		mustCall(t, c, "healthcheck")
+		await(t, "the connection is closed", func() bool { return h.open() == 0 })
+	}
+}
+
+// answers are the cases of a kind in testdata/answers.txt, without the kind.
+func answers(t *testing.T, kind string) (list []testCase) {
+	for _, c := range cases(t, "testdata/answers.txt") {
+		if name, ok := strings.CutSuffix(c.name, " "+kind); ok {
+			list = append(list, testCase{name, c.text})
+		}
+	}
+	return list
+}
+
+// TestAnswers: what is a methodResponse, and what is none.
+func TestAnswers(t *testing.T) {
+	for _, c := range answers(t, "message") {
+		for _, line := range splitLines(c.text) {
+			v, err := decodeResponse([]byte(expand(t, line)))
+			got := fmt.Sprintf("%#v", v)
+			if f := (*fault)(nil); errors.As(err, &f) {
+				got = err.Error()
+			} else if err != nil {
+				got = "none"
+			}
+			equal(t, line, got, c.name)
+		}
+	}
+}
+
+// TestClient: what a monitor may answer, byte for byte, and what becomes of the
+// connection. Nothing goes anywhere else.
+func TestClient(t *testing.T) {
+	elsewhere := newRecorder(t)
+	t.Setenv("HTTP_PROXY", elsewhere.url.String())
+	t.Setenv("http_proxy", elsewhere.url.String())
+	response := func(v any, err error) string { return string(encodeResponse(v, err)) }
+	bodies := strings.NewReplacer("{a}", response("a", nil), "{b}", response("b", nil),
+		"{fault}", response(nil, faultf(7, "x")), "{elsewhere}", elsewhere.url.String())
+	name := regexp.MustCompile(`^(.*) over (\d): (.*)$`)
+	for _, c := range cases(t, "testdata/answers.txt") {
+		parts := name.FindStringSubmatch(c.name)
+		if parts == nil { // of another kind
+			continue
+		}
+		t.Run(parts[3], func(t *testing.T) {
+			l := listenRaw(t, "127.0.0.1:0", func(conn net.Conn) {
+				r := bufio.NewReader(conn)
+				for _, answer := range strings.Split(c.text, "...\n") {
+					if answer == "close\n" || !answerRaw(t, conn, r, bodies.Replace(expand(t, httpText(answer)))) {
+						return
+					}
+				}
+				io.Copy(io.Discard, r) // until the client hangs up
+			})
+			u := &url.URL{Scheme: "http", User: url.UserPassword("user", "secret"), Host: l.Addr().String()}
+			client := testClient(t, u, nil)
+			*client.idleTimeout() = patience
+			if parts[3] == "half a header" {
+				client.timeout = time.Second / 2
+			}
+			for _, want := range strings.Split(parts[1], " then ") {
+				v, err := client.call(ctx, "m")
+				got := fmt.Sprint(v)
+				if err != nil {
+					got = err.Error()
+				}
+				expect(t, regexp.MustCompile("^"+want+"$").MatchString(got) && !strings.Contains(got, "secret"),
+					"got %s; want %s", got, want)
+			}
+			equal(t, "connections", fmt.Sprint(l.conns.Load()), parts[2])
+		})
+	}
+	equal(t, "requests elsewhere", elsewhere.tries.Load(), int64(0))
+}
+
+// answerRaw reads a request of TestClient and answers it. It reports false where there
+// is no request or no answer.
+func answerRaw(t *testing.T, conn net.Conn, r *bufio.Reader, answer string) bool {
+	request, err := http.ReadRequest(r)
+	if err != nil || answer == "" {
+		return false
+	}
+	user, password, _ := request.BasicAuth()
+	head := fmt.Sprint(user, " ", password, " ", request.Header.Get("Content-Type"), " ", len(request.Header))
+	if equal(t, "the head", head, "user secret text/xml 4"); request.ContentLength <= 0 {
+		t.Errorf("got %d bytes of body; want some", request.ContentLength)
+	}
+	io.Copy(io.Discard, request.Body)
+	io.WriteString(conn, answer)
+	return true
+}
+
+// TestClientCancelled: a call that was cancelled before it began is not sent; one that
+// was cancelled when all had come has its answer.
+func TestClientCancelled(t *testing.T) {
+	m := newRecorder(t)
+	c := testClient(t, m.url, nil)
+	*c.idleTimeout() = patience
+	mustCall(t, c, "healthcheck")
+	before, cancel := context.WithCancel(ctx)
+	cancel()
+	for i := 0; i < 20; i++ {
+		_, err := c.call(before, "cmd_store_probe_data", i, []any{0, "1"}, dateTime("20261122T20:43:21"))
+		equal(t, "cancelled before", errors.Is(err, context.Canceled), true)
+	}
+	after, cancel := context.WithCancel(ctx)
+	must(t, c.post(after, "healthcheck", nil, func(body io.Reader) error {
+		_, err := io.ReadAll(body)
+		cancel()
+		return err
+	}))
+	meanwhile, cancel := context.WithCancel(ctx)
+	hold := make(chan struct{})
+	defer close(hold)
+	m.set(func(http.ResponseWriter, attempt) bool { cancel(); <-hold; return true })
+	_, err := c.call(meanwhile, "healthcheck")
+	equal(t, "cancelled while it waits", errors.Is(err, context.Canceled), true)
+	m.set(nil)
+	mustCall(t, c, "healthcheck")
+	equal(t, "sent", len(m.readings), 0)
+}
+
+// TestClientURL: where a call goes to, by the URL.
+func TestClientURL(t *testing.T) {
+	got := ""
+	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		got += " " + r.Host + " " + r.RequestURI
+		w.Write(encodeResponse("OK", nil))
+	}))
+	for text, want := range map[string]string{
+		"http://monitor":                       "monitor:80 monitor /",
+		"http://monitor:/a%20b?c=d#e":          "monitor:80 monitor /a%20b?c=d",
+		"http://[fe80::1%25eth0]:8081/xmlrpc/": "[fe80::1%eth0]:8081 [fe80::1]:8081 /xmlrpc/",
+	} {
+		parsed := get(httpURL(text))
+		c := testClient(t, parsed, nil)
+		dial := func(_ context.Context, network, address string) (net.Conn, error) {
+			got = address
+			return net.Dial(network, u.Host)
+		}
+		c.http.Transport.(*http.Transport).DialContext = dial
+		mustCall(t, c, "healthcheck")
+		equal(t, text, got, want)
+	}
+}
+
+// TestClientAddresses: of a name with several addresses the one that answered last
+// is tried first, and one that is dead leaves time for the others.
+func TestClientAddresses(t *testing.T) {
+	port, endDead := deadAddress(t)
+	c := newClient(&url.URL{Scheme: "http", Host: fmt.Sprint("monitor:", port)}, time.Second, nil)
+	c.lookup = func(context.Context, string, string) ([]netip.Addr, error) {
+		return []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("127.0.0.3")}, nil
+	}
+	var silent atomic.Bool // whether 127.0.0.2 leaves its callers waiting
+	serveAt := func(host string) *http.Server {
+		answer := func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			if silent.Load() && host == "127.0.0.2" {
+				<-r.Context().Done()
+			}
+			w.Write(encodeResponse(host, nil))
+		}
+		_, server := serveOn(t, fmt.Sprint(host, ":", port), http.HandlerFunc(answer))
+		return server
+	}
+	want := func(what, host string) {
+		t.Helper()
+		v, err := c.call(ctx, "m")
+		c.close()
+		if err != nil {
+			v = ""
+		}
+		expect(t, v == any(host), "%s: got %v, %v; want an answer of %q", what, v, err, host)
+	}
+	second := serveAt("127.0.0.3")
+	want("the first is dead", "127.0.0.3")
+	endDead()
+	first := serveAt("127.0.0.2")
+	want("the second answered last", "127.0.0.3")
+	second.Close()
+	want("the second is gone", "127.0.0.2")
+	second = serveAt("127.0.0.3")
+	want("the first answered last", "127.0.0.2")
+	silent.Store(true)
+	want("the first is silent", "")
+	want("the first was silent", "127.0.0.3")
+	silent.Store(false)
+	first.Close()
+	second.Close()
+	want("both are gone", "")
+	serveAt("127.0.0.2")
+	serveAt("127.0.0.3")
+	want("the second answered last, before", "127.0.0.3")
+}
+
+// deadAddress returns a port at which nobody answers a SYN to 127.0.0.2, until the
+// function that it returns is called: a socket with a queue that is full.
+func deadAddress(t *testing.T) (port int, end func()) {
+	t.Helper()
+	address := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 2}}
+	var sockets []int
+	for i := 0; i < 5; i++ {
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
+		must(t, err)
+		sockets = append(sockets, fd)
+		if i > 0 {
+			syscall.Connect(fd, address) // goes on in the background, if at all
+			continue
+		}
+		must(t, errors.Join(syscall.Bind(fd, address), syscall.Listen(fd, 0)))
+		name, err := syscall.Getsockname(fd)
+		must(t, err)
+		address.Port = name.(*syscall.SockaddrInet4).Port
+	}
+	end = func() {
+		for _, fd := range sockets {
+			syscall.Close(fd)
+		}
+		sockets = nil
+	}
+	t.Cleanup(end)
+	return address.Port, end
+}
+
+// TestManyCallers: whatever 60 callers send or leave unread, an agent in 16 MiB
+// goes on, from its first moment, and answers others within ten seconds.
+func TestManyCallers(t *testing.T) {
+	const submit = "cmd_submit_reading <value><int>%d</int></value><value>s</value>"
+	capabilities := strings.Fields(strings.Repeat("system.getCapabilities ", 45))
+	submitted := func(n int, arguments string) func(int) string {
+		return func(caller int) string {
+			call := ""
+			for i := 0; i < n; i++ {
+				call += postedCall(fmt.Sprintf("cmd_submit_reading | <int>%d</int> | s | %s", n*caller+i, arguments))
+			}
+			return call
+		}
+	}
+	for _, test := range []struct {
+		name    string
+		queue   int
+		times   int // that each caller sends his request
+		reads   int // answers that he reads
+		request func(caller int) string
+	}{
+		{"slow senders", 4, 1, 0, func(int) string {
+			return "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat(" ", 65535)
+		}},
+		{"unread answers", 4, 5, 0, func(int) string { return multicallOf(capabilities...) }},
+		{"many attributes", 4, 4, 4, func(int) string {
+			return posted("<methodCall " + strings.Repeat("a='' ", 13000) + "><methodName>m</methodName></methodCall>")
+		}},
+		{"many values", 4, 4, 4, func(int) string {
+			return postedCall("m | <array><data>" + strings.Repeat("<value>ab</value>", 1900) + "</data></array>")
+		}},
+		{"calls that wait", 4, 1, 0, func(caller int) string {
+			values := "m " + strings.Repeat("<value>ab</value>", 1500)
+			return multicallOf(append(capabilities[:25:25], fmt.Sprintf(submit, caller), values)...)
+		}},
+		{"a queue full of empty arguments", 256, 1, 2, submitted(2, strings.Repeat("'' ", 512))},
+		{"too many arguments, as words", 256, 1, 5, submitted(5, strings.Repeat("'' ", 8192))},
+		{"too many arguments, as an array", 256, 1, 5,
+			submitted(5, "<array><data>"+strings.Repeat("<value/>", 4090)+"</data></array>")},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			more := fmt.Sprintf("queue = %d\n[sensor]\ntimeout = 100\nconcurrency = 1\n", test.queue)
+			b := newBox(t, more, files{"sensors/s/check": "#!/bin/sh\nexec sleep 100\n"})
+			p, limited := b.startTiny(t)
+			if !limited {
+				t.Skip("no memory cgroup on this machine, or no right to make one")
+			}
+			address := b.client.url.Host
+			var callers sync.WaitGroup
+			for i := 1; i <= 60; i++ {
+				conn := dial(t, address, fmt.Sprint("127.0.1.", i))
+				conn.SetReadBuffer(4 << 10)
+				requests := strings.Repeat(test.request(i), test.times)
+				callers.Add(1)
+				go func() {
+					defer callers.Done()
+					readAnswers(t, conn, requests, test.reads)
+				}()
+			}
+			healthy := func() {
+				c := newClient(&url.URL{Scheme: "http", Host: address}, 10*time.Second, nil)
+				defer c.close()
+				equal(t, "healthcheck", mustCall(t, c, "healthcheck"), any("OK"))
+			}
+			for i := 0; i < 20; i++ {
+				healthy()
+			}
+			callers.Wait()
+			if test.name == "calls that wait" {
+				wantLog(t, &p.log, strings.Repeat("command cmd_submit_reading…", 60))
+			}
+			healthy()
+		})
+	}
+}
+
+// multicallOf returns the request of a system.multicall: each call is a method and
+// what is in the array of its parameters.
+func multicallOf(calls ...string) string {
+	text := ""
+	for _, call := range calls {
+		name, params, _ := strings.Cut(call, " ")
+		text += "<value><struct><member><name>methodName</name><value>" + name + "</value></member><member>" +
+			"<name>params</name><value><array><data>" + params + "</data></array></value></member></struct></value>"
+	}
+	return postedCall("system.multicall | <array><data>" + text + "</data></array>")
+}
+
+// readAnswers sends requests and reads so many answers. If there are several requests,
+// it waits at least until the first answer begins.
+func readAnswers(t *testing.T, conn net.Conn, requests string, answers int) {
+	r := bufio.NewReader(conn)
+	io.WriteString(conn, requests)
+	if strings.Count(requests, "POST ") > 1 {
+		r.Peek(1)
+	}
+	for i := 0; i < answers; i++ {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		io.Copy(io.Discard, resp.Body)
+	}
+}
+
+// TestAccess: who may call, by address.
+func TestAccess(t *testing.T) {
+	allow := get(networks("192.168.1.7/24, 10.0.0.5,fd00::/8, ::ffff:172.16.0.0/108, 2001:db8::1"))
+	a := &access{allow: allow}
+	for want, hosts := range map[bool][]string{
+		true:  {"192.168.1.1", "::ffff:192.168.1.9", "10.0.0.5", "fd12::1", "172.16.3.4", "2001:db8::1"},
+		false: {"192.168.2.1", "10.0.0.6", "fe80::1%eth0", "172.32.0.1", "2001:db8::2", ""},
+	} {
+		for _, host := range hosts {
+			equal(t, host, a.allows(host), want)
+		}
+	}
+	for _, bad := range []string{
+		"x", "1.2.3.4/33", "1.2.3.4,,5.6.7.8", ",", "host.example", "fe80::1%eth0", "::ffff:1.2.3.4/90",
+	} {
+		got, err := networks(bad)
+		expect(t, err != nil, "%q: got %v; want an error", bad, got)
+	}
+	equal(t, "keys", limitKey("::ffff:1.2.3.4")+" "+limitKey("2001:db8::1:2:3:4"), "1.2.3.4 2001:db8::/64")
 }
 
 // TestForbidden: others get 403, and their body is not waited for.
@@ -3445,27 +3888,16 @@ func TestForbidden(t *testing.T) {
 	u := serve(t, h)
 	allow, _ := networks("127.0.0.1")
 	h.setAccess(&access{allow: allow})
-	c := newClient(u, patience, nil)
-	defer c.close()
-	mustCall(t, c, "healthcheck")
-	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).Dial("tcp", u.Host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	mustCall(t, testClient(t, u, nil), "healthcheck")
+	conn := dial(t, u.Host, "127.0.0.2")
 	io.WriteString(conn, "POST /xmlrpc HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
-	conn.SetReadDeadline(time.Now().Add(patience))
 	answer, _ := io.ReadAll(conn)
-	if !strings.HasPrefix(string(answer), "HTTP/1.1 403 ") {
-		t.Errorf("got %q", answer)
-	}
-	if n := h.count.Load(); n != 1 {
-		t.Errorf("%d refused; want 1", n)
-	}
+	has(t, "the answer", string(answer), "HTTP/1.1 403 ")
+	equal(t, "refused", h.count.Load(), int64(1))
 }
 
-// TestHog: one that opens connections all the time, and calls that wait on each,
-// does not keep out who calls from elsewhere, and holds no more than 64.
+// TestHog: a caller who opens connections all the time, with calls that wait, does not
+// keep others out, and holds no more than 64.
 func TestHog(t *testing.T) {
 	wait := make(chan struct{})
 	var waiting atomic.Int64
@@ -3484,549 +3916,32 @@ func TestHog(t *testing.T) {
 	u := serve(t, h)
 	defer close(wait)
 	hog := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
-	body := encodeCall("wait")
-	stop := make(chan struct{})
-	opened := make(chan int)
-	var conns []net.Conn
+	var stop atomic.Bool
+	opened := make(chan []net.Conn)
 	go func() {
-		n := 0
-		for ; n < 2000; n++ {
+		var conns []net.Conn
+		defer func() { opened <- conns }()
+		for n := 0; n < 2000 && !stop.Load(); n++ {
 			conn, err := hog.Dial("tcp", u.Host)
 			if err != nil {
-				break
+				return
 			}
 			conns = append(conns, conn)
-			switch n % 3 {
-			case 0:
-				fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-			case 1:
-				io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nX-")
-			}
-			select {
-			case <-stop:
-				opened <- n
-				return
-			default:
-			}
+			io.WriteString(conn, [3]string{postedCall("wait"), "POST / HTTP/1.1\r\nHost: x\r\nX-", ""}[n%3])
 		}
-		opened <- n
 	}()
 	for i := 0; i < 100; i++ {
 		c := newClient(u, patience, nil) // a fresh connection for each
 		mustCall(t, c, "healthcheck")
 		c.close()
 	}
-	close(stop)
-	t.Logf("%d connections of a hog beside 100 calls", receive(t, "the hog", opened))
-	await(t, "no more than the limit", func() bool { h.mu.Lock(); defer h.mu.Unlock(); return len(h.conns) <= maxConns })
+	stop.Store(true)
+	conns := receive(t, "the hog", opened)
+	t.Logf("%d connections of a hog beside 100 calls", len(conns))
+	await(t, "no more than the limit", func() bool { return h.open() <= maxConns })
 	await(t, "no more calls than connections", func() bool { return waiting.Load() <= maxConns })
 	for _, conn := range conns {
 		conn.Close()
-	}
-}
-
-// spooled reads what a spool holds undelivered, as ticket=value; nothing where
-// there is none.
-func spooled(t *testing.T, dir string) (list []string) {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(dir, "readings"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
-		t.Fatal(err)
-	}
-	found, err := (&spool{}).read(bytes.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range found {
-		list = append(list, fmt.Sprintf("%v=%s", p.ticket, p.value))
-	}
-	return list
-}
-
-// awaitSpooled waits until a spool holds so many readings.
-func awaitSpooled(t *testing.T, dir string, n int) {
-	t.Helper()
-	await(t, plural(n, "reading")+" on the disk", func() bool { return len(spooled(t, dir)) == n })
-}
-
-// awaitEmpty waits until the file of a spool is there and empty.
-func awaitEmpty(t *testing.T, dir string) {
-	t.Helper()
-	await(t, "the file is empty", func() bool {
-		info, err := os.Stat(filepath.Join(dir, "readings"))
-		return err == nil && info.Size() == 0
-	})
-}
-
-// afterAMinute makes a spool that could not be written be tried again.
-func afterAMinute(d *delivery) {
-	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil })
-}
-
-func away(w http.ResponseWriter, _ int) bool { w.WriteHeader(503); return true }
-
-// pendingOf is a reading in a spool that was taken at some moment.
-func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading {
-	return &pendingReading{reading: r, ticket: ticket, takenAt: at, record: number}
-}
-
-// TestSpool: what could not be delivered is on the disk, and is delivered by
-// the next agent with its ticket, value and time; then the file is empty. A
-// monitor that is there costs no write.
-func TestSpool(t *testing.T) {
-	if s := newSpool("", 1<<20); s != nil {
-		t.Error("without a directory there is a spool")
-	}
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
-	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
-	awaitEmpty(t, dir)
-	before, err := os.Stat(filepath.Join(dir, "readings"))
-	if err != nil || before.Mode() != 0o600 {
-		t.Fatalf("got %v, %v", before, err)
-	}
-	for i := 1; i <= 50; i++ {
-		puts(d, i, i)
-		gets(t, m, i, i)
-	}
-	if now, err := os.Stat(filepath.Join(dir, "readings")); err != nil || now.Size() != 0 || !now.ModTime().Equal(before.ModTime()) {
-		t.Errorf("written to: %v, %v", now, err)
-	}
-	m.set(away)
-	taken := time.Now().Add(-time.Hour)
-	tickets := []any{1, int64(1) << 40, "a \"b\"\né", ""}
-	for i, ticket := range tickets {
-		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50"), taken: taken})
-	}
-	awaitSpooled(t, dir, len(tickets))
-	d.discard(1)
-	d.put(1, reading{code: -15, taken: taken})
-	await(t, "the newer one is", func() bool { return slices.Contains(spooled(t, dir), "1=") && len(spooled(t, dir)) == 4 })
-	within(patience, d.close)
-
-	m.set(nil)
-	d = spoolDelivery(t, m, newSpool(dir, 1<<20))
-	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
-	for range tickets {
-		got := receive(t, "reading", m.readings)
-		at, err := time.Parse(dateTimeLayout, string(got.time))
-		if off := at.Sub(taken).Abs(); want[got.ticket] != fmt.Sprint(got.code, " ", got.value) || err != nil || off > 2*time.Second {
-			t.Errorf("got %+v; want %q at %s", got, want[got.ticket], taken.UTC())
-		}
-		delete(want, got.ticket)
-	}
-	awaitEmpty(t, dir)
-	if n := d.count().undelivered; n != 0 || len(m.readings) != 0 {
-		t.Errorf("%d left, %d too many", n, len(m.readings))
-	}
-}
-
-// TestSpoolOld: what version 1 left behind is delivered, and then the file is
-// empty. It has readings of all types, marks, records of the clock and a last line
-// that was cut off by a power cut.
-func TestSpoolOld(t *testing.T) {
-	text, err := os.ReadFile("testdata/spool/old")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var s spool
-	found, err := s.read(bytes.NewReader(text))
-	if err != nil || len(found) != 5 || s.damaged != 1 || s.last != 7 || found[0].takenAt.wall.UnixMilli() != 1795654616904 {
-		t.Errorf("got %+v, %+v, %v; want 5 readings, 1 damaged", found, s, err)
-	}
-	m, dir := newRecorder(t), t.TempDir()
-	writeTree(t, dir, map[string]string{"readings": string(text)})
-	spoolDelivery(t, m, newSpool(dir, 1<<20))
-	got := make(map[any]string)
-	for range [5]int{} {
-		s := receive(t, "reading", m.readings)
-		got[s.ticket] = fmt.Sprint(s.code, " ", s.value)
-	}
-	want := map[any]string{1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5"}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("got %v; want %v", got, want)
-	}
-	awaitEmpty(t, dir)
-}
-
-// TestSpoolDamage: any byte of a spool that is flipped, and any end that is
-// missing, costs one reading.
-func TestSpoolDamage(t *testing.T) {
-	now, text := systemClocks()(), ""
-	for i := uint64(1); i <= 4; i++ {
-		text += readingRecord(pendingOf(i, fmt.Sprint("t", i), reading{value: "1"}, now), now)
-	}
-	read := func(text string) (left, damaged int, last uint64) {
-		var s spool
-		found, err := s.read(strings.NewReader(text))
-		if err != nil || s.size != len(text) {
-			t.Fatalf("got %v, size %d; want %d", err, s.size, len(text))
-		}
-		return len(found), s.damaged, s.last
-	}
-	if left, damaged, last := read(text); left != 4 || damaged != 0 || last != 4 {
-		t.Errorf("got %d left, %d damaged, last %d", left, damaged, last)
-	}
-	if left, _, last := read(text + markRecord(2) + markRecord(9)); left != 3 || last != 9 {
-		t.Errorf("got %d left, last %d", left, last)
-	}
-	for i := range text {
-		for _, flip := range []byte{1, 0x80} {
-			b := []byte(text)
-			b[i] ^= flip
-			least := 3
-			if text[i] == '\n' { // two lines become one
-				least = 2
-			}
-			if left, damaged, _ := read(string(b)); left < least || left > 3 || damaged == 0 {
-				t.Fatalf("byte %d: %d left, %d damaged", i, left, damaged)
-			}
-		}
-		whole := strings.Count(text[:i], "\n")
-		if text[i] == '\n' { // which alone is missing
-			whole++
-		}
-		if left, _, _ := read(text[:i]); left != whole {
-			t.Fatalf("cut at %d: %d left", i, left)
-		}
-		if left, _, _ := read(text[:i] + "\n" + text); left != whole+4 { // written on after a torn record
-			t.Fatalf("torn at %d: %d left", i, left)
-		}
-	}
-	if left, damaged, _ := read(strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n" + text); left != 4 || damaged != 100000/maxRecord+2 {
-		t.Errorf("got %d left, %d damaged", left, damaged)
-	}
-}
-
-// TestSpoolClock: a reading keeps the time it was taken at also where the clock
-// was set later, in the same boot or before the power went.
-func TestSpoolClock(t *testing.T) {
-	birth := clocks{time.Unix(300, 0), 5 * time.Minute, "aaaaaaaa"}
-	set := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), 65 * time.Minute, "aaaaaaaa"}
-	text := readingRecord(pendingOf(1, 1, reading{value: "1"}, clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}), birth)
-	for _, test := range []struct {
-		at   clocks
-		want time.Time
-	}{
-		{birth, time.Unix(240, 0)},
-		{set, set.wall.Add(-61 * time.Minute)},
-		{clocks{set.wall, time.Second, "bbbbbbbb"}, time.Unix(240, 0)},
-		{clocks{set.wall, time.Second, "aaaaaaaa"}, time.Unix(240, 0)}, // a container begun anew
-	} {
-		found, err := (&spool{}).read(strings.NewReader(text))
-		if err != nil || len(found) != 1 {
-			t.Fatalf("at %v: got %+v, %v", test.at, found, err)
-		}
-		if got := found[0].takenAt.corrected(test.at); !got.Equal(test.want) {
-			t.Errorf("at %v: got %v; want %v", test.at, got, test.want)
-		}
-	}
-	// When the clock is set, the file is written anew with the right times.
-	m, dir := newRecorder(t), t.TempDir()
-	m.set(away)
-	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
-	var now atomic.Pointer[clocks]
-	now.Store(&birth)
-	locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
-	puts(d, 1, 1)
-	awaitSpooled(t, dir, 1)
-	now.Store(&set)
-	await(t, "the time is right", func() bool {
-		text, err := os.ReadFile(filepath.Join(dir, "readings"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		found, err := (&spool{}).read(bytes.NewReader(text))
-		return err == nil && len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
-	})
-}
-
-// TestSpoolFull: the file stays within its limit, whatever comes; the oldest
-// go, counted.
-func TestSpoolFull(t *testing.T) {
-	lines := logged(t)
-	m, dir := newRecorder(t), t.TempDir()
-	const limit, n = 64 << 10, 3000
-	m.set(away)
-	d := spoolDelivery(t, m, newSpool(dir, limit))
-	puts(d, 0, 0)
-	await(t, "away", func() bool { return isAway(d) })
-	for i := 1; i < n; i += 100 {
-		puts(d, i, min(i+99, n-1))
-		await(t, "it is written", func() bool { return locked(d, func() bool { return d.inMemory == 0 }) })
-		if info, err := os.Stat(filepath.Join(dir, "readings")); err != nil || info.Size() > limit {
-			t.Fatalf("got %v, %v", info.Size(), err)
-		}
-	}
-	within(0, d.close)
-	left := spooled(t, dir)
-	totals := d.count()
-	if totals.dropped+totals.undelivered != n || len(left) != totals.undelivered || len(left) < limit/200 || left[len(left)-1] != "2999=2999" {
-		t.Errorf("%d dropped, %d undelivered, %d on the disk, last %s", totals.dropped, totals.undelivered, len(left), left[len(left)-1])
-	}
-	if !strings.Contains(lines.String(), "reading dropped: the oldest of what the spool holds") {
-		t.Errorf("got %s", lines)
-	}
-	m = newRecorder(t)
-	spoolDelivery(t, m, newSpool(dir, limit))
-	gets(t, m, n-len(left), n-1)
-	awaitEmpty(t, dir)
-}
-
-// TestSpoolBroken: where it cannot be written, that is logged once, readings
-// are kept in memory, and written when it works again.
-func TestSpoolBroken(t *testing.T) {
-	lines := logged(t)
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
-	m.set(away)
-	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // a file where the directory belongs
-	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
-	puts(d, 1, 5)
-	failed := func() bool { return strings.Contains(lines.String(), "undelivered readings are in memory alone") }
-	await(t, "it is logged", failed)
-	if err := os.Remove(dir); err != nil {
-		t.Fatal(err)
-	}
-	afterAMinute(d)
-	awaitSpooled(t, dir, 5)
-	// The file is taken away, and what was in it written again.
-	if err := os.RemoveAll(dir); err != nil {
-		t.Fatal(err)
-	}
-	puts(d, 6, 6)
-	awaitSpooled(t, dir, 6)
-	if got := lines.String(); strings.Count(got, "in memory alone") != 1 || strings.Count(got, "works again") != 1 {
-		t.Errorf("got %s", got)
-	}
-	// Another agent does not get at it.
-	other := newSpool(dir, 1<<20)
-	if _, err := other.open(); err == nil || err.Error() != "another process uses it" {
-		t.Errorf("got %v", err)
-	}
-	m.set(nil)
-	gets(t, m, 1, 6)
-	awaitEmpty(t, dir)
-}
-
-// TestSpoolLate: a spool whose disk comes late is read then, though the monitor
-// takes all; but for what has had its ticket given away again meanwhile.
-func TestSpoolLate(t *testing.T) {
-	lines := logged(t)
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
-	now, text := systemClocks()(), ""
-	for i := 1; i <= 3; i++ {
-		text += readingRecord(pendingOf(uint64(i), i, reading{value: "-1"}, now), now)
-	}
-	writeTree(t, filepath.Dir(dir), map[string]string{"spool": ""}) // in its way
-	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
-	await(t, "it cannot be used", func() bool { return strings.Contains(lines.String(), "in memory alone") })
-	d.discard(3)
-	puts(d, 3, 3)
-	gets(t, m, 3, 3)
-	os.Remove(dir)
-	writeTree(t, dir, map[string]string{"readings": text})
-	afterAMinute(d)
-	gets(t, m, 1, 2)
-	if awaitEmpty(t, dir); len(m.readings) > 0 {
-		t.Errorf("got %v, too", <-m.readings)
-	}
-}
-
-// TestSpoolPlanted: what another user puts under the names of a spool, or on
-// the path to it, makes root touch nothing elsewhere.
-func TestSpoolPlanted(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root has what others want")
-	}
-	now := systemClocks()()
-	for _, test := range []struct {
-		name  string
-		plant func(dir, victim string) error
-		want  string // the error; "" where the spool works
-	}{
-		{"a link to a file", func(dir, victim string) error { return os.Symlink(victim+"/file", dir+"/readings") }, "readings: too many levels"},
-		{"a link to nothing", func(dir, victim string) error { return os.Symlink(victim+"/new", dir+"/readings") }, "readings: too many levels"},
-		{"another name of a file", func(dir, victim string) error { return os.Link(victim+"/file", dir+"/readings") }, "not a plain file"},
-		{"a FIFO", func(dir, _ string) error { return syscall.Mkfifo(dir+"/readings", 0o666) }, "not a plain file"},
-		{"a directory", func(dir, _ string) error { return os.Mkdir(dir+"/readings", 0o777) }, "is a directory"},
-		{"next: a link", func(dir, victim string) error { return os.Symlink(victim+"/file", dir+"/readings.next") }, ""},
-		{"next: a FIFO", func(dir, _ string) error { return syscall.Mkfifo(dir+"/readings.next", 0o666) }, ""},
-		{"next: a directory", func(dir, _ string) error { return os.Mkdir(dir+"/readings.next", 0o777) }, "file exists"},
-		{"a link to a directory", func(dir, victim string) error { os.Remove(dir); return os.Symlink(victim, dir) }, "spool: not a directory (and a link"},
-		{"a FIFO as directory", func(dir, _ string) error { os.Remove(dir); return syscall.Mkfifo(dir, 0o666) }, "spool: not a directory"},
-	} {
-		home, victim := t.TempDir(), t.TempDir()
-		dir := filepath.Join(home, "spool")
-		writeTree(t, victim, map[string]string{"file": "precious\n"})
-		err := os.Mkdir(dir, 0o777)
-		if err == nil {
-			err = test.plant(dir, victim)
-		}
-		if err == nil {
-			err = os.Chown(home, 65534, 65534)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := newSpool(dir, 1<<20)
-		_, err = s.open()
-		if err == nil {
-			err = s.rewrite([]*pendingReading{pendingOf(1, 1, reading{value: "1"}, now)}, now)
-		}
-		s.close()
-		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
-			t.Errorf("%s: got %v; want %q", test.name, err, test.want)
-		}
-		info, err := os.Stat(victim + "/file")
-		if got := readTree(t, victim); err != nil || info.Mode() != 0o755 || len(got) != 1 || got["file"] != "precious\n" {
-			t.Errorf("%s: got %v, %v, %q", test.name, info.Mode(), err, got)
-		}
-	}
-}
-
-// TestSpoolFullDisk: a file system with no room left, where root can make one.
-func TestSpoolFullDisk(t *testing.T) {
-	dir := t.TempDir()
-	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=128k"); err != nil {
-		t.Skipf("mount: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	lines := logged(t)
-	m := newRecorder(t)
-	m.set(away)
-	d := spoolDelivery(t, m, newSpool(dir, 1<<20))
-	full := func() bool { return strings.Contains(lines.String(), "no space left on device") }
-	n := 0
-	for ; n < 3000 && !full(); n += 50 { // of which half fit
-		puts(d, n, n+49)
-		await(t, "it is written", func() bool { return full() || isAway(d) && locked(d, func() bool { return d.inMemory == 0 }) })
-	}
-	puts(d, n, n+99) // it goes on in memory
-	n += 100
-	if got := spooled(t, dir); len(got) < 500 || got[0] != "0=0" {
-		t.Errorf("%d on the disk, the first %s", len(got), got[0])
-	}
-	m.set(nil)
-	gets(t, m, 0, n-1)
-	if got := strings.Count(lines.String(), "no space left"); got != 1 {
-		t.Errorf("logged %d times", got)
-	}
-	await(t, "all are delivered", func() bool { return d.count().undelivered == 0 })
-	afterAMinute(d)
-	awaitEmpty(t, dir) // which takes no space
-}
-
-// FuzzSpool: whatever is in a spool's file, with the right checksums or not,
-// it is read, and a reading in it is the same when it is written and read again.
-func FuzzSpool(f *testing.F) {
-	at := clocks{time.UnixMilli(1795633466690), 81299 * time.Second, "4b825dc6"}
-	taken := func(number uint64, ticket any, r reading) string {
-		return readingRecord(pendingOf(number, ticket, r, clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot}), at)
-	}
-	records := []string{
-		taken(1, 7, reading{value: "0.42"}),
-		taken(2, int64(1)<<40, reading{code: -15}),
-		readingRecord(pendingOf(3, "a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
-		markRecord(2),
-		withChecksum("c 0 4b825dc6 81299000 1795633466690"),
-	}
-	unsummed := ""
-	for _, record := range records {
-		f.Add([]byte(record), false)
-		unsummed += record[len("01234567 "):]
-	}
-	f.Add([]byte(strings.Join(records, "")), false)
-	f.Add([]byte(unsummed), true)
-	f.Add([]byte(unsummed[:len(unsummed)-1]), true)
-	f.Fuzz(func(t *testing.T, data []byte, sum bool) {
-		if sum {
-			lines := strings.Split(string(data), "\n")
-			data = nil
-			for _, line := range lines {
-				data = append(data, withChecksum(line)...)
-			}
-		}
-		var s spool
-		found, err := s.read(bytes.NewReader(data))
-		lines := bytes.Count(data, []byte("\n")) + len(data)/maxRecord // one that is too long comes in pieces
-		if len(data) > 0 && data[len(data)-1] != '\n' {
-			lines++ // cut off, but for its end perhaps whole
-		}
-		if err != nil || len(found)+s.damaged > lines {
-			t.Fatalf("got %d readings, %d damaged of %d lines, %v", len(found), s.damaged, lines, err)
-		}
-		for _, p := range found {
-			if ticket := wireTicket(p.ticket); len(ticket) > 8*maxTicket {
-				continue // no command has one
-			}
-			again, err := (&spool{}).read(strings.NewReader(readingRecord(p, at)))
-			if err != nil || len(again) != 1 {
-				t.Fatalf("%+v reads back as %+v, %v", p, again, err)
-			}
-			if a := again[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
-				t.Fatalf("%+v reads back as %+v", p, a)
-			}
-		}
-	})
-}
-
-// TestLocalZone compares with what date shows.
-func TestLocalZone(t *testing.T) {
-	zones := []string{"", "UTC", "CET-1CEST,M3.5.0,M10.5.0/3", "<-03>3", "EST5EDT,M3.2.0,M11.1.0", "AEST-10AEDT,M10.1.0,M4.1.0/3", ":UTC0", "IST-5:30", "<+1245>-12:45<+1345>,M9.5.0/2:45,M4.1.0/3:45"}
-	for _, file := range []string{"/usr/share/zoneinfo/Europe/Berlin", "/usr/share/zoneinfo/America/New_York"} {
-		if _, err := os.Stat(file); err == nil {
-			zones = append(zones, file, strings.TrimPrefix(file, "/usr/share/zoneinfo/"))
-		}
-	}
-	for _, tz := range zones {
-		t.Setenv("TZ", tz)
-		zone := localZone()
-		for _, at := range []int64{0, 1700000000, 1780000000, 1793498399, 1793498401} {
-			cmd := exec.Command("date", "-d", fmt.Sprintf("@%d", at), "+%Y%m%dT%H:%M:%S")
-			want, err := cmd.Output()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := time.Unix(at, 0).In(zone).Format(dateTimeLayout); got != strings.TrimSpace(string(want)) {
-				t.Errorf("TZ=%s at %d: got %s; date says %s", tz, at, got, want)
-			}
-		}
-	}
-	for _, bad := range []string{"nonsense/zone", "CET", "\n", "CET-1CEST,M13.5.0"} {
-		if zone, err := posixZone(bad); err == nil && bad != "CET" {
-			t.Errorf("%q: got %v", bad, time.Unix(0, 0).In(zone))
-		}
-	}
-	t.Setenv("TZ", "/dev/zero") // which has no end
-	if got := time.Unix(0, 0).In(localZone()).Hour(); got != 0 {
-		t.Errorf("got %d", got)
-	}
-	// Without TZ it is /etc/localtime, then /etc/TZ.
-	etc := t.TempDir()
-	noon := time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
-	hour := func(tz string, set bool) int { return noon.In(zoneOf(tz, set, etc)).Hour() }
-	if got := hour("", false); got != 12 {
-		t.Errorf("nothing there: got %d; want UTC", got)
-	}
-	if err := os.WriteFile(filepath.Join(etc, "TZ"), []byte("CET-1CEST,M3.5.0,M10.5.0/3\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if got := hour("", false); got != 14 {
-		t.Errorf("/etc/TZ: got %d; want 14", got)
-	}
-	if data, err := os.ReadFile("/usr/share/zoneinfo/America/New_York"); err == nil {
-		if err := os.WriteFile(filepath.Join(etc, "localtime"), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if got := hour("", false); got != 8 {
-			t.Errorf("/etc/localtime: got %d; want 8", got)
-		}
-	}
-	if got := hour("", true); got != 12 {
-		t.Errorf("TZ=: got %d; want UTC", got)
 	}
 }
 
@@ -4038,69 +3953,54 @@ func TestLogLimit(t *testing.T) {
 	}
 	l.last = l.last.Add(-2 * time.Second)
 	l.printf("later")
-	if want := "line 0\nline 1\nline 2\n7 lines left out\nlater\n"; lines.String() != want {
-		t.Errorf("got %q; want %q", lines, want)
-	}
+	equal(t, "the log", lines.String(), "line 0\nline 1\nline 2\n7 lines left out\nlater\n")
 }
 
-// A packed is one entry of a package that a test builds.
-type packed struct {
-	tar.Header
-	body string
-	raw  map[int]string // replaces bytes of the header, from these on
-}
-
-// entry is a file of a package, or with a slash at the end of its name a directory.
-func entry(name, body string) packed { return packed{Header: tar.Header{Name: name}, body: body} }
-
-// packageOf returns a package, not compressed, with these entries in order.
-func packageOf(t testing.TB, entries ...packed) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, e := range entries {
-		h := e.Header
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-			if strings.HasSuffix(h.Name, "/") {
-				h.Typeflag = tar.TypeDir
+// TestFetch decodes base64 while it arrives.
+func TestFetch(t *testing.T) {
+	data := bytes.Repeat([]byte("0123456789"), 20001)
+	text := base64.StdEncoding.EncodeToString(data)
+	lines := regexp.MustCompile(".{76}").ReplaceAllString(text, "$0\r\n")
+	packages := strings.NewReplacer("{text}", text, "{lines}", lines, "{100}", text[:100])
+	var answer string
+	c := testClient(t, serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, answer)
+	})), nil)
+	for _, test := range answers(t, "package") {
+		for _, line := range splitLines(test.text) {
+			answer = packages.Replace(expand(t, line))
+			if !strings.Contains(line, "<?xml") && !strings.Contains(line, "<methodResponse>") {
+				answer = xmlDeclaration + "\n<methodResponse>\n<params><param><value>" + answer +
+					"</value></param></params></methodResponse>"
 			}
-		}
-		if h.Mode == 0 {
-			h.Mode = 0o755
-		}
-		h.Size = int64(len(e.body))
-		w.Flush() // what is before
-		start := b.Len()
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if header := b.Bytes()[start:]; len(e.raw) > 0 {
-			for at, bytes := range e.raw {
-				copy(header[at:], bytes)
+			var got bytes.Buffer
+			err := c.fetch(ctx, &got, 1<<20, "m")
+			outcome := fmt.Sprint(err)
+			if err == nil && bytes.Equal(got.Bytes(), data) {
+				outcome = "ok"
 			}
-			copy(header[148:], "        ")
-			sum := 0
-			for _, c := range header {
-				sum += int(c)
-			}
-			copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
-		}
-		if _, err := io.WriteString(w, e.body); err != nil {
-			t.Fatal(err)
+			expect(t, regexp.MustCompile("^"+test.name+"$").MatchString(outcome),
+				"%.100q: got %d bytes, %v; want %s", line, got.Len(), err, test.name)
 		}
 	}
-	w.Flush()
-	return append(b.Bytes(), make([]byte, 1024)...)
+	hold := make(chan struct{})
+	defer close(hold)
+	c = newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "<methodResponse>")
+		w.(http.Flusher).Flush()
+		<-hold
+	})), 200*time.Millisecond, nil)
+	equal(t, "half an answer", fmt.Sprint(c.fetch(ctx, io.Discard, 1<<20, "m")), "nothing has come for 200ms")
 }
+
+// plainInstall installs a package of demo.
+func (u *updater) plainInstall(from source) error { return u.install(ctx, "demo", from) }
 
 // textOf returns what "TEXT"*N stands for.
 func textOf(t testing.TB, s string) string {
 	t.Helper()
 	quoted, err := strconv.QuotedPrefix(s)
-	if err != nil {
-		t.Fatalf("%s: %v", s, err)
-	}
+	must(t, err)
 	text, _ := strconv.Unquote(quoted)
 	if n, err := strconv.Atoi(strings.TrimPrefix(s[len(quoted):], "*")); err == nil {
 		text = strings.Repeat(text, n)
@@ -4149,21 +4049,24 @@ func entriesOf(t testing.TB, line string) (entries []packed) {
 	return entries
 }
 
-// A refusedPackage is a case of testdata/packages.txt.
-type refusedPackage struct {
-	name, want string
-	archive    []byte
-	limit      int64
+// A packageCase is a case of testdata/packages.txt or installs.txt.
+type packageCase struct {
+	name, want    string
+	archive       string
+	limit         int64
+	before, after files
 }
 
-func refusedPackages(t testing.TB) (list []refusedPackage) {
+func packageCases(t testing.TB, from string) (list []packageCase) {
 	t.Helper()
-	for _, test := range cases(t, "testdata/packages.txt") {
-		p := refusedPackage{name: test.name, limit: 2 << 20}
+	for _, test := range cases(t, from) {
+		p := packageCase{name: test.name, limit: 2 << 20, before: make(files), after: make(files)}
 		var entries []packed
 		file, then, cutTo := "", "", -1
-		for _, line := range strings.Split(strings.TrimSuffix(test.text, "\n"), "\n") {
-			switch key, value, _ := strings.Cut(line, " "); key {
+		for _, line := range splitLines(test.text) {
+			key, value, _ := strings.Cut(line, " ")
+			name, text, _ := strings.Cut(value, " ")
+			switch key {
 			case "want":
 				p.want = value
 			case "file":
@@ -4174,176 +4077,34 @@ func refusedPackages(t testing.TB) (list []refusedPackage) {
 				cutTo, _ = strconv.Atoi(value)
 			case "limit":
 				p.limit, _ = strconv.ParseInt(value, 10, 64)
+			case "before":
+				p.before[name] = textOf(t, text)
+			case "after":
+				p.after[name] = textOf(t, text)
 			default:
 				entries = append(entries, entriesOf(t, line)...)
 			}
 		}
 		if p.archive = packageOf(t, entries...); file != "" {
-			p.archive = readFile(t, "testdata/packages/"+file)
+			p.archive = string(readFile(t, "testdata/packages/"+file))
 		}
 		if cutTo >= 0 {
 			p.archive = p.archive[:cutTo]
 		}
-		p.archive = append(p.archive, then...)
+		p.archive += then
 		list = append(list, p)
 	}
 	return list
 }
 
-func readFile(t testing.TB, file string) []byte {
-	t.Helper()
-	data, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
-}
-
-// writeTree makes the files of a map, executable; names that end in a slash are directories.
-func writeTree(t testing.TB, dir string, files map[string]string) {
-	t.Helper()
-	for _, name := range sortedKeys(files) {
-		file := filepath.Join(dir, name)
-		parent := filepath.Dir(file)
-		if strings.HasSuffix(name, "/") {
-			parent = file
-		}
-		err := os.MkdirAll(parent, 0o755)
-		if err == nil && parent != file {
-			err = os.WriteFile(file, []byte(files[name]), 0o755)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// readTree is what writeTree has written, times replaced by TIME.
-func readTree(t testing.TB, dir string) map[string]string {
-	t.Helper()
-	files := make(map[string]string)
-	err := filepath.WalkDir(dir, func(file string, e os.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
-		}
-		name, err := filepath.Rel(dir, file)
-		if err != nil {
-			return err
-		}
-		text, err := os.ReadFile(file)
-		files[regexp.MustCompile(`_\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`).ReplaceAllString(name, "_TIME")] = string(text)
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return files
-}
-
-// leftovers lists what an update must not leave in these directories.
-func leftovers(t testing.TB, dirs ...string) (left []string) {
-	t.Helper()
-	for _, dir := range dirs {
-		files, err := filepath.Glob(filepath.Join(dir, ".*"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		left = append(left, files...)
-	}
-	return left
-}
-
-// testUpdater returns an updater of dir/sensors and dir/backup with these
-// files in them, which takes packages of 1 MiB that unpack to 2 MiB.
-func testUpdater(t testing.TB, dir string, before map[string]string) *updater {
-	t.Helper()
-	writeTree(t, dir, before)
-	writeTree(t, dir, map[string]string{"sensors/": "", "backup/": ""})
-	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
-	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
-}
-
-// at is a path among the sensors.
-func (u *updater) at(elements ...string) string {
-	return filepath.Join(append([]string{u.sensors.path}, elements...)...)
-}
-
-// demoBackups lists the backups of demo, oldest first.
-func demoBackups(t testing.TB, u *updater) []string {
-	t.Helper()
-	files, err := filepath.Glob(filepath.Join(u.backup, "demo_*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return files
-}
-
-// fromBytes is a source of a package that is in memory.
-func fromBytes(archive []byte, signature string) source {
-	return source{
-		archive:   func(_ context.Context, to io.Writer) error { _, err := to.Write(archive); return err },
-		signature: func(context.Context) ([]byte, error) { return []byte(signature), nil },
-	}
-}
-
-// printing is a sensor that prints a number.
-func printing(n int) string { return fmt.Sprintf("#!/bin/sh\necho %d\n", n) }
-
-// demo is a package of the sensor demo, which prints a number.
-func demo(t testing.TB, n int, more ...packed) source {
-	t.Helper()
-	return fromBytes(packageOf(t, append([]packed{entry("demo/check", printing(n))}, more...)...), "")
-}
-
+// TestInstall installs the packages of testdata/installs.txt.
 func TestInstall(t *testing.T) {
-	one, two, packages := printing(1), printing(2), "testdata/packages/"
-	type tree = map[string]string
-	shipped := tree{
-		"sensors/demo/check": "#!/bin/sh\n. ./lib/answer\n" +
-			"case $1 in options) echo \"answer  the answer\" ;; *) echo $answer ;; esac\n",
-		"sensors/demo/lib/answer": "answer=42\n", "sensors/demo/version": "1.0\n",
-	}
-	tests := []struct {
-		name          string
-		before, after tree
-		from          source
-	}{
-		{"bzip2", nil, shipped, fromFile(packages + "demo.tar.bz2")},
-		{"gzip", nil, shipped, fromFile(packages + "demo.tar.gz")},
-		{"with ./", nil, shipped, fromFile(packages + "dot.tar.bz2")},
-		{"PAX", nil, shipped, fromFile(packages + "pax.tar.bz2")},
-		{"the executable alone", nil, tree{"sensors/demo/check": one}, demo(t, 1)},
-		{"directories after what is in them", nil, tree{"sensors/demo/check": one, "sensors/demo/a/b/c": "d"},
-			demo(t, 1, entry("demo/a/b/c", "d"), entry("demo/a/", ""), entry("demo/", ""))},
-		{"something behind the end", nil, tree{"sensors/demo/check": one},
-			fromBytes(append(packageOf(t, entry("demo/check", one)), one...), "")},
-		{"replaced", tree{"sensors/demo/check": one, "sensors/demo/data": "x", "sensors/other/check": one},
-			tree{"sensors/demo/check": two, "sensors/other/check": one,
-				"backup/demo_TIME/check": one, "backup/demo_TIME/data": "x"}, demo(t, 2)},
-		{"a newer version", tree{"sensors/demo/check": one, "sensors/demo/version": "1.9\n"},
-			tree{"sensors/demo/check": two, "sensors/demo/version": "1.10",
-				"backup/demo_TIME/check": one, "backup/demo_TIME/version": "1.9\n"},
-			demo(t, 2, entry("demo/version", "1.10"))},
-		{"left by a power cut", tree{
-			"sensors/.picket-new-../x": "z", "sensors/.picket-old-./x": "z", "sensors/.picket-new-/x": "z", // no sensors
-			"sensors/.sensors.picket-staging-1/x/y": "z", ".sensors.picket-staging-2/x": "z",
-			".sensors2.picket-staging-3/x": "of sensors2", "sensors/.picket-gone-x/y": "z",
-			"backup/.x_2026-01-01T00:00:00/y": "z", "backup/.profile": "mine",
-		}, tree{"sensors/demo/check": one, "backup/.profile": "mine", ".sensors2.picket-staging-3/x": "of sensors2"},
-			demo(t, 1)},
-	}
-	for _, test := range tests {
+	for _, test := range packageCases(t, "testdata/installs.txt") {
 		dir := t.TempDir()
 		u := testUpdater(t, dir, test.before)
-		if err := u.install(context.Background(), "demo", test.from); err != nil {
-			t.Errorf("%s: %v", test.name, err)
-		}
-		if got := readTree(t, dir); !reflect.DeepEqual(got, test.after) {
-			t.Errorf("%s: got %q; want %q", test.name, got, test.after)
-		}
-		if r := u.sensors.read(context.Background(), "demo", nil, nil); r.code != 0 {
-			t.Errorf("%s: got %+v", test.name, r)
-		}
+		must(t, u.plainInstall(fromText(test.archive, "")))
+		equal(t, test.name, readTree(t, dir), test.after)
+		equal(t, test.name, u.sensors.read(ctx, "demo", nil, nil).code, 0)
 	}
 }
 
@@ -4357,119 +4118,77 @@ func TestInstallModes(t *testing.T) {
 	archive := packageOf(t, packed{Header: tar.Header{Name: "demo/", Mode: 0o7777}},
 		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: printing(1)},
 		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", ""))
-	if err := u.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]os.FileMode{
-		"new": os.ModeDir | 0o755, "new/sensors": os.ModeDir | 0o755, "backup": os.ModeDir | 0o700,
-		"new/sensors/demo": os.ModeDir | 0o775, "new/sensors/demo/check": 0o775, "new/sensors/demo/secret": 0o600,
-		"new/sensors/demo/lib": os.ModeDir | 0o755, "new/sensors/demo/lib/data": 0o755,
+	must(t, u.plainInstall(fromText(archive, "")))
+	for name, want := range map[string]string{
+		"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "backup": "drwx------",
+		"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
+		"new/sensors/demo/secret": "-rw-------",
+		"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
 	} {
-		info, err := os.Stat(filepath.Join(dir, name))
-		if err != nil || info.Mode() != want || int(ownerOf(info).Uid) != os.Geteuid() {
-			t.Errorf("%s: got %v, %v; want %v", name, info, err, want)
-		}
+		info := get(os.Stat(filepath.Join(dir, name)))
+		equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
 	}
+}
+
+// dirs are the directories in which an updater may leave something.
+func (u *updater) dirs() []string {
+	return []string{filepath.Dir(u.sensors.path), u.sensors.path, u.backup}
 }
 
 // TestInstallRefused: whatever is wrong with a package, nothing changes.
 func TestInstallRefused(t *testing.T) {
-	for _, test := range refusedPackages(t) {
+	for _, test := range packageCases(t, "testdata/packages.txt") {
 		dir := t.TempDir()
-		before := map[string]string{
+		before := files{
 			"sensors/demo/check": printing(0), "sensors/demo/version": "1.2.3.0\n", "backup/demo_TIME/check": "x",
 		}
 		u := testUpdater(t, dir, before)
 		u.maxUnpacked = test.limit
-		err := u.install(context.Background(), "demo", fromBytes(test.archive, ""))
-		if !regexp.MustCompile("^(?s:" + test.want + ")$").MatchString(fmt.Sprint(err)) {
-			t.Errorf("%s: got %v; want %s", test.name, err, test.want)
-		}
-		if got := readTree(t, dir); !reflect.DeepEqual(got, before) {
-			t.Errorf("%s: got %q; want nothing changed", test.name, got)
-		}
-		if left := leftovers(t, dir, u.sensors.path, u.backup); len(left) > 0 {
-			t.Errorf("%s: left %q", test.name, left)
-		}
+		err := u.plainInstall(fromText(test.archive, ""))
+		expect(t, regexp.MustCompile("^(?s:"+test.want+")$").MatchString(fmt.Sprint(err)),
+			"%s: got %v; want %s", test.name, err, test.want)
+		equal(t, test.name, readTree(t, dir), before)
+		leavesNothing(t, test.name, u.dirs()...)
 		total("hostile packages refused", 1)
 	}
 }
 
 // TestInstallPipe: a pipe in the place of a file is an error at once.
 func TestInstallPipe(t *testing.T) {
-	dir := t.TempDir()
-	u := testUpdater(t, dir, nil)
-	u.keys = filepath.Join(dir, "key.pub")
 	public, sign := signify(t, "keynum_1")
-	archive := packageOf(t, entry("demo/check", printing(1)))
-	good := map[string]string{"demo.tar": string(archive), "demo.tar.sig": sign(archive), "key.pub": public}
+	archive := demoPackage(t, 1)
+	good := files{"demo.tar": archive, "demo.tar.sig": sign(archive), "key.pub": public}
 	for name := range good {
-		pipe := filepath.Join(dir, name)
-		os.Remove(pipe)
-		if err := syscall.Mkfifo(pipe, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		for other, text := range good {
-			if other != name {
-				writeTree(t, dir, map[string]string{other: text})
-			}
-		}
-		err := u.install(context.Background(), "demo", fromFile(filepath.Join(dir, "demo.tar")))
-		if err == nil || !strings.Contains(err.Error(), name+": ") {
-			t.Errorf("%s: got %v; want an error that names it", name, err)
-		}
-		os.Remove(pipe)
+		dir := t.TempDir()
+		u := testUpdater(t, dir, good)
+		u.keys = filepath.Join(dir, "key.pub")
+		must(t, os.Remove(filepath.Join(dir, name)))
+		must(t, syscall.Mkfifo(filepath.Join(dir, name), 0o600))
+		has(t, name, u.plainInstall(fromFile(filepath.Join(dir, "demo.tar"))), name+": ")
 	}
 }
 
-// TestInstallLocked: a lock of another process fails a change and holds up
-// nothing else. Others cannot lock the backups, and what they can lock does
-// not matter.
+// TestInstallLocked: while another process holds the lock of the backups, changes fail
+// and all else goes on. Other users cannot take that lock; those they can take do no harm.
 func TestInstallLocked(t *testing.T) {
-	u := testUpdater(t, t.TempDir(), map[string]string{"sensors/demo/check": printing(1)})
-	lock := func(path string) *os.File {
-		f, err := os.Open(path)
-		if err == nil {
-			err = flockWithin(context.Background(), f, syscall.LOCK_EX, 0)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return f
-	}
-	defer lock(u.sensors.path).Close()
-	if err := u.install(context.Background(), "demo", demo(t, 2)); err != nil {
-		t.Errorf("with the sensors locked: %v", err)
-	}
-	if info, err := os.Stat(u.backup); err != nil || info.Mode().Perm() != 0o700 {
-		t.Errorf("got %v, %v; want backups that only their owner can open", info, err)
-	}
-	held := lock(u.backup)
-	if texts, err := u.sensors.helpTexts(context.Background()); err != nil || len(texts) != 1 {
-		t.Errorf("got %q, %v", texts, err)
-	}
-	if r := u.sensors.read(context.Background(), "none", nil, nil); r.code != codeNotFound {
-		t.Errorf("got %+v", r)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	u := testUpdater(t, t.TempDir(), files{"sensors/demo/check": printing(1)})
+	lockFile(t, u.sensors.path)
+	must(t, u.plainInstall(demo(t, 2)))
+	info := get(os.Stat(u.backup))
+	equal(t, "the mode of the backups", info.Mode().Perm(), fs.FileMode(0o700))
+	held := lockFile(t, u.backup)
+	texts, err := u.sensors.helpTexts(ctx)
+	must(t, err)
+	equal(t, "sensors listed", len(texts), 1)
+	equal(t, "a reading", u.sensors.read(ctx, "none", nil, nil).code, codeNotFound)
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()
-	if err := u.rollback(ctx, "demo"); err == nil || !strings.Contains(err.Error(), "another process is changing the sensors") {
-		t.Errorf("got %v", err)
-	}
-	if err := u.recover(context.Background()); err != nil {
-		t.Errorf("recover beside another process: %v", err)
-	}
+	has(t, "a change", u.rollback(short, "demo"), "another process is changing the sensors")
+	must(t, u.recover(ctx))
 	held.Close()
-	if err := os.RemoveAll(u.backup); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("sensors", u.backup); err != nil {
-		t.Fatal(err)
-	}
-	err := u.rollback(context.Background(), "demo")
-	if err == nil || !strings.Contains(err.Error(), "the same directory") {
-		t.Errorf("got %v", err)
-	}
+	must(t, os.RemoveAll(u.backup))
+	must(t, os.Symlink("sensors", u.backup))
+	has(t, "a link to the sensors", u.rollback(ctx, "demo"), "the same directory")
 }
 
 // asUser calls work in a thread of its own, which has the rights of a user.
@@ -4491,9 +4210,8 @@ func asUser(t *testing.T, uid int, work func()) (done chan struct{}) {
 	return done
 }
 
-// plant does what the owner of a directory of sensors can to lead root
-// elsewhere: it puts something in the place of a file or directory, and that back
-// again, many times.
+// plant does what the owner of a directory of sensors can do to lead root elsewhere: it
+// exchanges a file or directory for something else, and back, many times.
 func plant(random *mathrand.Rand, dir, elsewhere string) {
 	names := []string{".picket-lock", ".picket-new-demo", ".picket-gone-demo", ".picket-old-demo", "demo"}
 	entries, _ := os.ReadDir(dir)
@@ -4530,30 +4248,28 @@ func plant(random *mathrand.Rand, dir, elsewhere string) {
 // otherUID is a user whom nobody knows.
 const otherUID = 1234
 
-// otherUsersBox returns an updater for root of sensors that belong to another
-// user, as do more files of the box, and a directory that only root can read.
+// otherUsersBox returns an updater that runs as root, with sensors (and more files) of
+// another user, and a directory that only root can read.
 func otherUsersBox(t *testing.T, more ...string) (u *updater, elsewhere string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root changes the sensors of another user")
-	}
+	needsRoot(t)
 	dir := t.TempDir()
-	chmodUp(t, dir)
-	u = testUpdater(t, filepath.Join(dir, "box"), map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"})
+	forEverybody(t, dir)
+	tree := files{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"}
+	u = testUpdater(t, filepath.Join(dir, "box"), tree)
 	if !slices.Contains(more, "backup") {
 		os.Remove(u.backup)
 	}
-	for _, file := range append(more, "sensors", "sensors/demo", "sensors/demo/check", "sensors/demo/lib", "sensors/demo/lib/data") {
-		if err := os.Chown(filepath.Join(dir, "box", file), otherUID, otherUID); err != nil {
-			t.Fatal(err)
-		}
+	for _, file := range append(more, "sensors", "sensors/demo", "sensors/demo/lib") {
+		must(t, os.Chown(filepath.Join(dir, "box", file), otherUID, otherUID))
+	}
+	for file := range tree {
+		must(t, os.Chown(filepath.Join(dir, "box", file), otherUID, otherUID))
 	}
 	elsewhere = filepath.Join(dir, "elsewhere")
-	writeTree(t, elsewhere, map[string]string{"check": "secret", "version": "99", "lib/data": "secret"})
+	writeTree(t, elsewhere, files{"check": "secret", "version": "99", "lib/data": "secret"})
 	for _, file := range []string{"", "check", "version", "lib", "lib/data"} {
-		if err := os.Chmod(filepath.Join(elsewhere, file), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(filepath.Join(elsewhere, file), 0o700))
 	}
 	return u, elsewhere
 }
@@ -4573,9 +4289,9 @@ func TestHostile(t *testing.T) {
 				}
 			}
 		})
-		ctx, from := context.Background(), demo(t, 2, entry("demo/lib/data", "2"))
+		from := demo(t, 2, entry("demo/lib/data", "2"))
 		for i := 0; i < 20; i++ { // each may fail
-			u.install(ctx, "demo", from)
+			u.plainInstall(from)
 			u.rollback(ctx, "demo")
 			u.recover(ctx)
 			filepath.WalkDir(filepath.Dir(u.backup), func(file string, e fs.DirEntry, err error) error {
@@ -4590,56 +4306,37 @@ func TestHostile(t *testing.T) {
 		}
 		over.Store(true)
 		receive(t, "the end of the exchanges", done)
-		if after := describeTree(t, elsewhere); after != before {
-			t.Errorf("%q: got %s; want %s", his, after, before)
-		}
+		equal(t, fmt.Sprint(his), describeTree(t, elsewhere), before)
 	}
 }
 
 // TestDir: an open directory is the same one wherever it is moved, and nothing
-// that is done in it follows a link or waits for a pipe.
+// that is done in it follows a link or waits for a pipe. It knows how much fits.
 func TestDir(t *testing.T) {
 	top := t.TempDir()
-	writeTree(t, top, map[string]string{"d/": "", "elsewhere/file": "x", "elsewhere/lib/file": "x"})
-	f, err := os.Open(filepath.Join(top, "d"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	path := func(name string) string { return filepath.Join(top, name) }
+	writeTree(t, top, files{"d/": "", "elsewhere/file": "x", "elsewhere/lib/file": "x"})
+	f := get(os.Open(path("d")))
 	defer f.Close()
 	d := dir{File: f, step: func(string) error { return nil }}
-	elsewhere := filepath.Join(top, "elsewhere")
-	before := describeTree(t, elsewhere)
-	if err := errors.Join(os.Rename(filepath.Join(top, "d"), filepath.Join(top, "moved")), os.Symlink(elsewhere, filepath.Join(top, "d"))); err != nil {
-		t.Fatal(err)
-	}
+	must(t, d.enoughSpace(1))
+	has(t, "an exbibyte", d.enoughSpace(1<<60), "no space: ")
+	before := describeTree(t, path("elsewhere"))
+	must(t, errors.Join(os.Rename(path("d"), path("moved")), os.Symlink(path("elsewhere"), path("d"))))
 	inner, err := d.mkdir("inner", 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer inner.Close()
-	if err := inner.write("new", strings.NewReader("y"), 0o644, nil); err != nil {
-		t.Error(err)
-	}
-	for name, make := range map[string]func(path string) error{
-		"file": func(path string) error { return os.Symlink(filepath.Join(elsewhere, "file"), path) },
-		"lib":  func(path string) error { return os.Symlink(filepath.Join(elsewhere, "lib"), path) },
-		"pipe": func(path string) error { return syscall.Mkfifo(path, 0o600) },
-	} {
-		if err := make(filepath.Join(top, "moved/inner", name)); err != nil {
-			t.Fatal(err)
-		}
+	must(t, inner.write("new", strings.NewReader("y"), 0o644, nil))
+	must(t, errors.Join(os.Symlink(path("elsewhere/file"), path("moved/inner/file")),
+		os.Symlink(path("elsewhere/lib"), path("moved/inner/lib")), syscall.Mkfifo(path("moved/inner/pipe"), 0o600)))
+	for _, name := range []string{"file", "lib", "pipe"} {
 		opened, err := inner.open(name, 0)
-		if name != "pipe" && err == nil {
-			t.Errorf("a link was followed: %s", name)
-		}
+		expect(t, name == "pipe" || err != nil, "got %s; want no link followed", name)
 		opened.Close()
 	}
-	if err := d.remove("inner"); err != nil || exists(filepath.Join(top, "moved/inner")) {
-		t.Errorf("got %v; want inner removed", err)
-	}
-	if after := describeTree(t, elsewhere); after != before {
-		t.Errorf("got %s; want %s", after, before)
-	}
+	must(t, d.remove("inner"))
+	equal(t, "inner exists", exists(path("moved/inner")), false)
+	equal(t, "elsewhere", describeTree(t, path("elsewhere")), before)
 }
 
 // TestOwner: what root installs among another user's sensors is his, so that
@@ -4648,164 +4345,64 @@ func TestDir(t *testing.T) {
 func TestOwner(t *testing.T) {
 	u, elsewhere := otherUsersBox(t)
 	before := describeTree(t, elsewhere)
-	for name, to := range map[string]string{".picket-lock": "check", ".picket-staging": "", ".picket-new-x": "", "y": "new"} {
-		if err := os.Symlink(filepath.Join(elsewhere, to), u.at(name)); err != nil {
-			t.Fatal(err)
-		}
+	links := files{".picket-lock": "check", ".picket-staging": "", ".picket-new-x": "", "y": "new"}
+	for name, to := range links {
+		must(t, os.Symlink(filepath.Join(elsewhere, to), u.at(name)))
 	}
-	ctx := context.Background()
 	u.sensors.credential = &syscall.Credential{Uid: otherUID, Gid: otherUID}
-	tried := "#!/bin/sh\n[ $(id -u) = 1234 ] || exit 8\n{ echo >new || echo >>check || mv lib new; } 2>/dev/null && exit 9\necho 2\n"
+	tried := "#!/bin/sh\n[ $(id -u) = 1234 ] || exit 8\n" +
+		"{ echo >new || echo >>check || mv lib new; } 2>/dev/null && exit 9\necho 2\n"
 	for _, name := range []string{"demo", "x", "y"} {
 		archive := packageOf(t, entry(name+"/check", tried), entry(name+"/lib/data", ""))
-		if err := u.install(ctx, name, fromBytes(archive, "")); err != nil {
-			t.Error(err)
-		}
+		must(t, u.install(ctx, name, fromText(archive, "")))
 	}
-	if after := describeTree(t, elsewhere); after != before {
-		t.Errorf("got %s; want %s", after, before)
-	}
-	if left := leftovers(t, filepath.Dir(u.backup), u.sensors.path, u.backup); len(left) > 0 {
-		t.Errorf("left %q", left)
-	}
+	equal(t, "elsewhere", describeTree(t, elsewhere), before)
+	leavesNothing(t, "installed", u.dirs()...)
 	his := describeTree(t, u.sensors.path) + describeTree(t, u.backup)
 	his = regexp.MustCompile(`.* L.*\n`).ReplaceAllString(his, "") // links are nobody's
-	if others := regexp.MustCompile(`(?m)^\S+ \S+ 0 `).FindAllString(his, -1); len(others) > 0 {
-		t.Errorf("got %s; want all to be his", his)
-	}
+	equal(t, "files of root", regexp.MustCompile(`(?m)^\S+ \S+ 0 `).FindAllString(his, -1), []string(nil))
 	u.sensors.credential = nil
 	receive(t, "his own changes", asUser(t, otherUID, func() {
-		if err := u.install(ctx, "demo", demo(t, 3)); err != nil {
-			t.Error(err)
-		}
-		if err := u.rollback(ctx, "demo"); err != nil {
+		if err := errors.Join(u.plainInstall(demo(t, 3)), u.rollback(ctx, "demo")); err != nil {
 			t.Error(err)
 		}
 	}))
-	if got := u.ownerWarning(); got != "" {
-		t.Errorf("got %q; want no warning", got)
-	}
+	equal(t, "the warning", u.ownerWarning(), "")
 
 	// As tar left it where a user had packed it, and the backups are root's.
-	if err := os.Chown(u.backup, 0, 0); err != nil {
-		t.Fatal(err)
-	}
-	if got := u.ownerWarning(); !strings.Contains(got, "chown -R 0:0 "+u.sensors.path) {
-		t.Errorf("got %q; want the chown to type", got)
-	}
-	if err := u.install(ctx, "demo", demo(t, 4)); err != nil {
-		t.Error(err)
-	}
-	if err := u.rollback(ctx, "demo"); err != nil {
-		t.Error(err)
-	}
+	must(t, os.Chown(u.backup, 0, 0))
+	has(t, "the warning", u.ownerWarning(), "chown -R 0:0 "+u.sensors.path)
+	must(t, errors.Join(u.plainInstall(demo(t, 4)), u.rollback(ctx, "demo")))
 }
 
-// chmodUp lets other users reach a temporary directory.
-func chmodUp(t *testing.T, dir string) {
-	t.Helper()
-	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// describeTree tells all that there is in a directory, with owners, modes and contents.
-func describeTree(t *testing.T, dir string) (text string) {
-	t.Helper()
-	err := filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		content := ""
-		if info.Mode().IsRegular() {
-			content = string(readFile(t, file))
-		}
-		text += fmt.Sprintf("%s %v %d %d %q\n", file, info.Mode(), ownerOf(info).Uid, ownerOf(info).Nlink, content)
-		return nil
-	})
-	if err != nil {
-		t.Error(err)
-	}
-	return text
-}
-
-func TestInstallNoSpace(t *testing.T) {
-	f, err := os.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := (dir{File: f}).enoughSpace(1); err != nil {
-		t.Error(err)
-	}
-	if err := (dir{File: f}).enoughSpace(1 << 60); err == nil || !strings.Contains(err.Error(), "no space: ") {
-		t.Errorf("got %v", err)
-	}
-}
-
-// signify makes a key pair and returns the public key's file and a function
-// that signs.
-func signify(t testing.TB, number string) (public string, sign func([]byte) string) {
-	key, secret, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := func(what string, data []byte) string {
-		return "untrusted comment: " + what + "\n" + base64.StdEncoding.EncodeToString(append([]byte("Ed"+number), data...)) + "\n"
-	}
-	return text("picket public key", key), func(message []byte) string { return text("verify with picket.pub", ed25519.Sign(secret, message)) }
-}
-
+// TestVerify takes or refuses the signatures of testdata/signatures.txt.
 func TestVerify(t *testing.T) {
 	dir := t.TempDir()
-	archive := packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)))
+	archive := demoPackage(t, 1)
 	public, sign := signify(t, "keynum_1")
 	public2, sign2 := signify(t, "keynum_2")
 	_, impostor := signify(t, "keynum_1")
 	_, stranger := signify(t, "keynum_3")
-	writeTree(t, dir, map[string]string{
+	writeTree(t, dir, files{
 		"keys/a.pub": public, "keys/b.pub": public2, "keys/README": "no key", "bad/a.pub": "rubbish", "none/": "",
 	})
-	signature := sign(archive)
-	line := strings.Split(signature, "\n")[1]
-	other := base64.StdEncoding.EncodeToString([]byte("RS" + strings.Repeat("x", 72)))
-	tests := []struct{ keys, name, signature, want string }{
-		{"keys", "demo", signature, "<nil>"},
-		{"keys", "demo", strings.TrimSuffix(signature, "\n"), "<nil>"},
-		{"keys", "demo", sign2(archive), "<nil>"},
-		{"keys/b.pub", "demo", sign2(archive), "<nil>"},
-		{"keys", "demo", stranger(archive), "signed with key 6b65796e756d5f33, which is not known"},
-		{"keys", "demo", impostor(archive), "the signature does not fit the package"},
-		{"keys", "demo", sign(archive[1:]), "the signature does not fit the package"},
-		{"keys", "other", signature, `unpack "demo/": not in the directory "other", .*`},
-		{"keys", "demo", "", "signature: its first line is no untrusted comment"},
-		{"keys", "demo", "untrusted comment: x", "signature: it has one line only"},
-		{"keys", "demo", "trusted comment: x\n" + line + "\n", "signature: its first line is no untrusted comment"},
-		{"keys", "demo", signature + "\n", "signature: it has more than two lines"},
-		{"keys", "demo", signature + line, "signature: it has more than two lines"},
-		{"keys", "demo", "untrusted comment: x\r\n" + line + "\r\n", "signature: it has more than two lines"},
-		{"keys", "demo", "untrusted comment: x\n" + line[4:] + "\n", "signature: .*"},
-		{"keys", "demo", "untrusted comment: x\n!" + line[1:] + "\n", "signature: its second line is not base64: .*"},
-		{"keys", "demo", "untrusted comment: x\n" + other + "\n", `signature: its algorithm is "RS"; want "Ed"`},
-		{"keys", "demo", public, "signature: its second line holds 42 bytes; want 74"},
-		{"bad", "demo", signature, "public key: .*a.pub: its first line is no untrusted comment"},
-		{"none", "demo", signature, `public key: no \*.pub in .*`},
-		{"nowhere", "demo", signature, "public key: .*no such file or directory"},
-	}
-	for _, test := range tests {
+	good := strings.TrimSuffix(sign(archive), "\n")
+	_, line, _ := strings.Cut(good, "\n")
+	texts := strings.NewReplacer("{good}\n", good+"\n", "{second}\n", sign2(archive), "{stranger}\n", stranger(archive),
+		"{impostor}\n", impostor(archive), "{other}\n", sign(archive[1:]), "{public}\n", public, "{line}", line,
+		"{short}", line[4:], "{RS}", base64.StdEncoding.EncodeToString([]byte("RS"+strings.Repeat("x", 72))),
+		`\r`, "\r", "{end}\n", "")
+	for _, c := range cases(t, "testdata/signatures.txt") {
+		where, want, _ := strings.Cut(c.name, ": ")
+		keys, sensor, _ := strings.Cut(where, " ")
 		u := testUpdater(t, dir, nil)
-		u.keys = filepath.Join(dir, test.keys)
-		got := fmt.Sprint(u.install(context.Background(), test.name, fromBytes(archive, test.signature)))
-		if !regexp.MustCompile("^(verify: )?" + test.want + "$").MatchString(got) {
-			t.Errorf("got %s; want %s", got, test.want)
-		}
+		u.keys = filepath.Join(dir, keys)
+		got := fmt.Sprint(u.install(ctx, sensor, fromText(archive, texts.Replace(c.text))))
+		expect(t, like(got, want), "%s: got %s; want %s", c.text, got, want)
 	}
+	u := testUpdater(t, dir, nil)
+	u.keys = filepath.Join(dir, "keys")
+	must(t, u.plainInstall(fromText(archive, good))) // without the last end of a line
 }
 
 // TestVerifyFlipped flips each bit of a signature and of a key behind the
@@ -4814,23 +4411,22 @@ func TestVerifyFlipped(t *testing.T) {
 	dir := t.TempDir()
 	archive := packageOf(t, entry("demo/check", printing(1)))
 	public, sign := signify(t, "keynum_1")
-	good := map[string]string{"package": string(archive), "signature": sign(archive), "key": public}
-	file, err := os.Create(filepath.Join(dir, "package"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	good := files{"package": archive, "signature": sign(archive), "key": public}
+	writeTree(t, dir, good)
+	file := get(os.OpenFile(filepath.Join(dir, "package"), os.O_RDWR, 0))
 	defer file.Close()
-	verify := func(texts map[string]string) error {
-		writeTree(t, dir, texts)
-		c := &change{updater: testUpdater(t, dir, nil), ctx: context.Background(), archive: file}
-		c.from = fromBytes(nil, texts["signature"])
-		c.keys = filepath.Join(dir, "key")
+	c := &change{updater: testUpdater(t, dir, nil), ctx: ctx, archive: file}
+	c.keys = filepath.Join(dir, "key")
+	verify := func(what, text string) error {
+		if c.from = fromText("", good["signature"]); what == "signature" {
+			c.from = fromText("", text)
+		} else {
+			must(t, os.WriteFile(filepath.Join(dir, what), []byte(text), 0o600))
+		}
 		return c.verify()
 	}
-	if err := verify(good); err != nil {
-		t.Fatal(err)
-	}
 	for what, text := range good {
+		must(t, verify(what, text))
 		first, step := 8*(strings.Index(text, "\n")+1), 1
 		if what == "package" {
 			first, step = 0, 9
@@ -4838,125 +4434,83 @@ func TestVerifyFlipped(t *testing.T) {
 		for i := first; i < 8*(len(text)-1); i += step {
 			bad := []byte(text)
 			bad[i/8] ^= 1 << (i % 8)
-			texts := maps.Clone(good)
-			if texts[what] = string(bad); verify(texts) == nil {
-				t.Errorf("bit %d of the %s flipped: taken", i, what)
-			}
+			expect(t, verify(what, string(bad)) != nil, "bit %d of the %s flipped: got no error; want one", i, what)
 			total("flipped bits refused by verification", 1)
 		}
+		must(t, verify(what, text))
 	}
 }
 
 // TestVerifySignify takes what the real tools make.
 func TestVerifySignify(t *testing.T) {
-	tool := program(t, "signify-openbsd")
-	dir := t.TempDir()
-	archive, err := os.ReadFile("testdata/packages/demo.tar.bz2")
-	if err != nil {
-		t.Fatal(err)
-	}
-	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(archive)})
-	for _, args := range []string{"-G -n -p fleet.pub -s fleet.sec", "-S -s fleet.sec -m demo.tar.bz2"} {
-		cmd := exec.Command(tool, strings.Fields(args)...)
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v %s", args, err, out)
-		}
-	}
-	u := testUpdater(t, dir, nil)
+	tool, dir := needs(t, "signify-openbsd"), t.TempDir()
+	archive := readFile(t, "testdata/packages/demo.tar.bz2")
+	u := testUpdater(t, dir, files{"demo.tar.bz2": string(archive)})
+	runTool(t, dir, tool, "-G", "-n", "-p", "fleet.pub", "-s", "fleet.sec")
+	runTool(t, dir, tool, "-S", "-s", "fleet.sec", "-m", "demo.tar.bz2")
 	u.keys = filepath.Join(dir, "fleet.pub")
-	if err := u.install(context.Background(), "demo", fromFile(filepath.Join(dir, "demo.tar.bz2"))); err != nil {
-		t.Error(err)
-	}
+	must(t, u.plainInstall(fromFile(filepath.Join(dir, "demo.tar.bz2"))))
 	archive[100] ^= 1
-	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(archive)})
-	if err := u.install(context.Background(), "demo", fromFile(filepath.Join(dir, "demo.tar.bz2"))); err == nil || !strings.Contains(err.Error(), "does not fit") {
-		t.Errorf("got %v", err)
-	}
+	writeTree(t, dir, files{"demo.tar.bz2": string(archive)})
+	has(t, "a changed package", u.plainInstall(fromFile(filepath.Join(dir, "demo.tar.bz2"))), "does not fit")
 }
 
 // TestInstallRealTools takes what tar and bzip2 of this machine make of the
 // shipped sensors.
 func TestInstallRealTools(t *testing.T) {
-	tool := program(t, "tar")
-	program(t, "bzip2")
+	tool := needs(t, "tar")
+	needs(t, "bzip2")
 	dir, source := t.TempDir(), t.TempDir()
 	writeTree(t, source, shipped(t, "sensors/"))
 	source = filepath.Join(source, "sensors")
 	u := testUpdater(t, dir, nil)
 	for _, name := range []string{"disk", "uptime"} {
 		file := filepath.Join(dir, name+".tar.bz2")
-		if out, err := exec.Command(tool, "-C", source, "-cjf", file, name).CombinedOutput(); err != nil {
-			t.Fatalf("%v %s", err, out)
-		}
-		if err := u.install(context.Background(), name, fromFile(file)); err != nil {
-			t.Error(err)
-		}
-		if !reflect.DeepEqual(readTree(t, u.at(name)), readTree(t, filepath.Join(source, name))) {
-			t.Errorf("%s is not what was packed", name)
-		}
+		runTool(t, source, tool, "-cjf", file, name)
+		must(t, u.install(ctx, name, fromFile(file)))
+		equal(t, name, readTree(t, u.at(name)), readTree(t, filepath.Join(source, name)))
 	}
+}
+
+// demoBackups lists the backups of demo, oldest first.
+func demoBackups(t testing.TB, u *updater) []string {
+	t.Helper()
+	list := get(filepath.Glob(filepath.Join(u.backup, "demo_*")))
+	return list
 }
 
 // TestRollback makes one change after the other and looks at what is in place,
 // and at the backups, oldest first.
 func TestRollback(t *testing.T) {
 	dir := t.TempDir()
-	u := testUpdater(t, dir, map[string]string{"sensors/demo/check": printing(1)})
+	u := testUpdater(t, dir, files{"sensors/demo/check": printing(1)})
 	state := func() (state string) {
 		for _, version := range append([]string{u.at("demo")}, demoBackups(t, u)...) {
 			state += strings.Fields(string(readFile(t, filepath.Join(version, "check"))))[2]
 		}
 		return state
 	}
-	ctx := context.Background()
-	if err := u.rollback(ctx, "demo"); err == nil || err.Error() != "there is no backup" {
-		t.Errorf("got %v", err)
-	}
+	equal(t, "no backup", fmt.Sprint(u.rollback(ctx, "demo")), "there is no backup")
 	for _, step := range []struct {
 		keep, version int // 0: roll-back
 		want          string
 	}{
-		{3, 2, "21"}, {3, 3, "312"}, {3, 0, "213"}, {3, 0, "312"}, {3, 4, "4123"}, {3, 0, "3124"}, {3, 4, "4243"}, {3, 5, "5434"},
-		{3, 1, "1345"}, {0, 7, "73451"}, {1, 8, "87"},
+		{3, 2, "21"}, {3, 3, "312"}, {3, 0, "213"}, {3, 0, "312"}, {3, 4, "4123"}, {3, 0, "3124"},
+		{3, 4, "4243"}, {3, 5, "5434"}, {3, 1, "1345"}, {0, 7, "73451"}, {1, 8, "87"},
 	} {
-		u.keep = step.keep
-		err := u.rollback
-		if step.version > 0 {
-			err = func(ctx context.Context, name string) error { return u.install(ctx, name, demo(t, step.version)) }
+		if u.keep = step.keep; step.version > 0 {
+			must(t, u.plainInstall(demo(t, step.version)))
+		} else {
+			must(t, u.rollback(ctx, "demo"))
 		}
-		if err := err(ctx, "demo"); err != nil || state() != step.want {
-			t.Fatalf("got %s, %v; want %s", state(), err, step.want)
-		}
+		equal(t, fmt.Sprint(step), state(), step.want)
 	}
 	// Where the clock is behind, order is kept all the same.
-	if err := os.Rename(demoBackups(t, u)[0], filepath.Join(u.backup, "demo_2999-12-31T23:59:59")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Rename(demoBackups(t, u)[0], filepath.Join(u.backup, "demo_2999-12-31T23:59:59")))
 	u.keep = 2
-	if err := u.install(ctx, "demo", demo(t, 9)); err != nil || state() != "978" || !exists(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")) {
-		t.Errorf("got %s, %v; want 978", state(), err)
-	}
-}
-
-// otherFileSystem returns a new directory that renaming cannot reach from
-// temporary ones, or "".
-func otherFileSystem(t *testing.T) string {
-	for _, parent := range []string{"/dev/shm", "/run", "/var/tmp"} {
-		dir, err := os.MkdirTemp(parent, "picket-test-")
-		if err != nil {
-			continue
-		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
-		from := filepath.Join(t.TempDir(), "x")
-		if err := os.Mkdir(from, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(from, filepath.Join(dir, "y")); errors.Is(err, syscall.EXDEV) {
-			return dir
-		}
-	}
-	return ""
+	must(t, u.plainInstall(demo(t, 9)))
+	equal(t, "the state", state(), "978")
+	equal(t, "a backup of 3000", exists(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")), true)
 }
 
 // A crash is a change that a test stops dead at each step.
@@ -4969,24 +4523,22 @@ type crash struct {
 }
 
 func crashes(t testing.TB) []crash {
-	backup := func(day, version int) map[string]string {
+	backup := func(day, version int) files {
 		dir := fmt.Sprintf("backup/demo_2026-01-0%dT00:00:00/", day)
-		return map[string]string{dir + "check": printing(version), dir + "lib/data": strconv.Itoa(version)}
+		return files{dir + "check": printing(version), dir + "lib/data": strconv.Itoa(version)}
 	}
-	before := func(more ...map[string]string) map[string]string {
-		files := map[string]string{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"}
+	before := func(more ...files) files {
+		tree := files{"sensors/demo/check": printing(1), "sensors/demo/lib/data": "1"}
 		for _, m := range more {
-			maps.Copy(files, m)
+			maps.Copy(tree, m)
 		}
-		return files
+		return tree
 	}
-	install := func(u *updater) error {
-		return u.install(context.Background(), "demo", demo(t, 2, entry("demo/lib/data", "2")))
-	}
-	rollback := func(u *updater) error { return u.rollback(context.Background(), "demo") }
+	install := func(u *updater) error { return u.plainInstall(demo(t, 2, entry("demo/lib/data", "2"))) }
+	rollback := func(u *updater) error { return u.rollback(ctx, "demo") }
 	return []crash{
 		{"update", before(), install, []string{"1", "2"}, false},
-		{"deploy", map[string]string{}, install, []string{"", "2"}, false},
+		{"deploy", files{}, install, []string{"", "2"}, false},
 		{"rollback", before(backup(1, 2)), rollback, []string{"1", "2"}, false},
 		{"overlay", before(), install, []string{"1", "2"}, true},
 		{"prune", before(backup(1, 1), backup(2, 1), backup(3, 1)), install, []string{"1", "2"}, false},
@@ -5001,20 +4553,17 @@ func (c crash) updater(t testing.TB, other string) *updater {
 	if other == "" {
 		return u
 	}
-	dir, err := os.MkdirTemp(other, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := get(os.MkdirTemp(other, ""))
 	for name, text := range c.before {
 		if rest, ok := strings.CutPrefix(name, "backup/"); ok {
-			writeTree(t, dir, map[string]string{rest: text})
+			writeTree(t, dir, files{rest: text})
 		}
 	}
 	u.backup = dir
 	return u
 }
 
-// watch has step asked before each change of the file system.
+// watch calls step before each change of the file system.
 func (c crash) watch(u *updater, step func(what string) error) {
 	lower := c.overlay // until it is removed, demo is in the lower layer
 	u.step = func(what string) error {
@@ -5052,55 +4601,45 @@ func (c crash) deadAt(u *updater, n int) (steps func() int) {
 // none of those before the change is lost, and nothing else is left.
 func (c crash) intact(t *testing.T, u *updater, where string) {
 	t.Helper()
-	if left := leftovers(t, filepath.Dir(u.sensors.path), u.sensors.path, u.backup); len(left) > 0 {
-		t.Errorf("%s: left %q", where, left)
-	}
+	leavesNothing(t, where, u.dirs()...)
 	version := func(dir string) string { // of a complete sensor
-		files := readTree(t, dir)
-		if n := files["lib/data"]; len(files) == 2 && len(n) == 1 && strings.TrimSuffix(files["check"], n+"\n") == "#!/bin/sh\necho " {
+		tree := readTree(t, dir)
+		if n := tree["lib/data"]; len(tree) == 2 && len(n) == 1 && tree["check"] == "#!/bin/sh\necho "+n+"\n" {
 			return n
 		}
-		t.Errorf("%s: half of a version in %s: %q", where, dir, files)
+		t.Errorf("%s: got %q in %s; want a whole version", where, tree, dir)
 		return ""
 	}
 	got := ""
 	if exists(u.at("demo")) {
 		got = version(u.at("demo"))
 	}
-	if !slices.Contains(c.outcome, got) {
-		t.Errorf("%s: got %q; want one of %q", where, got, c.outcome)
-	}
+	expect(t, slices.Contains(c.outcome, got), "%s: got %q; want one of %q", where, got, c.outcome)
 	kept := map[string]bool{got: true}
 	backups := demoBackups(t, u)
 	for _, backup := range backups {
 		kept[version(backup)] = true
 	}
 	for name, text := range c.before {
-		if strings.HasSuffix(name, "/data") && !kept[text] {
-			t.Errorf("%s: version %s is lost", where, text)
-		}
+		expect(t, !strings.HasSuffix(name, "/data") || kept[text],
+			"%s: got versions %v; want %s kept, too", where, kept, text)
 	}
-	if len(backups) > u.keep {
-		t.Errorf("%s: %d backups", where, len(backups))
-	}
+	expect(t, len(backups) <= u.keep, "%s: got %d backups; want %d", where, len(backups), u.keep)
 }
 
-// recovered recovers, after that was stopped at each of its steps, and returns
-// how often it was stopped. The state before comes from setUp.
+// recovered stops the recovery dead at each of its steps, recovers again, and returns how
+// often it did so. setUp makes the state before.
 func (c crash) recovered(t *testing.T, where string, setUp func() *updater) (points int) {
 	t.Helper()
 	for m := 1; ; m++ {
 		u := setUp()
 		steps := c.deadAt(u, m)
 		where := fmt.Sprintf("%s, recovery step %d", where, m)
-		if err := u.recover(context.Background()); err != nil && !errors.Is(err, errDead) {
-			t.Errorf("%s: %v", where, err)
-		}
+		err := u.recover(ctx)
+		expect(t, err == nil || errors.Is(err, errDead), "%s: %v", where, err)
 		last := steps() < m
 		c.watch(u, func(string) error { return nil })
-		if err := u.recover(context.Background()); err != nil {
-			t.Errorf("%s: %v", where, err)
-		}
+		must(t, u.recover(ctx))
 		c.intact(t, u, where)
 		if last {
 			return m
@@ -5120,9 +4659,7 @@ func TestCrash(t *testing.T) {
 		for _, other := range others {
 			u := c.updater(t, other)
 			steps := c.deadAt(u, 1<<30)
-			if err := c.run(u); err != nil {
-				t.Fatalf("%s: %v", c.name, err)
-			}
+			must(t, c.run(u))
 			done := c
 			done.outcome = c.outcome[1:]
 			done.intact(t, u, c.name)
@@ -5140,15 +4677,33 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// otherFileSystem returns a new directory that renaming cannot reach from
+// temporary ones, or "".
+func otherFileSystem(t *testing.T) string {
+	for _, parent := range []string{"/dev/shm", "/run", "/var/tmp"} {
+		dir, err := os.MkdirTemp(parent, "picket-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		from := filepath.Join(t.TempDir(), "x")
+		must(t, os.Mkdir(from, 0o700))
+		if err := os.Rename(from, filepath.Join(dir, "y")); errors.Is(err, syscall.EXDEV) {
+			return dir
+		}
+	}
+	return ""
+}
+
 // TestUpgrade recovers what an older version left when it was interrupted.
 func TestUpgrade(t *testing.T) {
 	states := cases(t, "testdata/upgrade.txt")
 	if len(states) < 100 {
-		t.Fatalf("%d states only", len(states))
+		t.Fatalf("got %d states; want 100 or more", len(states))
 	}
+	list := crashes(t)
 	for _, state := range states {
 		kind, _, _ := strings.Cut(state.name, ",")
-		list := crashes(t)
 		c := list[slices.IndexFunc(list, func(c crash) bool { return c.name == kind })]
 		for _, remove := range []bool{false, true} { // the directory of backups, where it is empty
 			if remove && strings.Contains(state.text, "backup/") {
@@ -5159,9 +4714,7 @@ func TestUpgrade(t *testing.T) {
 				u := testUpdater(t, dir, nil)
 				writeState(t, dir, state.text)
 				if remove {
-					if err := os.Remove(u.backup); err != nil {
-						t.Fatal(err)
-					}
+					must(t, os.Remove(u.backup))
 				}
 				return u
 			}))
@@ -5172,30 +4725,24 @@ func TestUpgrade(t *testing.T) {
 // writeState makes the files and directories of a case of testdata/upgrade.txt.
 func writeState(t *testing.T, dir, text string) {
 	t.Helper()
-	for _, line := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
+	for _, line := range splitLines(text) {
 		name, rest, _ := strings.Cut(line, " ")
 		octal, body, isFile := strings.Cut(rest, " ")
-		mode, err := strconv.ParseUint(octal, 8, 32)
-		if err != nil {
-			t.Fatalf("%s: %v", line, err)
-		}
-		file := filepath.Join(dir, name)
+		mode := get(strconv.ParseUint(octal, 8, 32))
 		if isFile {
-			writeTree(t, dir, map[string]string{name: textOf(t, body)})
-		} else if err := os.MkdirAll(file, 0o755); err != nil {
-			t.Fatal(err)
+			writeTree(t, dir, files{name: textOf(t, body)})
+		} else {
+			writeTree(t, dir, files{name + "/": ""})
 		}
-		if err := os.Chmod(file, os.FileMode(mode)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(filepath.Join(dir, name), os.FileMode(mode)))
 	}
 }
 
-// TestUnsettled: what an earlier change left and could not be settled is not
-// taken for this one's, and holds up no other sensor.
+// TestUnsettled: an update fails, and changes nothing, while what an earlier one left
+// cannot be recovered. Other sensors can be updated.
 func TestUnsettled(t *testing.T) {
 	dir := t.TempDir()
-	before := map[string]string{"sensors/demo/check": printing(2), "sensors/.picket-old-demo/check": printing(1)}
+	before := files{"sensors/demo/check": printing(2), "sensors/.picket-old-demo/check": printing(1)}
 	u := testUpdater(t, dir, before)
 	broken := errors.New("broken disk")
 	u.step = func(what string) error {
@@ -5204,27 +4751,17 @@ func TestUnsettled(t *testing.T) {
 		}
 		return nil
 	}
-	ctx := context.Background()
-	if err := u.install(ctx, "demo", demo(t, 3)); !errors.Is(err, broken) || !strings.Contains(err.Error(), "not settled") {
-		t.Errorf("got %v", err)
-	}
-	if got := readTree(t, dir); !reflect.DeepEqual(got, before) {
-		t.Errorf("got %q; want nothing changed", got)
-	}
-	if err := u.install(ctx, "other", fromBytes(packageOf(t, entry("other/check", printing(3))), "")); err != nil {
-		t.Errorf("another sensor: %v", err)
-	}
+	has(t, "a change", u.plainInstall(demo(t, 3)), "not settled…broken disk")
+	equal(t, "after it", readTree(t, dir), before)
+	must(t, u.install(ctx, "other", fromText(packageOf(t, entry("other/check", printing(3))), "")))
 	u.step = func(string) error { return nil }
-	if err := u.install(ctx, "demo", demo(t, 3)); err != nil {
-		t.Error(err)
-	}
-	if got := string(readFile(t, u.at("demo", "check"))); got != printing(3) || len(demoBackups(t, u)) != 2 {
-		t.Errorf("got %q, %q; want both versions before", got, demoBackups(t, u))
-	}
+	must(t, u.plainInstall(demo(t, 3)))
+	equal(t, "the new version", string(readFile(t, u.at("demo", "check"))), printing(3))
+	equal(t, "versions before", len(demoBackups(t, u)), 2)
 }
 
-// TestOneStepFails lets each step of an update fail once: an error means that
-// nothing has changed.
+// TestOneStepFails makes each step of an update fail once: an error means that nothing
+// has changed.
 func TestOneStepFails(t *testing.T) {
 	broken := errors.New("broken disk")
 	for _, c := range crashes(t) {
@@ -5241,71 +4778,55 @@ func TestOneStepFails(t *testing.T) {
 			})
 			err := c.run(u)
 			u.step = func(string) error { return nil }
-			if err := u.recover(context.Background()); err != nil {
-				t.Errorf("%s, step %d: %v", c.name, n, err)
-			}
-			done := c
+			must(t, u.recover(ctx))
+			done, where := c, fmt.Sprintf("%s, step %d, %v", c.name, n, err)
 			if done.outcome = c.outcome[1:]; err != nil {
 				done.outcome = c.outcome[:1]
+				equal(t, where, readTree(t, filepath.Dir(u.backup)), before)
 			}
-			done.intact(t, u, fmt.Sprintf("%s, step %d, %v", c.name, n, err))
-			if after := readTree(t, filepath.Dir(u.backup)); err != nil && !reflect.DeepEqual(after, before) {
-				t.Errorf("%s, step %d, %v: got %q; want nothing changed", c.name, n, err, after)
-			}
+			done.intact(t, u, where)
 		}
 	}
 }
 
 // TestRecoverNothing: where nothing was interrupted, nothing is written.
 func TestRecoverNothing(t *testing.T) {
-	u := testUpdater(t, t.TempDir(), map[string]string{"sensors/demo/check": printing(1), "backup/demo_2026-01-01T00:00:00/check": printing(0), "backup/.profile": "mine"})
+	u := testUpdater(t, t.TempDir(), files{
+		"sensors/demo/check": printing(1), "backup/demo_2026-01-01T00:00:00/check": printing(0),
+		"backup/.profile": "mine",
+	})
+	past := time.Unix(1e9, 0)
 	for i := 0; i < 2; i++ {
-		past := time.Unix(1e9, 0)
-		for _, dir := range []string{filepath.Dir(u.sensors.path), u.sensors.path, u.backup} {
-			if err := os.Chtimes(dir, past, past); err != nil && i == 0 {
-				t.Fatal(err)
+		for _, dir := range u.dirs() {
+			os.Chtimes(dir, past, past) // the backups may be gone
+		}
+		must(t, u.recover(ctx))
+		for _, dir := range u.dirs() {
+			if info, err := os.Stat(dir); err == nil {
+				equal(t, dir, info.ModTime().UTC(), past.UTC())
 			}
 		}
-		if err := u.recover(context.Background()); err != nil {
-			t.Error(err)
-		}
-		for _, dir := range []string{filepath.Dir(u.sensors.path), u.sensors.path, u.backup} {
-			if info, err := os.Stat(dir); err == nil && !info.ModTime().Equal(past) {
-				t.Errorf("%s has changed", dir)
-			}
-		}
-		if err := os.RemoveAll(u.backup); err != nil { // nor is one made
-			t.Fatal(err)
-		}
+		must(t, os.RemoveAll(u.backup)) // nor is one made
 	}
-	if exists(u.backup) {
-		t.Error("a directory of backups was made")
-	}
+	equal(t, "backups exist", exists(u.backup), false)
 }
 
-// TestCrashKill does so with real processes and SIGKILL.
+// TestCrashKill kills a process at each step of every change.
 func TestCrashKill(t *testing.T) {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+	program := get(os.Executable())
 	for i, c := range crashes(t) {
 		for n := 1; ; n++ {
 			u := c.updater(t, "")
-			cmd := exec.Command(self)
+			cmd := exec.Command(program)
 			cmd.Env = append(os.Environ(), fmt.Sprintf("PICKET_TEST_CRASH=%s %d %d", filepath.Dir(u.backup), i, n))
 			out, err := cmd.CombinedOutput()
 			where := fmt.Sprintf("%s, killed at step %d", c.name, n)
-			if err := u.recover(context.Background()); err != nil {
-				t.Errorf("%s: %v", where, err)
-			}
+			must(t, u.recover(ctx))
 			c.intact(t, u, where)
 			if err == nil {
 				break // it was through
 			}
-			if !strings.Contains(err.Error(), "killed") {
-				t.Fatalf("%s: %v %s", where, err, out)
-			}
+			has(t, where+string(out), err, "killed")
 			total("points at which a change was killed", 1)
 		}
 	}
@@ -5333,335 +4854,72 @@ func crashChild(spec string) {
 	}
 }
 
-// TestCrashConfig kills a process that changes client.cfg again and again, from
-// outside and at random moments. The file is whole each time, and the next start
-// removes what is left beside it.
-func TestCrashConfig(t *testing.T) {
-	const text = "[monitor]\nurl = http://%d/ ; here\n"
-	if file := os.Getenv("PICKET_TEST_CONFIG"); file != "" { // this process is to be killed
-		for i := 0; ; i = 1 - i {
-			err := editINI(context.Background(), file, func(c *ini) error { return c.set("monitor", "url", fmt.Sprintf("http://%d/", i)) })
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	half := 0
-	for i := 0; i < *kills; i++ {
-		dir := t.TempDir()
-		writeTree(t, dir, map[string]string{"client.cfg": fmt.Sprintf(text, 2)})
-		file := filepath.Join(dir, "client.cfg")
-		cmd := exec.Command(self, "-test.run=^TestCrashConfig$")
-		cmd.Env = append(os.Environ(), "PICKET_TEST_CONFIG="+file)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		await(t, "first change", func() bool {
-			now, err := os.ReadFile(file)
-			return err == nil && string(now) != fmt.Sprintf(text, 2)
-		})
-		time.Sleep(time.Duration(mathrand.Int63n(int64(5 * time.Millisecond))))
-		cmd.Process.Kill()
-		cmd.Wait()
-		if exists(nextFile(file)) {
-			half++
-		}
-		if err := recoverINI(file); err != nil {
-			t.Error(err)
-		}
-		got := readTree(t, dir)
-		if whole := got["client.cfg"]; len(got) != 1 || whole != fmt.Sprintf(text, 0) && whole != fmt.Sprintf(text, 1) {
-			t.Errorf("got %q; want one of two texts, and nothing else", got)
-		}
-	}
-	total("kills of a change of client.cfg", *kills)
-	if half == 0 && *kills >= 25 {
-		t.Error("none was killed while it wrote")
-	}
-}
-
-// TestUpdateUnderLoad: readings at full rate while their sensor is replaced a
-// hundred times; none fails.
+// TestUpdateUnderLoad: readings at full rate while their sensor is replaced, a
+// hundred times by its agent, and ten times by another process; none fails.
 func TestUpdateUnderLoad(t *testing.T) {
-	dir := t.TempDir()
-	m := newRecorder(t)
-	m.readings = make(chan storedReading, 1<<18) // received at the end
-	s := testSettings(t, filepath.Join(dir, "sensors"), m.url)
-	s.backup, s.concurrency = filepath.Join(dir, "backup"), 4
 	script := func(n int) string { return fmt.Sprintf("#!/bin/sh\n. ./lib && echo $((n + %d))\n", n) }
-	writeTree(t, dir, map[string]string{"sensors/demo/check": script(0), "sensors/demo/lib": "n=0"})
-	a, c := startAgent(t, s)
-	stop := make(chan struct{})
-	sent := make(chan int, 1)
-	go func() {
-		n := 0
-		for ; ; n++ {
-			select {
-			case <-stop:
-				sent <- n
-				return
-			default:
-			}
-			if _, err := c.call(context.Background(), "cmd_submit_reading", n, "demo"); err != nil {
-				t.Error(err)
-			}
-		}
-	}()
-	for i := 1; i <= 100; i++ {
-		archive := packageOf(t, entry("demo/", ""), entry("demo/check", script(i)), entry("demo/lib", fmt.Sprint("n=", i)))
-		if err := a.active.Load().updater.install(context.Background(), "demo", fromBytes(archive, "")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	close(stop)
-	n := receive(t, "the number of readings", sent)
-	for i := 0; i < n; i++ {
-		got := receive(t, "reading", m.readings)
-		value, err := strconv.Atoi(got.value)
-		if got.code != 0 || err != nil || value%2 != 0 { // odd: half of one version, half of another
-			t.Errorf("got %+v", got)
-		}
-	}
-	total("readings during 100 updates", n)
-}
-
-// raceDetector reports whether it is built into this binary.
-func raceDetector() bool {
-	info, _ := debug.ReadBuildInfo()
-	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// TestUpdateBesideAgent: readings at full rate while another process replaces
-// their sensor; none fails.
-func TestUpdateBesideAgent(t *testing.T) {
-	dir := t.TempDir()
-	m := newRecorder(t)
-	s := testSettings(t, filepath.Join(dir, "sensors"), m.url)
-	s.concurrency = 4
-	writeTree(t, dir, map[string]string{
-		"sensors/demo/check": printing(0), "client.cfg": "",
-		"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(2)))),
-	})
-	_, c := startAgent(t, s)
-	installed := make(chan error, 1)
-	go func() {
-		for i := 0; i < 10; i++ {
-			self, err := os.Executable()
-			if err == nil {
-				cmd := exec.Command(self, "install", "demo.tar.bz2")
-				cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
-				var out []byte
-				if out, err = cmd.CombinedOutput(); err != nil {
-					err = fmt.Errorf("%w: %s", err, out)
+	for who, times := range map[string]int{"its agent": 100, "another process": 10} {
+		b := newBox(t, "[sensor]\nbackup = backup\n", files{"sensors/demo/check": script(0), "sensors/demo/lib": "n=0"})
+		b.readings = make(chan storedReading, 1<<18) // received at the end
+		a := b.run(t)
+		var over atomic.Bool
+		asked := make(chan int, 1)
+		go func() {
+			n := 0
+			for ; !over.Load(); n++ {
+				if _, err := b.client.call(ctx, "cmd_submit_reading", n, "demo"); err != nil {
+					t.Error(err)
 				}
 			}
-			if err != nil {
-				installed <- err
-				return
+			asked <- n
+		}()
+		for i := 1; i <= times; i++ {
+			archive := packageOf(t, entry("demo/check", script(i)), entry("demo/lib", fmt.Sprint("n=", i)))
+			if who == "its agent" {
+				must(t, a.active.Load().updater.plainInstall(fromText(archive, "")))
+				continue
 			}
+			writeTree(t, b.dir, files{"demo.tar.bz2": archive})
+			out, err := self(t, b.dir, "install", "demo.tar.bz2").CombinedOutput()
+			expect(t, err == nil, "install: got %v: %s; want no error", err, out)
 		}
-		installed <- nil
-	}()
-	n := 0
-	for busy := true; busy; n++ {
-		select {
-		case err := <-installed:
-			busy = false
-			if err != nil {
-				t.Error(err)
-			}
-		default:
+		over.Store(true)
+		n := receive(t, "the number of readings", asked)
+		for i := 0; i < n; i++ {
+			got := receive(t, "reading", b.readings)
+			value, err := strconv.Atoi(got.value) // odd: half of one version, half of another
+			expect(t, got.code == 0 && err == nil && value%2 == 0, "got %+v; want an even value", got)
 		}
-		mustCall(t, c, "cmd_submit_reading", n, "demo")
-		if got := receive(t, "reading", m.readings); got.code != 0 {
-			t.Errorf("got %+v", got)
-		}
-	}
-	total("readings during 10 updates by another process", n)
-}
-
-// largePackage makes demo.tar.bz2, of nearly 4 MiB.
-func largePackage(t *testing.T, dir string) {
-	t.Helper()
-	body := make([]byte, 4<<20-4096) // that no compression makes smaller
-	x := uint32(1)
-	for i := range body {
-		x = x*1664525 + 1013904223
-		body[i] = byte(x >> 24)
-	}
-	writeTree(t, dir, map[string]string{"demo.tar.bz2": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
-	if tool, err := exec.LookPath("bzip2"); err == nil { // else plain, which takes less memory
-		body := body[:len(body)-len(body)/50] // bzip2 makes it a little larger
-		writeTree(t, dir, map[string]string{"demo.tar": string(packageOf(t, entry("demo/", ""), entry("demo/check", printing(1)), entry("demo/data", string(body))))})
-		if out, err := exec.Command(tool, "-f9", filepath.Join(dir, "demo.tar")).CombinedOutput(); err != nil {
-			t.Fatalf("%v %s", err, out)
-		}
+		total("readings during updates by "+who, n)
 	}
 }
 
-// TestUpdateMemory measures by how much an update raises the peak of resident
-// memory of a whole agent.
+// TestUpdateMemory measures by how much an update raises the peak of resident memory.
 func TestUpdateMemory(t *testing.T) {
-	dir := t.TempDir()
-	packages := filepath.Join(dir, "packages")
-	largePackage(t, packages)
-	m := &monitor{packages: packages, stored: func(storedReading) error { return nil }}
-	readings := make(chan storedReading, 10)
-	m.stored = func(s storedReading) error { readings <- s; return nil }
-	u := serve(t, newHandler(m.methods()))
-	public, sign := signify(t, "keynum_1")
-	archive, err := os.ReadFile(filepath.Join(packages, "demo.tar.bz2"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	writeTree(t, dir, map[string]string{
-		"packages/demo.tar.bz2.sig": sign(archive), "key.pub": public,
-		"client.cfg": "[sensor]\npublic_key = key.pub\n[monitor]\nurl = " + u.String() + "\n[agent]\nlisten = 127.0.0.1:0\n",
-	})
-	cmd, c, _ := servingChild(t, dir)
-	mustCall(t, c, "healthcheck") // it is up
-	peak := func() int {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		kib, err := strconv.Atoi(regexp.MustCompile(`VmHWM:\s+(\d+)`).FindStringSubmatch(string(text))[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		return kib
-	}
-	before := peak()
-	mustCall(t, c, "cmd_update_sensor_code", "demo", 2)
-	if got := receive(t, "outcome", readings); got.code != 0 || got.value != "1" {
-		t.Fatalf("got %+v", got)
-	}
-	after := peak()
-	t.Logf("a package of %d KiB: peak resident set %d KiB before, %d KiB after: %+d KiB", len(archive)>>10, before, after, after-before)
-	if after-before > 8<<10 && !raceDetector() { // which takes memory of its own
-		t.Errorf("an update raised the peak by %d KiB; want at most 8192", after-before)
-	}
+	b := largeBox(t, "")
+	cmd := exec.Command(binary(t))
+	cmd.Dir = b.dir
+	p := b.startAs(t, cmd)
+	mustCall(t, b.client, "healthcheck") // it is up
+	before := residentMemory(t, p.Process.Pid, "VmHWM")
+	wants(t, b.ask(t, "cmd_update_sensor_code", "demo", 2), "ticket 2: exit 0, value 1")
+	after := residentMemory(t, p.Process.Pid, "VmHWM")
+	t.Logf("peak of resident memory %d KiB before, %d KiB after: %+d KiB", before, after, after-before)
+	expect(t, after-before <= 8<<10, "got a peak raised by %d KiB; want 8 MiB at most", after-before)
 }
 
-// TestFetch decodes base64 while it arrives.
-func TestFetch(t *testing.T) {
-	data := bytes.Repeat([]byte("0123456789"), 20001)
-	text := base64.StdEncoding.EncodeToString(data)
-	lines := regexp.MustCompile(".{76}").ReplaceAllString(text, "$0\r\n")
-	packages := strings.NewReplacer("{text}", text, "{lines}", lines, "{100}", text[:100])
-	var answer string
-	u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, answer) }))
-	c := newClient(u, patience, nil)
-	defer c.close()
-	for _, test := range answers(t, "package") {
-		for _, line := range strings.Split(strings.TrimSuffix(test.text, "\n"), "\n") {
-			answer = packages.Replace(expand(t, line))
-			if !strings.Contains(line, "<?xml") && !strings.Contains(line, "<methodResponse>") {
-				answer = xmlDeclaration + "\n<methodResponse>\n<params><param><value>" + answer + "</value></param></params></methodResponse>"
-			}
-			var got bytes.Buffer
-			err := c.fetch(context.Background(), &got, 1<<20, "m")
-			ok := err == nil && bytes.Equal(got.Bytes(), data)
-			if test.name == "ok" && !ok || test.name != "ok" && !regexp.MustCompile("^"+test.name+"$").MatchString(fmt.Sprint(err)) {
-				t.Errorf("%.100q: got %d bytes, %v; want %s", line, got.Len(), err, test.name)
-			}
-		}
-	}
-	hold := make(chan struct{})
-	defer close(hold)
-	c = newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		io.WriteString(w, "<methodResponse>")
-		w.(http.Flusher).Flush()
-		<-hold
-	})), 200*time.Millisecond, nil)
-	if err := c.fetch(context.Background(), io.Discard, 1<<20, "m"); err == nil || err.Error() != "nothing has come for 200ms" {
-		t.Errorf("got %v", err)
-	}
-}
-
-func FuzzUnpack(f *testing.F) {
-	files, _ := filepath.Glob("testdata/packages/*")
-	for _, file := range files {
-		f.Add(readFile(f, file))
-	}
-	for _, p := range refusedPackages(f) {
-		if len(p.archive) < 1<<14 {
-			f.Add(p.archive)
-		}
-	}
-	f.Add(packageOf(f, entry("demo/check", printing(1)), entry("demo/a/b/c", "d")))
-	f.Fuzz(func(t *testing.T, archive []byte) {
-		dir := t.TempDir()
-		u := testUpdater(t, filepath.Join(dir, "in"), nil)
-		u.maxUnpacked = 1 << 16
-		c := &change{updater: u, ctx: context.Background(), name: "demo", from: fromBytes(archive, "")}
-		look := func() error {
-			err := c.unpack()
-			size, in := 0, filepath.Join("in", filepath.Base(c.staging.Name()))
-			for name, text := range readTree(t, dir) {
-				if name == filepath.Join(in, "package") {
-					continue
-				}
-				if size += len(text); !strings.HasPrefix(name, filepath.Join(in, "demo")+"/") {
-					t.Errorf("%v: made %q", err, name)
-				}
-			}
-			if size > 1<<16 {
-				t.Errorf("%v: %d bytes unpacked", err, size)
-			}
-			return nil
-		}
-		if err := c.make(c.fetch, look); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// FuzzSignify: a key or a signature that is taken holds what was taken, and
-// nothing else; and only the signature itself fits the package.
-func FuzzSignify(f *testing.F) {
-	message := []byte("message")
-	public, sign := signify(f, "keynum_1")
-	_, key, err := parseSignify([]byte(public), ed25519.PublicKeySize)
-	if err != nil {
-		f.Fatal(err)
-	}
-	_, signature, err := parseSignify([]byte(sign(message)), ed25519.SignatureSize)
-	if err != nil {
-		f.Fatal(err)
-	}
-	for _, text := range []string{public, sign(message), sign(nil), "untrusted comment: \n", ""} {
-		f.Add([]byte(text), false)
-		f.Add([]byte(text), true)
-	}
-	f.Fuzz(func(t *testing.T, text []byte, signed bool) {
-		size := ed25519.PublicKeySize
-		if signed {
-			size = ed25519.SignatureSize
-		}
-		number, data, err := parseSignify(text, size)
-		if err != nil {
-			return
-		}
-		want := base64.StdEncoding.EncodeToString([]byte("Ed" + number + string(data)))
-		if lines := strings.Split(string(text), "\n"); len(lines) > 3 || lines[1] != want {
-			t.Errorf("%q: got %q", text, want)
-		}
-		if signed && ed25519.Verify(key, message, data) && !bytes.Equal(data, signature) {
-			t.Errorf("%q fits as well as %q", data, signature)
-		}
-	})
+// chdir changes the working directory until the test ends (Chdir of
+// testing.T is younger than Go 1.21).
+func chdir(t *testing.T, dir string) {
+	before := get(os.Getwd())
+	must(t, os.Chdir(dir))
+	t.Cleanup(func() { must(t, os.Chdir(before)) })
 }
 
 // TestCommandLine runs the command lines of testdata/commands.txt.
 func TestCommandLine(t *testing.T) {
-	dir := t.TempDir()
 	lines := cases(t, "testdata/commands.txt")
+	dir := t.TempDir()
 	chdir(t, dir)
 	writeSensor(t, filepath.Join(dir, "sensors"), "s", `case $1 in
 		options) echo "x  what x is";;
@@ -5670,76 +4928,37 @@ func TestCommandLine(t *testing.T) {
 		text) echo text;;
 		*) echo 42;;
 		esac`)
-	stderr, err := os.Create(filepath.Join(dir, "stderr"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	stderr := get(os.Create(filepath.Join(dir, "stderr")))
 	defer stderr.Close()
 	defer func(before *os.File) { os.Stderr = before }(os.Stderr)
 	os.Stderr = stderr
 	defer log.SetOutput(log.Writer())
 	empty, full := newRecorder(t), newRecorder(t)
 	full.packages, full.next = dir, "http://next/"
-	writeTree(t, dir, map[string]string{"s.tar.bz2": "package", "s.tar.bz2.sig": "signature"})
-	fill := strings.NewReplacer("MONITOR", empty.url.String(), "FULL", full.url.String(), "TAKEN", empty.url.Host).Replace
+	writeTree(t, dir, files{"s.tar.bz2": "package", "s.tar.bz2.sig": "signature"})
+	must(t, syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600))
+	fill := strings.NewReplacer("MONITOR", empty.url.String(), "FULL", full.url.String(), "TAKEN", empty.url.Host)
 	for _, line := range lines {
 		if strings.HasSuffix(line.name, ".cfg") {
-			writeTree(t, dir, map[string]string{line.name: fill(line.text)})
+			writeTree(t, dir, files{line.name: fill.Replace(line.text)})
 			continue
 		}
 		config := lines[0].text
-		writeTree(t, dir, map[string]string{"client.cfg": config})
-		args, err := splitWords(fill(line.name))
-		if err != nil {
-			t.Fatal(err)
-		}
+		writeTree(t, dir, files{"client.cfg": config})
+		args, err := splitWords(fill.Replace(line.name))
+		must(t, err)
 		for i := range args {
 			args[i] = strings.ReplaceAll(args[i], `\n`, "\n")
 		}
 		got := picket(args...)
-		if !like(got, line.text) {
-			t.Errorf("picket %s: got\n%s\nwant\n%s", line.name, got, line.text)
-		}
-		wantChange := line.text == "exit 0\n" // which is all that config set and unset print
-		if left := readTree(t, dir)["client.cfg"]; (left != config) != wantChange {
-			t.Errorf("picket %s: left %q", line.name, left)
-		}
+		expect(t, like(got, line.text), "picket %s: got\n%s\nwant\n%s", line.name, got, line.text)
+		// config set and unset print nothing else; nothing but them changes the file.
+		equal(t, line.name, string(readFile(t, "client.cfg")) != config, line.text == "exit 0\n")
 	}
-	if text := readTree(t, dir)["stderr"]; text != "oops\n" {
-		t.Errorf("got %q; want what the sensor says", text)
-	}
-	if err := os.Remove("client.cfg"); err != nil {
-		t.Fatal(err)
-	}
+	equal(t, "what the sensor says", string(readFile(t, "stderr")), "oops\n")
+	must(t, os.Remove("client.cfg"))
 	want := "exit 2\npicket: no client.cfg: looked for " + filepath.Join(dir, "client.cfg") + ", then /…\n"
-	if got := picket("list"); !like(got, want) {
-		t.Errorf("got %q; want %q", got, want)
-	}
-}
-
-// picket runs a command line in this process. It returns "exit CODE", what is
-// printed, and the error as it would be logged.
-func picket(args ...string) string {
-	var out bytes.Buffer
-	err := execute(context.Background(), make(chan os.Signal, 1), args, &out)
-	code := 0
-	var coded *exitError
-	switch {
-	case errors.As(err, &coded):
-		code, err = coded.code, coded.err
-	case err != nil:
-		code = exitFailed
-	}
-	if err != nil {
-		fmt.Fprintf(&out, "picket: %v\n", err)
-	}
-	return fmt.Sprintf("exit %d\n%s", code, &out)
-}
-
-// like reports whether got is want, in which … stands for any text.
-func like(got, want string) bool {
-	pattern := strings.ReplaceAll(regexp.QuoteMeta(want), "…", ".*")
-	return regexp.MustCompile("(?s)^" + pattern + "$").MatchString(got)
+	has(t, "list", picket("list"), want)
 }
 
 func TestWireValue(t *testing.T) {
@@ -5747,9 +4966,7 @@ func TestWireValue(t *testing.T) {
 		"7": 7, "-7": -7, "2147483647": 2147483647, "2147483648": int64(2147483648),
 		"9223372036854775808": "9223372036854775808", "1.5": "1.5", "": "", "7x": "7x",
 	} {
-		if got := wireValue(arg); got != want {
-			t.Errorf("%q: got %#v; want %#v", arg, got, want)
-		}
+		equal(t, arg, wireValue(arg), want)
 	}
 }
 
@@ -5759,16 +4976,12 @@ func TestReadable(t *testing.T) {
 		"c": []byte("hi"), "d": dateTime("20261122T20:43:21"), "e": 2.5,
 	}
 	want := "a:\n  - 1\n  - x\n    y\n  - - nil\n    - true\nb: \nc: aGk=\nd: 20261122T20:43:21\ne: 2.5"
-	if got := readable(v); got != want {
-		t.Errorf("got %q; want %q", got, want)
-	}
+	equal(t, "the text", readable(v), want)
 }
 
 // TestMonitorStores: the stand-in monitor takes a reading in one form only.
 func TestMonitorStores(t *testing.T) {
-	m := newRecorder(t)
-	c := newClient(m.url, patience, nil)
-	defer c.close()
+	c := testClient(t, newRecorder(t).url, nil)
 	at := dateTime("20261122T20:43:21")
 	mustCall(t, c, "cmd_store_probe_data", 1, []any{0, "1"}, at)
 	for _, params := range [][]any{
@@ -5778,127 +4991,40 @@ func TestMonitorStores(t *testing.T) {
 	}
 }
 
-// wantFault wants a method to refuse its parameters.
-func wantFault(t testing.TB, c *client, method string, params ...any) {
-	t.Helper()
-	v, err := c.call(context.Background(), method, params...)
-	if f := (*fault)(nil); !errors.As(err, &f) || f.code != faultParams {
-		t.Errorf("%s%.80v: got %v, %v; want fault %d", method, params, v, err, faultParams)
-	}
-}
-
 // TestSelftest: it passes with what is shipped and without a client.cfg, and fails
 // where a sensor does, but not where a sensor gives a reason.
 func TestSelftest(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
-	run := func(want ...string) {
+	run := func(dir string, want ...string) string {
 		t.Helper()
+		chdir(t, dir)
 		got := picket("selftest")
 		for _, want := range want {
-			if !like(got, want) {
-				t.Errorf("got %s; want %s", got, want)
-			}
+			expect(t, like(got, want), "got %s; want %s", got, want)
 		}
+		return got
 	}
 	t.Run("shipped", func(t *testing.T) {
-		files := shipped(t, "")
-		dir := t.TempDir()
-		writeTree(t, dir, files)
-		chdir(t, dir)
-		run("exit 0\n…\nselftest passed\n", "…disk         percent /           0  …")
+		dir, tree := t.TempDir(), shipped(t, "")
+		writeTree(t, dir, tree)
+		run(dir, "exit 0\n…\nselftest passed\n", "…disk         percent /           0  …")
 	})
 	dir := t.TempDir()
-	chdir(t, dir)
-	run("exit 0\n…\nselftest passed\n")
-	if got := picket("selftest"); strings.Count(got, "\n") != 1+15 {
-		t.Errorf("got %s; want no sensors but its own", got)
-	}
+	got := run(dir, "exit 0\n…\nselftest passed\n")
+	equal(t, "lines, without sensors but its own", strings.Count(got, "\n"), 1+15)
 	option := "#!/bin/sh\n[ $1 = options ] && echo x && exit; "
-	writeTree(t, dir, map[string]string{
+	writeTree(t, dir, files{
 		"client.cfg": "", "sensors/died/check": option + "echo no y here >&2; exit 255",
 		"sensors/none/check": option + "echo no x here >&2; exit 1", "sensors/broken/check": option + "echo x",
+		"sensors/mute/check": "#!/bin/sh\nexit 1",
 	})
-	run("exit 1\n…1 thing not as it should be\n", `…not counted: "no x here"…`, "…FAILED: not a number…")
-	writeTree(t, dir, map[string]string{"sensors/mute/check": "#!/bin/sh\nexit 1"})
-	run("exit 1\n…2 things not as it should be\n", "…mute         FAILED: no help: mute options: exit 1…")
-	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
-		t.Errorf("left behind: %v, %v", left, err)
-	}
+	run(dir, "exit 1\n…2 things not as it should be\n", `…not counted: "no x here"…`, "…FAILED: not a number…",
+		"…mute         FAILED: no help: mute options: exit 1…")
+	left := get(os.ReadDir(os.TempDir()))
+	equal(t, "files left", len(left), 0)
 }
 
-// A testCA signs certificates for tests.
-type testCA struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pem  string
-}
-
-func newCA(t testing.TB, name string) *testCA {
-	t.Helper()
-	ca := &testCA{cert: &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}}
-	ca.cert.Subject.CommonName = name
-	ca.pem, _ = ca.sign(t, ca.cert, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-	return ca
-}
-
-// sign returns a certificate and its key as PEM. The first is the CA's own.
-func (ca *testCA) sign(t testing.TB, cert *x509.Certificate, from, to time.Time) (certPEM, keyPEM string) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if ca.key == nil {
-		ca.key = key
-	}
-	cert.SerialNumber, cert.NotBefore, cert.NotAfter = big.NewInt(time.Now().UnixNano()), from, to
-	der, err := x509.CreateCertificate(rand.Reader, cert, ca.cert, &key.PublicKey, ca.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	encode := func(kind string, der []byte) string {
-		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
-	}
-	return encode("CERTIFICATE", der), encode("EC PRIVATE KEY", keyDER)
-}
-
-// files writes a certificate that is valid between two times, its key and the
-// CA's certificate, and returns what a section says of them.
-func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
-	t.Helper()
-	dir := t.TempDir()
-	cert, key := ca.sign(t, &x509.Certificate{
-		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
-	}, from, to)
-	writeTree(t, dir, map[string]string{"crt": cert, "key": key, "ca": ca.pem})
-	f := tlsFiles{certificate: filepath.Join(dir, "crt"), key: filepath.Join(dir, "key"), ca: filepath.Join(dir, "ca")}
-	if option, err := f.load(); err != nil {
-		t.Fatal(option, err)
-	}
-	return f
-}
-
-// valid is files of a certificate that is valid now.
-func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
-	t.Helper()
-	return ca.files(t, name, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-}
-
-// serveTLS serves the methods of a monitor to whom the files let in.
-func serveTLS(t testing.TB, m *monitor, files tlsFiles) (*handler, *url.URL) {
-	h := newHandler(m.methods())
-	h.setAccess(&access{tls: serverTLS(files)})
-	u := serve(t, h)
-	u.Scheme = "https"
-	return h, u
-}
-
-// TestTLS: whom the agent is served by and whom it serves, over TLS.
+// TestTLS: which certificates the agent trusts as a client and as a server.
 func TestTLS(t *testing.T) {
 	hour, now := time.Hour, time.Now()
 	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
@@ -5916,6 +5042,7 @@ func TestTLS(t *testing.T) {
 	trusting := func(c *tls.Config) { c.RootCAs = box.pool }
 	old := func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS11, tls.VersionTLS11 }
 	const invalid = "expired or is not yet valid"
+	methods := (&monitor{}).methods()
 	for _, test := range []struct {
 		name           string
 		server, client tlsFiles
@@ -5940,373 +5067,142 @@ func TestTLS(t *testing.T) {
 		{"TLS 1.1", alone, none, old, "protocol version"},
 		{"TLS 1.2", box, monitorFiles, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, ""},
 	} {
-		_, u := serveTLS(t, &monitor{}, test.server)
+		_, u := serveTLS(t, methods, test.server)
 		config := clientTLS(test.client)
 		test.change(config)
-		c := newClient(u, patience, config)
-		v, err := c.call(context.Background(), "healthcheck")
-		c.close()
+		v, err := testClient(t, u, config).call(ctx, "healthcheck")
 		failed := err != nil && test.want != "" && regexp.MustCompile(test.want).MatchString(err.Error())
-		if succeeded := err == nil && test.want == "" && v == "OK"; !failed && !succeeded {
-			t.Errorf("%s: got %v, %v; want %q", test.name, v, err, test.want)
-		}
+		succeeded := err == nil && test.want == "" && v == "OK"
+		expect(t, failed || succeeded, "%s: got %v, %v; want %q", test.name, v, err, test.want)
 	}
-	_, u := serveTLS(t, &monitor{}, box)
+	_, u := serveTLS(t, methods, box)
 	u.Scheme = "http"
-	c := newClient(u, patience, nil)
-	defer c.close()
-	if _, err := c.call(context.Background(), "healthcheck"); err == nil || !strings.Contains(err.Error(), "400") {
-		t.Errorf("plain HTTP on the TLS port: got %v", err)
-	}
+	_, err := testClient(t, u, nil).call(ctx, "healthcheck")
+	has(t, "plain HTTP on the TLS port", err, "400")
 }
 
-// TestTLSReplaced: whoever has a certificate of a CA that was replaced is served
-// no more, also over a connection or session that he has. Only a call that is
-// being answered is answered.
+// TestTLSReplaced: a caller with a certificate of a CA that was replaced is served no
+// more, not even over a connection or session from before. A call under way is answered.
 func TestTLSReplaced(t *testing.T) {
 	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
 	box := ours.valid(t, "box")
 	began, end := make(chan bool), make(chan bool)
-	h := newHandler([]method{
+	h, u := serveTLS(t, []method{
 		{"healthcheck", "string", "OK.", healthcheck},
 		{"wait", "string", "", func(request, []any) (any, error) { began <- true; <-end; return "OK", nil }},
-	})
-	h.setAccess(&access{tls: serverTLS(box)})
-	u := serve(t, h)
-	u.Scheme = "https"
+	}, box)
 	config := clientTLS(ours.valid(t, "monitor"))
 	config.ClientSessionCache = tls.NewLRUClientSessionCache(4)
-	trusted := func() *client {
-		c := newClient(u, patience, config)
-		c.http.Transport.(*http.Transport).IdleConnTimeout = patience
-		t.Cleanup(c.close)
-		return c
-	}
-	idle, waiting := trusted(), trusted()
+	idle, waiting := testClient(t, u, config), testClient(t, u, config)
+	*idle.idleTimeout(), *waiting.idleTimeout() = patience, patience
 	mustCall(t, idle, "healthcheck")
 	answered := make(chan error, 1)
-	go func() { _, err := waiting.call(context.Background(), "wait"); answered <- err }()
+	go func() { _, err := waiting.call(ctx, "wait"); answered <- err }()
 	receive(t, "the call that waits", began)
 	sending, err := tls.Dial("tcp", u.Host, config)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer sending.Close()
 	io.WriteString(sending, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n<")
 
 	box.pool = theirs.valid(t, "x").pool
 	h.setAccess(&access{tls: serverTLS(box)})
 	close(end)
-	if err := receive(t, "an answer", answered); err != nil {
-		t.Errorf("a call that waited: %v", err)
-	}
+	must(t, receive(t, "an answer to the call that waited", answered))
 	for _, c := range []*client{idle, waiting} {
-		if v, err := c.call(context.Background(), "healthcheck"); err == nil {
-			t.Errorf("got %v", v)
-		}
+		v, err := c.call(ctx, "healthcheck")
+		expect(t, err != nil, "got %v; want an error", v)
 	}
 	sending.SetReadDeadline(time.Now().Add(patience))
 	if n, err := sending.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a call that came half: got %d bytes, %v", n, err)
+		t.Errorf("a call that came half: got %d bytes, %v; want the end", n, err)
 	}
 	other := theirs.valid(t, "monitor")
 	other.pool = ours.valid(t, "x").pool
-	c := newClient(u, patience, clientTLS(other))
-	defer c.close()
-	mustCall(t, c, "healthcheck")
+	mustCall(t, testClient(t, u, clientTLS(other)), "healthcheck")
 }
 
 // TestBuildTime: the linker's stamp is the time of the build.
 func TestBuildTime(t *testing.T) {
 	defer func(before string) { built = before }(built)
-	if built = "1790000000"; !buildTime().Equal(time.Unix(1790000000, 0)) {
-		t.Errorf("got %v", buildTime())
-	}
+	built = "1790000000"
+	equal(t, "the time", buildTime().Unix(), int64(1790000000))
 }
 
-// A box is a directory with a client.cfg, a monitor that records, and a client
-// that commands the agent which box.run or box.start runs there.
-type box struct {
-	*recorder
-	dir    string
-	config string // the text of client.cfg
-	client *client
-}
-
-// newBox makes a box with these files. Its client.cfg names the monitor, has an
-// address to listen at, and then more.
-func newBox(t testing.TB, more string, files map[string]string) *box {
-	t.Helper()
-	b := &box{recorder: newRecorder(t), dir: t.TempDir()}
-	b.config = "[monitor]\nurl = " + b.url.String() + "\n[agent]\nlisten = 127.0.0.1:0\n" + more
-	writeTree(t, b.dir, files)
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config})
-	return b
-}
-
-// run runs the agent in this process until the test ends.
-func (b *box) run(t testing.TB) *agent {
-	t.Helper()
-	s, err := readSettings(filepath.Join(b.dir, "client.cfg"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var a *agent
-	a, b.client = startAgent(t, s)
-	return a
-}
-
-// start runs the agent as a child.
-func (b *box) start(t testing.TB, args ...string) (p *child) {
-	t.Helper()
-	p, b.client, _ = servingChild(t, b.dir, args...)
-	return p
-}
-
-// ask gives a command that has a ticket, and returns what the monitor gets.
-func (b *box) ask(t testing.TB, method string, params ...any) storedReading {
-	t.Helper()
-	mustCall(t, b.client, method, params...)
-	return receive(t, "the outcome of "+method, b.readings)
-}
-
-// read runs a sensor without arguments.
-func (b *box) read(t testing.TB, ticket any, sensor string) storedReading {
-	t.Helper()
-	return b.ask(t, "cmd_submit_reading", ticket, sensor)
-}
-
-// wants compares what the monitor gets: "ticket 7: exit 0, value 1".
-func wants(t testing.TB, got storedReading, want string) {
-	t.Helper()
-	if text := got.String(); !strings.HasSuffix(text, " 127.0.0.1 "+want) {
-		t.Errorf("got %s; want %s", text, want)
-	}
-}
-
-// wantLog waits until a log has a text, in which … stands for anything.
-func wantLog(t testing.TB, log fmt.Stringer, text string) {
-	t.Helper()
-	defer func() {
-		if t.Failed() {
-			t.Logf("the log is %s", log)
-		}
-	}()
-	await(t, "the log has "+text, func() bool { return like(log.String(), "…"+text+"…") })
-}
-
-// A child is a program that runs as a child of the test, and its log.
-type child struct {
-	*exec.Cmd
-	log    lockedBuffer
-	serves chan string   // gets each line of the log that names the address where it serves
-	ended  chan struct{} // is closed when it has ended
-}
-
-// servesAt matches the line with which a program says where it serves.
-var servesAt = regexp.MustCompile(`(?:on|listening) (?:http://)?(127\.0\.0\.1:\d+)[,/]`)
-
-// start starts a program and kills it when the test ends.
-func start(t testing.TB, cmd *exec.Cmd) *child {
-	t.Helper()
-	c := &child{Cmd: cmd, serves: make(chan string, 100), ended: make(chan struct{})}
-	stderr, err := cmd.StderrPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(c.ended)
-		defer close(c.serves)
-		var err error
-		for lines := bufio.NewReader(stderr); err == nil; {
-			var line string
-			line, err = lines.ReadString('\n')
-			c.log.Write([]byte(line))
-			if servesAt.MatchString(line) {
-				c.serves <- line
-			}
-		}
-		c.Wait() // whose error is in ProcessState
-	}()
-	t.Cleanup(func() { c.Process.Kill(); <-c.ended })
-	return c
-}
-
-// startIn starts a command that becomes the program, in dir.
-func startIn(t testing.TB, dir string, cmd *exec.Cmd) *child {
-	t.Helper()
-	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
-	return start(t, cmd)
-}
-
-// client waits until an agent serves, and returns a client that calls it.
-func (c *child) client(t testing.TB) *client {
-	t.Helper()
-	return clientOf(t, c.address(t))
-}
-
-// address waits until the program serves, and returns where.
-func (c *child) address(t testing.TB) string {
-	t.Helper()
-	line := receive(t, "its address", c.serves)
-	if line == "" {
-		t.Fatalf("%s does not serve: %s", c.Path, &c.log)
-	}
-	return servesAt.FindStringSubmatch(line)[1]
-}
-
-// clientOf returns a client of an agent at this address.
-func clientOf(t testing.TB, address string) *client {
-	c := newClient(&url.URL{Scheme: "http", Host: address, Path: "/"}, patience, nil)
-	t.Cleanup(c.close)
-	return c
-}
-
-// signal sends signals.
-func (c *child) signal(t testing.TB, signals ...syscall.Signal) {
-	t.Helper()
-	for _, s := range signals {
-		if err := c.Process.Signal(s); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// wait waits for the end and returns the exit code, -1 for a signal.
-func (c *child) wait(t testing.TB) int {
-	t.Helper()
-	receive(t, "the end of "+c.Path, c.ended)
-	return c.ProcessState.ExitCode()
-}
-
-// terminate ends an agent, which must succeed.
-func (c *child) terminate(t testing.TB) {
-	t.Helper()
-	c.signal(t, syscall.SIGTERM)
-	if code := c.wait(t); code != 0 {
-		t.Errorf("exit %d; want 0: %s", code, &c.log)
-	}
-}
-
-// self is the command that runs this program in dir.
-func self(t testing.TB, dir string, args ...string) *exec.Cmd {
-	t.Helper()
-	file, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(file, args...)
-	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
-	return cmd
-}
-
-// wrapped is a command that another one starts: its path and arguments follow.
-func wrapped(cmd *exec.Cmd, name string, args ...string) *exec.Cmd {
-	outer := exec.Command(name, append(append(args, cmd.Path), cmd.Args[1:]...)...)
-	outer.Dir, outer.Env = cmd.Dir, cmd.Env
-	return outer
-}
-
-// servingChild starts this program in dir and waits until it takes commands. The
-// buffer gets what it logs.
-func servingChild(t testing.TB, dir string, args ...string) (*child, *client, *lockedBuffer) {
-	t.Helper()
-	c := start(t, self(t, dir, args...))
-	return c, c.client(t), &c.log
-}
-
-// build builds the program as make build does, and returns its path in dir.
-func build(t testing.TB, dir string) string {
-	t.Helper()
-	return goBuild(t, filepath.Join(dir, "picket"), ".")
-}
-
-func goBuild(t testing.TB, file, source string) string {
-	t.Helper()
-	flags := []string{"build", "-trimpath", "-buildvcs=false", "-tags", "nethttpomithttp2"}
-	linker := "-s -w -buildid= -X main.built=1 -X main.release=test"
-	cmd := exec.Command("go", append(flags, "-ldflags", linker, "-o", file, source)...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return file
-}
-
-// TestReload: what is valid in client.cfg is in force as a whole, what is not
-// changes nothing; the work goes on meanwhile.
+// TestReload: a valid client.cfg comes into force as a whole, any other changes nothing;
+// the work goes on meanwhile.
 func TestReload(t *testing.T) {
-	dir := t.TempDir()
-	gate, gated := gatedSensor(dir)
-	b := newBox(t, "[sensor]\npath = one\n", map[string]string{
+	gate, gated := gatedSensor(t)
+	b := newBox(t, "[sensor]\npath = one\n", files{
 		"one/s/check": printing(1), "two/s/check": printing(2), "one/gated/check": gated,
 	})
 	first, second := b.recorder, newRecorder(t)
 	p := b.start(t)
 	before := b.client.url.Host
-	reloads := 0
-	reload := func(format string, args ...any) {
-		t.Helper()
-		reloads++
-		writeTree(t, b.dir, map[string]string{"client.cfg": fmt.Sprintf(format, args...)})
-		p.signal(t, syscall.SIGHUP)
-		await(t, "the reload", func() bool {
-			log := p.log.String()
-			return strings.Count(log, "is in force; on")+strings.Count(log, "the settings before stay in force") == reloads
-		})
-	}
 	mustCall(t, b.client, "cmd_submit_reading", 1, "gated")
 	wants(t, b.read(t, 2, "s"), "ticket 2: exit 0, value 1")
 	first.set(away)
 	mustCall(t, b.client, "cmd_submit_reading", 3, "s")
 	await(t, "a try to deliver it", func() bool { return first.tries.Load() > 1 })
 
-	reload("[sensor]\npth = two\ntimeout = x\n")
-	wantLog(t, &p.log, `reload: …client.cfg:3: [sensor] timeout: "x" is not a time`)
-	reload("x\n")
-	wantLog(t, &p.log, `reload: …client.cfg:1: no section header yet`)
-	reload("[sensor]\npath = two\n[agent]\nlisten = 203.0.113.1:1\n") // an address of nobody here
-	wantLog(t, &p.log, "reload: [agent] listen: listen tcp 203.0.113.1:1: ")
+	must(t, syscall.Mkfifo(filepath.Join(b.dir, "fifo"), 0o600))
+	for text, want := range map[string]string{
+		"[sensor]\npth = two\ntimeout = x\n":                      `client.cfg:3: [sensor] timeout: "x" is not a time`,
+		"[agent]\ncertificate = fifo\nkey = fifo\n":               "client.cfg:2: [agent] certificate: …fifo: not a regular file",
+		"[sensor]\npath = two\n[agent]\nlisten = 203.0.113.1:1\n": "[agent] listen: listen tcp 203.0.113.1:1: ",
+	} {
+		has(t, text, b.reload(t, p, text), "reload: …"+want+"…stay in force")
+	}
 	mustCall(t, b.client, "cmd_submit_reading", 4, "s") // of path one, still
 
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	free := listen(t, "127.0.0.1:0")
 	address := free.Addr().String()
 	free.Close()
-	settings := "[sensor]\npath = two\nconcurrency = 3\n[monitor]\nurl = %s\n[agent]\nallow = 127.0.0.1\nlisten = %s\n"
-	reload(settings, second.url, address)
-	tickets := map[any]string{}
-	for range [2]int{} {
-		got := receive(t, "what was undelivered", second.readings)
-		tickets[got.ticket] = got.value
-	}
-	if want := (map[any]string{3: "1", 4: "1"}); !maps.Equal(tickets, want) {
-		t.Errorf("got %v; want %v", tickets, want)
-	}
+	text := "[sensor]\npath = two\nconcurrency = 3\n[monitor]\nurl = " + second.url.String() +
+		"\n[agent]\nallow = 127.0.0.1\nlisten = "
+	b.reload(t, p, text+address+"\n")
+	equal(t, "what was undelivered", getsAll(t, second, 2), map[any]string{3: "0 1", 4: "0 1"})
 	if conn, err := net.Dial("tcp", before); err == nil {
 		conn.Close()
-		t.Errorf("%s is still served", before)
+		t.Errorf("%s: got a connection; want none any more", before)
 	}
 	b.client, b.recorder = p.client(t), second
 	wants(t, b.read(t, 5, "s"), "ticket 5: exit 0, value 2")
-	writeTree(t, dir, map[string]string{"gate": ""})
-	await(t, gate, func() bool { return len(second.readings) > 0 })
+	gate.open(t)
 	wants(t, receive(t, "the sensor that ran all the while", second.readings), "ticket 1: exit 0, value 3")
 	// The same port, of all addresses: the old one is in the way.
 	_, port, _ := net.SplitHostPort(address)
-	reload(settings, second.url, ":"+port)
+	b.reload(t, p, text+":"+port+"\n")
 	mustCall(t, b.client, "healthcheck")
 }
 
-// gatedSensor returns a sensor that prints 3 as soon as the file dir/gate exists.
-func gatedSensor(dir string) (gate, sensor string) {
-	gate = filepath.Join(dir, "gate")
-	return gate, "#!/bin/sh\nwhile [ ! -e '" + gate + "' ]; do sleep 0.02; done; echo 3\n"
+// TestReloadProtects: no reload takes away a protection that is in force, as one
+// would that meets a client.cfg which is empty or half written. SIGTERM does not
+// wait for a reload.
+func TestReloadProtects(t *testing.T) {
+	pair := newCA(t, "ca").valid(t, "monitor")
+	public, _ := signify(t, "keynum_1")
+	protections := "certificate = " + pair.certificate + "\nkey = " + pair.key +
+		"\nallow = 127.0.0.1\nclient_ca = " + pair.ca + "\nclient_name = monitor\n" +
+		"[monitor]\nca = " + pair.ca + "\n[sensor]\nupdate = no\npublic_key = key.pub\n"
+	names := "[sensor] update = no, [sensor] public_key, [monitor] ca, [agent] allow, [agent] certificate, " +
+		"[agent] client_ca, [agent] client_name"
+	if os.Geteuid() == 0 {
+		protections, names = protections+"user = nobody\n", "[sensor] user, "+names
+	}
+	b := newBox(t, protections, files{"key.pub": public})
+	p := b.start(t)
+	u := *b.client.url
+	u.Scheme = "https"
+	c := testClient(t, &u, clientTLS(pair))
+	mustCall(t, c, "healthcheck")
+	has(t, "an empty one", b.reload(t, p, ""), "without "+names+", which…stay in force")
+	has(t, "half of one", b.reload(t, p, b.config[:strings.Index(b.config, "allow")]), "[agent] allow…stay in force")
+	mustCall(t, c, "healthcheck")
+	has(t, "a good one", b.reload(t, p, b.config+"[agent]\nqueue = 100\n"), "is in force; on")
+	before := p.log.String()
+	p.signal(t, syscall.SIGHUP, syscall.SIGTERM)
+	equal(t, "SIGTERM after a SIGHUP", p.wait(t), 0)
+	equal(t, "reloads", strings.Count(p.log.String(), "in force"), strings.Count(before, "in force"))
 }
 
 // TestHealth: the agent is a sensor itself, and logs all of it at SIGUSR1.
@@ -6321,43 +5217,41 @@ func TestHealth(t *testing.T) {
 	line := regexp.MustCompile(`health: (.*)\n`).FindStringSubmatch(p.log.String())[1]
 	want := `^uptime \d+ queued 0 running 0 undelivered [01] delivered [01] dropped 0 refused 0 ` +
 		`rss_kb \d{4,} spool_bytes 0 last_delivery_age (\d+|-)$`
-	if !regexp.MustCompile(want).MatchString(line) {
-		t.Errorf("got %s; want %s", line, want)
-	}
+	expect(t, regexp.MustCompile(want).MatchString(line), "got %s; want %s", line, want)
 	names := strings.Fields(line)
 	for i := 0; i < len(names); i += 2 {
 		got := ask(names[i])
-		if _, err := strconv.ParseUint(got.value, 10, 64); err != nil || got.code != 0 {
-			t.Errorf("%s: got %+v", names[i], got)
-		}
+		_, err := strconv.ParseUint(got.value, 10, 64)
+		expect(t, err == nil && got.code == 0, "%s: got %+v; want a number", names[i], got)
 	}
 	await(t, "all are counted", func() bool { asked++; return b.health(t, "delivered") == fmt.Sprint(asked-1) })
 }
 
-// TestLog: nobody waits for whoever reads the log. What he does not take is
-// counted.
-func TestLog(t *testing.T) {
-	b := newBox(t, "[agent]\nqueue = 1000\n", nil)
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	cmd := self(t, b.dir)
-	cmd.Stderr = w
-	err = cmd.Start()
-	w.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { cmd.Process.Kill(); cmd.Wait() }()
-	log := bufio.NewReader(r)
+// firstAddress reads the line with which a program says where it serves.
+func firstAddress(t testing.TB, log *bufio.Reader) string {
+	t.Helper()
 	line, err := log.ReadString('\n')
 	match := servesAt.FindStringSubmatch(line)
 	if match == nil {
-		t.Fatalf("got %q, %v", line, err)
+		t.Fatalf("got %q, %v; want an address", line, err)
 	}
-	b.client = clientOf(t, match[1])
+	return match[1]
+}
+
+// TestLog: the agent does not wait for the reader of its log. Lines that he does not take
+// are counted.
+func TestLog(t *testing.T) {
+	b := newBox(t, "[agent]\nqueue = 1000\n", nil)
+	r, w, err := os.Pipe()
+	must(t, err)
+	defer r.Close()
+	cmd := self(t, b.dir)
+	cmd.Stderr = w
+	must(t, cmd.Start())
+	w.Close()
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	log := bufio.NewReader(r)
+	b.client = clientOf(t, firstAddress(t, log))
 	const commands = 450 // two lines each, together fewer than are logged in one go
 	for i := 0; i < commands; i++ {
 		b.read(t, i, fmt.Sprintf("%0200d", i))
@@ -6376,63 +5270,63 @@ func TestLog(t *testing.T) {
 	}
 	const more = 5 // at most, of the start and the end
 	if n := lost + lines; lost == 0 || n < 2*commands || n > 2*commands+more {
-		t.Errorf("%d lines and %d lost; want %d and a few", lines, lost, 2*commands)
+		t.Errorf("got %d lines and %d lost; want %d and a few", lines, lost, 2*commands)
 	}
 }
 
-// TestSyslog: each line goes to the local syslog with its severity, and to
-// standard error while there is none. Nobody waits for one that takes nothing.
-func TestSyslog(t *testing.T) {
-	program(t, "unshare")
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
+// A syslogSocket receives what is logged to syslog.
+type syslogSocket struct{ net.PacketConn }
+
+// next waits for a line.
+func (s syslogSocket) next(wait time.Duration) (string, error) {
+	buf := make([]byte, 1000)
+	s.SetReadDeadline(time.Now().Add(wait))
+	n, _, err := s.ReadFrom(buf)
+	return string(buf[:n]), err
+}
+
+// has waits for a line that begins with a severity and has a text.
+func (s syslogSocket) has(t testing.TB, severity, text string) {
+	t.Helper()
+	for {
+		line, err := s.next(patience)
+		must(t, err)
+		if like(line, "<"+severity+">…"+text+"…") {
+			return
+		}
 	}
-	b := newBox(t, "log = syslog\n", map[string]string{"dev/null": "", "sensors/s/check": printing(1)})
+}
+
+// TestSyslog: each line goes to the local syslog with its severity, and to standard
+// error while there is no syslog. The agent does not wait for one that takes nothing.
+func TestSyslog(t *testing.T) {
+	needsRoot(t)
+	b := newBox(t, "log = syslog\n", files{"dev/null": "", "sensors/s/check": printing(1)})
 	script := `mount --bind /dev/null dev/null && mount --rbind dev /dev && exec "$1"` // a /dev/log of its own
-	p := start(t, wrapped(self(t, b.dir), "unshare", "--mount", "sh", "-c", script, "sh"))
-	b.client = p.client(t)
+	p := b.startAs(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh"))
 	wantLog(t, &p.log, "syslog: ")
 	b.read(t, 1, "s")
 	wantLog(t, &p.log, "picket: command cmd_submit_reading … ticket 1")
 	l, err := net.ListenPacket("unixgram", filepath.Join(b.dir, "dev/log"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
-	next := func() string {
-		buf := make([]byte, 1000)
-		l.SetReadDeadline(time.Now().Add(patience))
-		n, _, err := l.ReadFrom(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(buf[:n])
-	}
+	s := syslogSocket{l}
 	await(t, "a line in syslog", func() bool { // syslog may be looked for only now and then
 		p.signal(t, syscall.SIGUSR1)
-		l.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-		n, _, _ := l.ReadFrom(make([]byte, 1000))
-		return n > 0
+		_, err := s.next(100 * time.Millisecond)
+		return err == nil
 	})
-	has := func(want string) {
-		t.Helper()
-		pattern := regexp.MustCompile(want)
-		for line := next(); !pattern.MatchString(line); line = next() {
-		}
-	}
 	b.read(t, 2, "s")
-	has(`^<30>.* picket\[\d+\]: command cmd_submit_reading .*ticket 2`)
+	s.has(t, "30", " picket[…]: command cmd_submit_reading …ticket 2")
 	p.signal(t, syscall.SIGUSR1)
-	has(`^<29>.* picket\[\d+\]: health: `)
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config + "[agent]\nlog = syslog\nlgo = x\n"})
+	s.has(t, "29", " picket[…]: health: ")
+	writeTree(t, b.dir, files{"client.cfg": b.config + "lgo = x\n"})
 	p.signal(t, syscall.SIGHUP)
-	has(`^<28>.*: .*unknown option "lgo"`)
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config + "[agent]\nqueue = x\n"})
+	s.has(t, "28", `: unknown option "lgo"`)
+	writeTree(t, b.dir, files{"client.cfg": b.config + "queue = x\n"})
 	p.signal(t, syscall.SIGHUP)
-	has(`^<27>.*: reload: .*queue`)
-	if strings.Contains(p.log.String(), "ticket 2") {
-		t.Errorf("on standard error: %s", &p.log)
-	}
+	s.has(t, "27", ": reload: …queue")
+	equal(t, "on standard error", strings.Contains(p.log.String(), "ticket 2"), false)
 	for i := 0; i < 600; i++ { // more lines than the socket and the agent keep
 		b.read(t, i, "picket")
 	}
@@ -6440,58 +5334,154 @@ func TestSyslog(t *testing.T) {
 	p.terminate(t)
 }
 
-// TestStoryTLS follows the README: it makes the certificates with openssl,
-// and has an agent and a stand-in monitor trust only each other.
-func TestStoryTLS(t *testing.T) {
-	program(t, "openssl")
-	blocks := readmeBlocks(t, "TLS")
-	if n := strings.Count(blocks[0], "openssl "); n != 5 {
-		t.Errorf("%d commands; want 5", n)
+// TestSurroundings: a sensor that runs as another user has no terminal, none
+// of the files that whoever started picket had open, and a home of its own,
+// whichever command runs it. ^C ends that command all the same.
+func TestSurroundings(t *testing.T) {
+	needsRoot(t)
+	nobody, err := user.Lookup("nobody")
+	if err != nil {
+		t.Skip(err)
 	}
-	dir := t.TempDir()
-	cmd := exec.Command("sh", "-e", "-c", blocks[0])
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Skipf("this openssl cannot: %v\n%s", err, out)
+	const sensor = `#!/bin/sh
+has=; (: <>/dev/tty) 2>/dev/null && has=/dev/tty
+for f in 0 1 2; do [ -t $f ] && has="$has $f"; done
+for f in /proc/$$/fd/*; do case $(readlink $f) in */secret) has="$has $f";; esac; done
+echo "has [$has] $HOME $USER $LOGNAME" >>$SEEN
+[ "$1" = hang ] && sleep 60
+echo 1
+`
+	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
+	archive := packageOf(t, entry("demo/", ""), entry("demo/check", sensor))
+	for _, test := range []struct{ command, shell string }{ // picket leads the session, or a shell does
+		{"", ""}, {"check s", ""}, {"check s", "sh"}, {"check s hang", "sh"}, {"list", ""},
+		{"install demo.tar", ""}, {"update demo", ""}, {"selftest", ""},
+	} {
+		t.Run(test.shell+" picket "+test.command, func(t *testing.T) {
+			b := newBox(t, "[sensor]\nuser = nobody\n", files{
+				"sensors/s/check": sensor, "seen": "", "secret": "",
+				"demo.tar": archive, "packages/demo.tar.bz2": archive,
+			})
+			seen := filepath.Join(b.dir, "seen")
+			t.Setenv("SEEN", seen)
+			must(t, errors.Join(os.Chmod(filepath.Dir(b.dir), 0o755), os.Chmod(seen, 0o666)))
+			secret := get(os.Open(filepath.Join(b.dir, "secret")))
+			defer secret.Close()
+			cmd := self(t, b.dir, strings.Fields(test.command)...)
+			if test.shell != "" {
+				cmd = wrapped(cmd, test.shell, "-c", `"$@"; exit $?`, test.shell)
+			}
+			cmd.ExtraFiles = []*os.File{secret, secret}
+			keyboard := startOnTerminal(t, cmd)
+			says := bufio.NewReader(keyboard)
+			switch test.command {
+			case "":
+				b.client = clientOf(t, firstAddress(t, says))
+				b.read(t, 1, "s")
+				cmd.Process.Signal(syscall.SIGTERM)
+			case "check s hang":
+				await(t, "it runs", func() bool { return len(readFile(t, seen)) > 0 })
+				io.WriteString(keyboard, "\x03")
+			}
+			said := make(chan string, 1)
+			go func() {
+				text, _ := io.ReadAll(says) // which fails at the end, as the terminal is hung up
+				said <- string(text)
+			}()
+			text := receive(t, "the end of picket", said)
+			if got := string(readFile(t, seen)); got == "" || strings.ReplaceAll(got, want, "") != "" {
+				t.Errorf("got %q; want %q; picket says %s", got, want, text)
+			}
+		})
 	}
-	path := func(name string) string { return filepath.Join(dir, name) }
-	files := tlsFiles{certificate: path("monitor.crt"), key: path("monitor.key"), ca: path("ca.crt")}
-	if option, err := files.load(); err != nil {
-		t.Fatal(option, err)
+}
+
+// startOnTerminal starts a program as the leader of a session on a pseudo terminal,
+// kills it when the test ends, and returns the other end of the terminal.
+func startOnTerminal(t *testing.T, cmd *exec.Cmd) *os.File {
+	t.Helper()
+	here, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip(err)
 	}
-	m := newRecorder(t)
-	_, u := serveTLS(t, m.monitor, files)
-	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+u.Port()+"/", 1)
-	writeTree(t, dir, map[string]string{"client.cfg": config + "\nlisten = 127.0.0.1:0\n", "sensors/s/check": printing(1)})
-	_, plain, _ := servingChild(t, dir)
-	_, port, _ := net.SplitHostPort(plain.url.Host)
-	call := func(flags ...string) string {
-		args := append(append([]string{"call"}, flags...), "https://localhost:"+port+"/")
-		return picket(append(args, "cmd_submit_reading", "7", "s")...)
-	}
-	if got := call("-cert", files.certificate, "-key", files.key, "-ca", files.ca); got != "exit 0\nOK\n" {
-		t.Fatal(got)
-	}
-	wants(t, receive(t, "reading", m.readings), "ticket 7: exit 0, value 1")
-	notOurs := []string{"-ca", files.ca, "-cert", path("box.crt"), "-key", path("box.key")}
-	for _, flags := range [][]string{{"-ca", files.ca}, notOurs, {}} {
-		if got := call(flags...); !strings.HasPrefix(got, "exit 1\n") {
-			t.Errorf("%v: got %s", flags, got)
+	t.Cleanup(func() { here.Close() })
+	var unlock, n int32
+	for request, value := range map[uintptr]*int32{syscall.TIOCSPTLCK: &unlock, syscall.TIOCGPTN: &n} {
+		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, here.Fd(), request, uintptr(unsafe.Pointer(value)))
+		if errno != 0 {
+			t.Skip(errno)
 		}
 	}
-	if _, err := plain.call(context.Background(), "healthcheck"); err == nil {
-		t.Error("plain HTTP: no error")
+	there, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip(err)
 	}
+	defer there.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = there, there, there
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	must(t, cmd.Start())
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	return here
+}
+
+// TestLocked: another user can lock the directory of client.cfg and that of the sensors.
+// The start, the end, a reload and runs do not wait for him.
+func TestLocked(t *testing.T) {
+	for _, test := range []string{". at the start", ". at a run", "sensors at the start", "sensors at a run"} {
+		test := test
+		t.Run(test, func(t *testing.T) {
+			t.Parallel()
+			dir, when, _ := strings.Cut(test, " ")
+			b := newBox(t, "", files{"sensors/s/check": printing(1)})
+			b.next = newRecorder(t).url.String()
+			if when == "at the start" {
+				lockFile(t, filepath.Join(b.dir, dir))
+			}
+			p := b.start(t)
+			mustCall(t, b.client, "healthcheck")
+			if when == "at a run" {
+				lockFile(t, filepath.Join(b.dir, dir))
+			}
+			wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
+			mustCall(t, b.client, "cmd_update_sensor_code", "s") // which may wait for the lock
+			if dir == "." {
+				mustCall(t, b.client, "cmd_register_new_server") // so may that
+			}
+			has(t, "the reload", b.reload(t, p, b.config), "is in force; on")
+			mustCall(t, b.client, "cmd_submit_reading", 2, "s")
+			p.terminate(t)
+		})
+	}
+}
+
+// TestManySensors: a thousand sensors with long help texts are listed within
+// the limits of a message, in 16 MiB.
+func TestManySensors(t *testing.T) {
+	tree := files{"help": strings.Repeat("<&> what it can be asked\n", 100)}
+	for i := 0; i < 1000; i++ {
+		tree[fmt.Sprintf("sensors/%060d/check", i)] = "#!/bin/sh\ncat ../../help"
+	}
+	b := newBox(t, "", tree)
+	p, limited := b.startTiny(t)
+	listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
+	size := 0
+	for name, help := range listed {
+		text := len(encodeResponse(help, nil)) - len(encodeResponse("", nil))
+		expect(t, text <= 1<<10, "%s: got a help text of %d bytes; want 1 KiB at most", name, text)
+		size += len(name) + text
+	}
+	if answer := len(encodeResponse(listed, nil)); size > 48<<10 || answer > 64<<10 || len(listed) < 100 {
+		t.Errorf("got %d sensors of %d bytes, an answer of %d; want 100, 48 KiB, 64 KiB", len(listed), size, answer)
+	}
+	wantLog(t, &p.log, "left out")
+	t.Logf("%d sensors, limited: %v", len(listed), limited)
+	p.terminate(t)
 }
 
 // readmeBlocks returns the code blocks of a section of the README.
 func readmeBlocks(t *testing.T, section string) (blocks []string) {
 	t.Helper()
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, text, _ := strings.Cut(string(readme), "\n## "+section+"\n")
+	_, text, _ := strings.Cut(string(readFile(t, "README.md")), "\n## "+section+"\n")
 	text, _, _ = strings.Cut(text, "\n## ")
 	for i, block := range strings.Split(text, "\n```\n") {
 		if i%2 == 1 {
@@ -6501,11 +5491,42 @@ func readmeBlocks(t *testing.T, section string) (blocks []string) {
 	return blocks
 }
 
+// TestStoryTLS follows the README: it makes the certificates with openssl,
+// and has an agent and a stand-in monitor trust only each other.
+func TestStoryTLS(t *testing.T) {
+	needs(t, "openssl")
+	blocks := readmeBlocks(t, "TLS")
+	equal(t, "commands", strings.Count(blocks[0], "openssl "), 5)
+	b := newBox(t, "", files{"sensors/s/check": printing(1)})
+	cmd := exec.Command("sh", "-e", "-c", blocks[0])
+	cmd.Dir = b.dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Skipf("this openssl cannot: %v\n%s", err, out)
+	}
+	pair := loadTLS(t, b.dir, "monitor")
+	_, u := serveTLS(t, b.methods(), pair)
+	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+u.Port()+"/", 1)
+	b.configure(t, config+"\nlisten = 127.0.0.1:0\n")
+	b.start(t)
+	_, port, _ := net.SplitHostPort(b.client.url.Host)
+	call := func(flags ...string) string {
+		args := append(append([]string{"call"}, flags...), "https://localhost:"+port+"/")
+		return picket(append(args, "cmd_submit_reading", "7", "s")...)
+	}
+	equal(t, "a call", call("-cert", pair.certificate, "-key", pair.key, "-ca", pair.ca), "exit 0\nOK\n")
+	wants(t, receive(t, "reading", b.readings), "ticket 7: exit 0, value 1")
+	box := loadTLS(t, b.dir, "box") // which the agent does not know by name
+	for _, flags := range [][]string{{"-ca", pair.ca}, {"-ca", pair.ca, "-cert", box.certificate, "-key", box.key}, {}} {
+		has(t, fmt.Sprint(flags), call(flags...), "exit 1\n")
+	}
+	v, err := b.client.call(ctx, "healthcheck")
+	expect(t, err != nil, "plain HTTP: got %v; want an error", v)
+}
+
 // TestStoryPassword: the password of the monitor's URL is in no log and in no
 // output, wherever in client.cfg or on the command line it stands.
 func TestStoryPassword(t *testing.T) {
 	dir := t.TempDir()
-	file := filepath.Join(dir, "client.cfg")
 	var configs, commands []string
 	for _, c := range cases(t, "testdata/passwords.txt") {
 		lines := strings.Split(strings.TrimSpace(c.text), "\n")
@@ -6519,12 +5540,11 @@ func TestStoryPassword(t *testing.T) {
 	}
 	for _, config := range configs {
 		lines := logged(t)
-		writeTree(t, dir, map[string]string{"client.cfg": config + "\n", "sensors/s/check": printing(1)})
+		writeTree(t, dir, files{"client.cfg": config + "\n", "sensors/s/check": printing(1)})
 		for _, command := range commands {
-			got := picket(append([]string{"-c", file}, strings.Fields(command)...)...)
-			if regexp.MustCompile("geheim|geh%|eim@").MatchString(got + lines.String()) {
-				t.Errorf("%q: %s: got %s%s", config, command, got, lines)
-			}
+			got := picket(append([]string{"-c", filepath.Join(dir, "client.cfg")}, strings.Fields(command)...)...)
+			expect(t, !regexp.MustCompile("geheim|geh%|eim@").MatchString(got+lines.String()),
+				"%q: %s: got %s%s; want no password", config, command, got, lines)
 		}
 	}
 }
@@ -6534,26 +5554,7 @@ func TestStories(t *testing.T) {
 	for _, story := range cases(t, "testdata/stories.txt") {
 		t.Run(story.name, func(t *testing.T) {
 			log := logged(t)
-			more, files := "", map[string]string{"packages/": ""}
-			lines := strings.Split(strings.TrimSpace(story.text), "\n")
-			for ; ; lines = lines[1:] {
-				kind, rest, _ := strings.Cut(lines[0], " ")
-				name, script, _ := strings.Cut(rest, ": ")
-				switch script = "#!/bin/sh\n" + script + "\n"; kind {
-				case "sensor":
-					files["sensors/"+name+"/check"] = script
-					continue
-				case "package":
-					files["packages/"+name+".tar.bz2"] = string(packageOf(t, entry(name+"/", ""), entry(name+"/check", script)))
-					continue
-				case "option":
-					more += strings.Replace(rest, " ", "\n", 1) + "\n"
-					continue
-				}
-				break
-			}
-			b := newBox(t, more, files)
-			b.packages = filepath.Join(b.dir, "packages")
+			b, lines := storyBox(t, strings.Split(strings.TrimSpace(story.text), "\n"))
 			b.run(t)
 			var err error
 			for _, line := range lines {
@@ -6562,102 +5563,74 @@ func TestStories(t *testing.T) {
 				case ofLog:
 					wantLog(t, log, text+"\n")
 				case strings.HasPrefix(want, "fault "):
-					if !strings.HasPrefix(fmt.Sprint(err), want+": ") {
-						t.Errorf("got %v; want %s", err, want)
-					}
+					has(t, "the fault", err, want+": ")
 				case follows:
 					wants(t, receive(t, want, b.readings), want)
 				default:
 					method, params, _ := strings.Cut(line, " ")
-					_, err = b.client.call(context.Background(), method, fromJSON(t, params)...)
+					_, err = b.client.call(ctx, method, fromJSON(t, params)...)
 				}
 			}
 		})
 	}
 }
 
-// fromJSON returns the elements of an array in JSON, whole numbers as int or i8.
-func fromJSON(t *testing.T, text string) []any {
-	t.Helper()
-	var list []any
-	d := json.NewDecoder(strings.NewReader(text))
-	d.UseNumber()
-	if err := d.Decode(&list); err != nil {
-		t.Fatalf("%s: %v", text, err)
-	}
-	var walk func(list []any)
-	walk = func(list []any) {
-		for i, v := range list {
-			switch v := v.(type) {
-			case json.Number:
-				if list[i] = wireValue(string(v)); strings.Contains(string(v), ".") {
-					list[i], _ = v.Float64()
-				}
-			case []any:
-				walk(v)
-			}
+// storyBox makes the box that a story begins with, and returns its further lines.
+func storyBox(t *testing.T, lines []string) (*box, []string) {
+	more, tree := "", files{"packages/": ""}
+	for ; ; lines = lines[1:] {
+		kind, rest, _ := strings.Cut(lines[0], " ")
+		name, script, _ := strings.Cut(rest, ": ")
+		switch script = "#!/bin/sh\n" + script + "\n"; kind {
+		case "sensor":
+			tree["sensors/"+name+"/check"] = script
+		case "package":
+			tree["packages/"+name+".tar.bz2"] = packageOf(t, entry(name+"/", ""), entry(name+"/check", script))
+		case "option":
+			more += strings.Replace(rest, " ", "\n", 1) + "\n"
+		default:
+			return newBox(t, more, tree), lines
 		}
 	}
-	walk(list)
-	return list
 }
 
-// TestStory: what is acknowledged is stored once, whichever way it is asked for,
-// and then nothing is left.
+// TestStory: each command of a multicall is stored once, and then nothing is left.
 func TestStory(t *testing.T) {
-	b := newBox(t, "", map[string]string{
+	b := newBox(t, "", files{
 		"sensors/words/check": "#!/bin/sh\necho $#", "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 2",
 	})
 	b.run(t)
 	wantFault(t, b.client, "cmd_submit_reading", strings.Repeat("x", maxTicket+1), "words")
-	helps := map[string]any{"picket": ownHelp(), "words": "1", "fail": `no help: fail options: exit 2: "broken"`}
-	if got := mustCall(t, b.client, "cmd_list_sensors"); !reflect.DeepEqual(got, helps) {
-		t.Errorf("got %v; want %v", got, helps)
-	}
+	equal(t, "the list", mustCall(t, b.client, "cmd_list_sensors"), any(map[string]any{
+		"picket": ownHelp(), "words": "1", "fail": `no help: fail options: exit 2: "broken"`,
+	}))
 	calls := []any{}
 	for i := 0; i < 20; i++ {
 		calls = append(calls, map[string]any{"methodName": "cmd_submit_reading", "params": []any{i, "words"}})
 	}
-	if got := mustCall(t, b.client, "system.multicall", calls).([]any); len(got) != 20 {
-		t.Errorf("got %v", got)
-	}
-	seen := make(map[any]int)
-	for range calls {
-		seen[receive(t, "reading", b.readings).ticket]++
-	}
-	if len(seen) != 20 || len(b.readings) != 0 {
-		t.Errorf("got %v and %d more; want each of 20 once", seen, len(b.readings))
-	}
+	equal(t, "answers", len(mustCall(t, b.client, "system.multicall", calls).([]any)), 20)
+	gets(t, b.recorder, 0, 19)
 	await(t, "nothing is left", func() bool {
 		return b.health(t, "queued") == "0" && b.health(t, "running") == "0" && b.health(t, "undelivered") == "0"
 	})
 }
 
-// health asks the agent for a figure of its own.
-func (b *box) health(t testing.TB, name string) string {
-	t.Helper()
-	return b.ask(t, "cmd_submit_reading", "health", "picket", name).value
-}
-
 // TestStoryQueueFull: a full queue makes the dispatcher wait, not fail.
 func TestStoryQueueFull(t *testing.T) {
 	lines := logged(t)
-	dir := t.TempDir()
-	_, gated := gatedSensor(dir)
-	b := newBox(t, "queue = 1\n[sensor]\nconcurrency = 1\n", map[string]string{"sensors/gated/check": gated})
+	gate, gated := gatedSensor(t)
+	b := newBox(t, "queue = 1\n[sensor]\nconcurrency = 1\n", files{"sensors/gated/check": gated})
 	b.run(t)
 	mustCall(t, b.client, "cmd_submit_reading", 1, "gated")
 	mustCall(t, b.client, "cmd_submit_reading", 2, "gated")
 	waited := make(chan error, 1)
 	go func() {
-		_, err := b.client.call(context.Background(), "cmd_submit_reading", 3, "gated")
+		_, err := b.client.call(ctx, "cmd_submit_reading", 3, "gated")
 		waited <- err
 	}()
 	wantLog(t, lines, "ticket 3, sensor gated")
-	writeTree(t, dir, map[string]string{"gate": ""})
-	if err := receive(t, "room", waited); err != nil {
-		t.Error(err)
-	}
+	gate.open(t)
+	must(t, receive(t, "room", waited))
 	gets(t, b.recorder, 1, 3)
 }
 
@@ -6665,7 +5638,7 @@ func TestStoryQueueFull(t *testing.T) {
 // tickets is refused, however long his list.
 func TestStoryHanging(t *testing.T) {
 	hang := "#!/bin/sh\nsleep 60"
-	b := newBox(t, "[sensor]\ntimeout = 200ms\n", map[string]string{"sensors/one/check": hang, "sensors/two/check": hang})
+	b := newBox(t, "[sensor]\ntimeout = 100ms\n", files{"sensors/one/check": hang, "sensors/two/check": hang})
 	b.run(t)
 	sensors := [20]string{"one", "two"}
 	const n = 330 // more than running and waiting ones together
@@ -6676,68 +5649,47 @@ func TestStoryHanging(t *testing.T) {
 			mustCall(t, b.client, "cmd_submit_reading", i, "picket", "uptime")
 		}
 	}
-	seen := make(map[any]bool)
-	for len(seen) < n {
-		got := receive(t, "reading", b.readings)
-		want := 0
-		if sensors[got.ticket.(int)%20] != "" {
-			want = -15
+	got := getsAll(t, b.recorder, n)
+	equal(t, "tickets", len(got), n)
+	for ticket, outcome := range got {
+		if hung := outcome == "-15 nan"; hung != (sensors[ticket.(int)%20] != "") {
+			t.Errorf("ticket %v: got %s; want -15 of those that hang alone", ticket, outcome)
 		}
-		if got.code != want || seen[got.ticket] {
-			t.Errorf("got %+v; want exit %d, once", got, want)
-		}
-		seen[got.ticket] = true
 	}
 }
 
 // TestStoryTerm: SIGTERM ends the process with code 0, and every ticket that
 // was acknowledged has its reading.
 func TestStoryTerm(t *testing.T) {
-	word := mark(t)
-	dir := t.TempDir()
-	_, gated := gatedSensor(dir)
-	b := newBox(t, "[sensor]\nconcurrency = 3\n", map[string]string{
+	marked := mark(t)
+	gate, gated := gatedSensor(t)
+	b := newBox(t, "[sensor]\nconcurrency = 3\n", files{
 		"sensors/gated/check": strings.Replace(gated, "while", "sleep 300 & while", 1),
 		"sensors/a/check":     "#!/bin/sh\ntrap '' TERM; echo >../asked; sleep 300",
 	})
 	p := b.start(t)
-	go b.client.call(context.Background(), "cmd_list_sensors") // asks a sensor that does not want to end
-	await(t, "the listing", func() bool { return readTree(t, b.dir)["sensors/asked"] != "" })
+	go b.client.call(ctx, "cmd_list_sensors") // asks a sensor that does not want to end
+	await(t, "the listing", func() bool { return exists(filepath.Join(b.dir, "sensors/asked")) })
 	for i := 1; i <= 4; i++ {
 		mustCall(t, b.client, "cmd_submit_reading", i, "gated")
 	}
 	p.signal(t, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGTERM) // only the second one ends it
 	wantLog(t, &p.log, "picket: ending\n")
-	writeTree(t, dir, map[string]string{"gate": ""})
-	if code := p.wait(t); code != 0 {
-		t.Errorf("exit %d: %s", code, &p.log)
-	}
-	got := make(map[any]string)
-	for range [4]int{} {
-		s := receive(t, "reading", b.readings)
-		got[s.ticket] = fmt.Sprint(s.code, " ", s.value)
-	}
-	if want := (map[any]string{1: "0 3", 2: "0 3", 3: "-15 nan", 4: "-15 nan"}); !reflect.DeepEqual(got, want) {
-		t.Errorf("got %v; want %v", got, want)
-	}
-	await(t, "no process is left", func() bool { return len(marked(t, word)) == 0 })
-}
-
-// demoPackage is a package of a sensor that prints a number, and more.
-func demoPackage(t testing.TB, n int, more ...packed) string {
-	entries := append([]packed{entry("demo/", ""), entry("demo/check", printing(n))}, more...)
-	return string(packageOf(t, entries...))
+	gate.open(t)
+	equal(t, "exit", p.wait(t), 0)
+	want := map[any]string{1: "0 3", 2: "0 3", 3: "-15 nan", 4: "-15 nan"}
+	equal(t, "the readings", getsAll(t, b.recorder, 4), want)
+	awaitNone(t, marked)
 }
 
 // TestStoryUpdate: readings go on while a package is fetched. An update with the
 // ticket of one that is under way is that one; the others are made in one more at most.
 func TestStoryUpdate(t *testing.T) {
-	b := newBox(t, "", map[string]string{"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1)})
-	b.packages = filepath.Join(b.dir, "packages")
+	b := newBox(t, "", files{"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1)})
 	b.run(t)
 	fetching, fetch := make(chan bool, 1), make(chan bool)
-	b.set(func(_ http.ResponseWriter, try int) bool {
-		if try == 1 {
+	b.set(func(_ http.ResponseWriter, a attempt) bool {
+		if a.try == 1 {
 			fetching <- true
 			<-fetch
 		}
@@ -6752,9 +5704,8 @@ func TestStoryUpdate(t *testing.T) {
 	close(fetch)
 	wants(t, receive(t, "the outcome", b.readings), "ticket 13: exit 0, value 1")
 	wants(t, receive(t, "the outcome", b.readings), "ticket 14: exit 0, value 1")
-	if n := b.tries.Load(); n > 5 {
-		t.Errorf("the monitor was called %d times, to store 3 readings", n)
-	}
+	n := b.tries.Load()
+	expect(t, n <= 5, "got %d calls of the monitor; want 5 at most, to store 3 readings", n)
 }
 
 // TestStoryMove: the agent moves when, and only when, all is well.
@@ -6762,12 +5713,10 @@ func TestStoryMove(t *testing.T) {
 	healthy := newRecorder(t)
 	ill := func(request, []any) (any, error) { return "ILL", nil }
 	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", ill}}))
-	b := newBox(t, "", map[string]string{"sensors/s/check": printing(1)})
+	b := newBox(t, "", files{"sensors/s/check": printing(1)})
 	old := b.url.String()
-	b.config = "# top\r\n[monitor]\r\nurl : " + old + " ; the monitor\r\n[agent]\r\nlisten = 127.0.0.1:0 ; here"
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config})
+	b.configure(t, "# top\r\n[monitor]\r\nurl : "+old+" ; the monitor\r\n[agent]\r\nlisten = 127.0.0.1:0 ; here")
 	b.run(t)
-	written := func() string { return readTree(t, b.dir)["client.cfg"] }
 	for i, test := range []struct{ next, want string }{
 		{"", "fault -32602: there is no new monitor"},
 		{"ftp://127.0.0.1/", "neither an http nor an https URL"},
@@ -6780,18 +5729,14 @@ func TestStoryMove(t *testing.T) {
 		lines := logged(t)
 		wants(t, b.ask(t, "cmd_register_new_server", i), fmt.Sprintf("ticket %d: exit 1, value nan", i))
 		wantLog(t, lines, "move: …"+test.want)
-		if got := written(); got != b.config {
-			t.Errorf("%s: got %q", test.next, got)
-		}
+		equal(t, test.next, b.written(t), b.config)
 	}
 	// A file that cannot be written keeps it where it is.
 	b.next = healthy.url.String()
 	next := nextFile(filepath.Join(b.dir, "client.cfg"))
-	writeTree(t, next, map[string]string{"x": ""})
+	writeTree(t, next, files{"x": ""})
 	wants(t, b.ask(t, "cmd_register_new_server", 10), "ticket 10: exit 1, value nan")
-	if err := os.RemoveAll(next); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.RemoveAll(next))
 	// What is not delivered yet goes to the new monitor.
 	trying, tried := make(chan bool), make(chan bool)
 	b.stored = func(storedReading) error { trying <- true; <-tried; return faultf(1, "not now") }
@@ -6799,22 +5744,15 @@ func TestStoryMove(t *testing.T) {
 	receive(t, "a try at the old one", trying)
 	lines := logged(t)
 	mustCall(t, b.client, "cmd_register_new_server", 12)
-	wantLog(t, lines, "move: from now on the monitor is "+healthy.url.String())
+	wantLog(t, lines, "move: from now on the monitor is "+b.next)
 	close(tried)
-	wants(t, receive(t, "reading", healthy.readings), "ticket 11: exit 0, value 1")
-	wants(t, receive(t, "reading", healthy.readings), "ticket 12: exit 0, value 1")
-	if got, want := written(), strings.Replace(b.config, old, healthy.url.String(), 1); got != want {
-		t.Errorf("got %q; want %q", got, want)
-	}
+	equal(t, "at the new one", getsAll(t, healthy, 2), map[any]string{11: "0 1", 12: "0 1"})
+	equal(t, "client.cfg", b.written(t), strings.Replace(b.config, old, b.next, 1))
 
-	files := newCA(t, "ca").valid(t, "monitor")
-	_, u := serveTLS(t, &monitor{next: "http://127.0.0.1:1/"}, files)
-	c := newClient(u, patience, clientTLS(files))
-	defer c.close()
-	_, err := nextMonitor(context.Background(), c, httpURL)
-	if want := "from https to http://127.0.0.1:1/"; !strings.Contains(fmt.Sprint(err), want) {
-		t.Errorf("got %v; want %s", err, want)
-	}
+	pair := newCA(t, "ca").valid(t, "monitor")
+	_, u := serveTLS(t, (&monitor{next: "http://127.0.0.1:1/"}).methods(), pair)
+	_, err := nextMonitor(ctx, testClient(t, u, clientTLS(pair)), httpURL)
+	has(t, "without TLS", err, "from https to http://127.0.0.1:1/")
 }
 
 // TestStoryDisk: wherever the agent writes, a full disk costs nothing that was
@@ -6824,32 +5762,11 @@ func TestStoryDisk(t *testing.T) {
 	t.Run("full disk", func(t *testing.T) {
 		b := newBox(t, scarceConfig, nil)
 		mount(t, "none", b.dir, "tmpfs", 0, "size=1m")
-		filler := filepath.Join(b.dir, "filler")
-		testScarce(t, b, "no space", func(_ int, bytes int64) error {
-			if bytes < 0 {
-				return os.Remove(filler)
-			}
-			f, err := os.OpenFile(filler, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			for err == nil {
-				_, err = f.Write(make([]byte, 4096))
-			}
-			if !errors.Is(err, syscall.ENOSPC) {
-				return err
-			}
-			info, err := f.Stat()
-			if err != nil {
-				return err
-			}
-			return f.Truncate(info.Size() - bytes)
-		})
+		testScarce(t, b, "no space", func(_ int, bytes int64) error { return fillDisk(b.dir+"/filler", bytes) })
 	})
 	t.Run("limited file size", func(t *testing.T) {
 		testScarce(t, newBox(t, scarceConfig, nil), "file too large", func(pid int, bytes int64) error {
-			limit := syscall.Rlimit{Cur: uint64(bytes), Max: math.MaxUint64}
+			limit := syscall.Rlimit{Cur: uint64(bytes), Max: ^uint64(0)}
 			_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_FSIZE,
 				uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
 			if errno != 0 {
@@ -6860,6 +5777,29 @@ func TestStoryDisk(t *testing.T) {
 	})
 }
 
+// fillDisk fills a disk with a file, but for so many bytes; -1 removes the file.
+func fillDisk(file string, free int64) error {
+	if free < 0 {
+		return os.Remove(file)
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for err == nil {
+		_, err = f.Write(make([]byte, 4096))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	return f.Truncate(info.Size() - free)
+}
+
 const scarceConfig = "[sensor]\nbackup = backup\n[monitor]\nspool = spool\n"
 
 // testScarce has an agent that may write only so many bytes update a sensor, fill
@@ -6867,21 +5807,18 @@ const scarceConfig = "[sensor]\nbackup = backup\n[monitor]\nspool = spool\n"
 func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes int64) error) {
 	body := make([]byte, 20<<10)
 	mathrand.New(mathrand.NewSource(3)).Read(body)
-	archive := demoPackage(t, 2, entry("demo/data", string(body)), entry("demo/more", string(body[:9000])))
 	next := newRecorder(t)
 	b.packages, b.next = t.TempDir(), next.url.String()
-	writeTree(t, b.packages, map[string]string{"demo.tar.bz2": archive})
-	writeTree(t, b.dir, map[string]string{
-		"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": b.config,
+	writeTree(t, b.packages, files{
+		"demo.tar.bz2": demoPackage(t, 2, entry("demo/data", string(body)), entry("demo/more", string(body[:9000]))),
 	})
+	writeTree(t, b.dir, files{"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": b.config})
 	p := b.start(t)
 	set := func(bytes int64) {
 		t.Helper()
-		if err := limit(p.Process.Pid, bytes); err != nil {
-			t.Fatal(err)
-		}
+		must(t, limit(p.Process.Pid, bytes))
 	}
-	tree := func() map[string]string { return readTree(t, filepath.Join(b.dir, "sensors")) }
+	tree := func() files { return readTree(t, filepath.Join(b.dir, "sensors")) }
 	refused := 0
 	for free := int64(0); ; free += 8192 {
 		set(free)
@@ -6890,34 +5827,25 @@ func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes i
 			break
 		}
 		refused++
-		if after := tree(); !reflect.DeepEqual(after, before) {
-			t.Fatalf("%d bytes free: got %q", free, after)
-		}
+		equal(t, fmt.Sprint(free, " bytes free"), tree(), before)
 		wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 1")
 	}
-	if refused < 3 {
-		t.Errorf("%d refused", refused)
-	}
+	expect(t, refused >= 3, "got %d refused; want 3 or more", refused)
 	await(t, "a reason for each", func() bool { return strings.Count(p.log.String(), reason) == refused })
 	wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 2")
 
 	set(0)
 	b.set(away)
-	want := make(map[any]bool)
 	for ticket := 100; ticket < 120; ticket++ {
-		want[ticket] = true
 		mustCall(t, b.client, "cmd_submit_reading", ticket, "demo")
 	}
-	wantLog(t, &p.log, "undelivered readings are in memory alone")
+	wantLog(t, &p.log, inMemoryAlone)
 	b.set(nil)
-	for len(want) > 0 {
-		delete(want, receive(t, "reading", b.readings).ticket)
-	}
+	gets(t, b.recorder, 100, 119)
 	wants(t, b.ask(t, "cmd_register_new_server", 3), "ticket 3: exit 1, value nan")
 	wantLog(t, &p.log, "move: …client.cfg…: "+reason)
-	if got := readTree(t, b.dir)["client.cfg"]; got != b.config || len(leftovers(t, b.dir)) > 0 {
-		t.Errorf("got %q, %q", got, leftovers(t, b.dir))
-	}
+	equal(t, "client.cfg", b.written(t), b.config)
+	leavesNothing(t, reason, b.dir)
 	set(-1)
 	mustCall(t, b.client, "cmd_register_new_server", 4)
 	wants(t, receive(t, "outcome at the new monitor", next.readings), "ticket 4: exit 0, value 1")
@@ -6925,20 +5853,7 @@ func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes i
 	t.Logf("%s: %d updates refused", reason, refused)
 }
 
-// mount mounts something until the test ends, or skips the test.
-func mount(t *testing.T, source, target, kind string, flags uintptr, data string) {
-	t.Helper()
-	if err := syscall.Mount(source, target, kind, flags, data); err != nil {
-		t.Skipf("mount %s: %v", target, err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(target, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// TestStoryReadOnly: so with a directory that is read-only.
+// TestStoryReadOnly: a directory that is read-only costs nothing that was there either.
 func TestStoryReadOnly(t *testing.T) {
 	for _, test := range []struct {
 		where, method string
@@ -6952,11 +5867,12 @@ func TestStoryReadOnly(t *testing.T) {
 		{"spool", "cmd_submit_reading", []any{1, "demo"}, 0, "spool …"},
 	} {
 		t.Run(test.where, func(t *testing.T) {
-			b := newBox(t, "[sensor]\npath = ../sensors\nbackup = ../backup\n[monitor]\nspool = ../spool\n", map[string]string{
-				"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "packages/demo.tar.bz2": demoPackage(t, 2),
+			b := newBox(t, "[sensor]\npath = ../sensors\nbackup = ../backup\n[monitor]\nspool = ../spool\n", files{
+				"sensors/demo/check": printing(1), "backup/": "", "spool/": "",
+				"packages/demo.tar.bz2": demoPackage(t, 2),
 			})
-			writeTree(t, b.dir, map[string]string{"etc/client.cfg": b.config})
-			b.packages, b.next = filepath.Join(b.dir, "packages"), newRecorder(t).url.String()
+			b.next = newRecorder(t).url.String()
+			writeTree(t, b.dir, files{"etc/client.cfg": b.config})
 			before := readTree(t, b.dir)
 			readOnly(t, filepath.Join(b.dir, test.where))
 			if test.where == "spool" {
@@ -6968,9 +5884,7 @@ func TestStoryReadOnly(t *testing.T) {
 				wantLog(t, &p.log, "in memory alone")
 				b.set(nil)
 			}
-			if got := receive(t, "outcome", b.readings); got.code != test.code {
-				t.Errorf("got %+v", got)
-			}
+			equal(t, "the code", receive(t, "outcome", b.readings).code, test.code)
 			wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 1")
 			reason := "read-only"
 			if os.Geteuid() != 0 {
@@ -6980,9 +5894,7 @@ func TestStoryReadOnly(t *testing.T) {
 			p.terminate(t)
 			after := readTree(t, b.dir)
 			delete(after, "spool/readings") // which is empty
-			if !reflect.DeepEqual(after, before) {
-				t.Errorf("got %q", after)
-			}
+			equal(t, "the box", after, before)
 		})
 	}
 }
@@ -6991,16 +5903,12 @@ func TestStoryReadOnly(t *testing.T) {
 func readOnly(t *testing.T, dir string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		if err := os.Chmod(dir, 0o555); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Chmod(dir, 0o555))
 		t.Cleanup(func() { os.Chmod(dir, 0o755) })
 		return
 	}
 	mount(t, dir, dir, "", syscall.MS_BIND, "")
-	if err := syscall.Mount("", dir, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Mount("", dir, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
 }
 
 // TestKill kills the agent at random moments under load. No reading that was
@@ -7008,9 +5916,7 @@ func readOnly(t *testing.T, dir string) {
 // one reading.
 func TestKill(t *testing.T) {
 	random := mathrand.New(mathrand.NewSource(1))
-	b := newBox(t, "[sensor]\nconcurrency = 4\n[monitor]\nspool = spool\n", map[string]string{
-		"sensors/s/check": "#!/bin/sh\necho $1\n",
-	})
+	b := newBox(t, "[monitor]\nspool = spool\n", files{"sensors/s/check": "#!/bin/sh\necho $1\n"})
 	b.readings = make(chan storedReading, 1<<20)
 	spool := filepath.Join(b.dir, "spool")
 	sent, owed, damaged := 0, make(map[string]bool), 0
@@ -7023,7 +5929,7 @@ func TestKill(t *testing.T) {
 		for i := random.Intn(30); i > 0; i-- {
 			sent++
 			// Acknowledged or not: the agent is to be killed.
-			b.client.call(context.Background(), "cmd_submit_reading", sent, "s", []any{sent})
+			b.client.call(ctx, "cmd_submit_reading", sent, "s", []any{sent})
 		}
 		time.Sleep(time.Duration(random.Intn(20)) * time.Millisecond) // any moment will do
 		p.signal(t, syscall.SIGKILL)
@@ -7036,9 +5942,7 @@ func TestKill(t *testing.T) {
 		if n%3 == 0 {
 			most := damage(t, random, filepath.Join(spool, "readings"))
 			lost := slices.DeleteFunc(left, func(r string) bool { return slices.Contains(spooled(t, spool), r) })
-			if len(lost) > most {
-				t.Errorf("a damage cost %q", lost)
-			}
+			expect(t, len(lost) <= most, "got %q lost by a damage; want %d at most", lost, most)
 			for _, reading := range lost {
 				delete(owed, reading)
 				damaged++
@@ -7053,12 +5957,12 @@ func TestKill(t *testing.T) {
 		text := fmt.Sprintf("%v=%s", got.ticket, got.value)
 		ticket, ok := got.ticket.(int)
 		if !ok || ticket < 1 || ticket > sent || got.code == 0 && got.value != fmt.Sprint(ticket) {
-			t.Errorf("made up: %+v", got)
+			t.Errorf("got %+v; want what was asked for", got)
 		}
 		delivered[text]++
 		delete(owed, text)
 	}
-	await(t, "the spool is empty", func() bool { return len(spooled(t, spool)) == 0 })
+	awaitSpooled(t, spool, 0)
 	p.terminate(t)
 	total("kills survived", *kills)
 	t.Logf("%d kills, %d commands, %d readings delivered, %d damaged on purpose", *kills, sent, len(delivered), damaged)
@@ -7067,10 +5971,7 @@ func TestKill(t *testing.T) {
 // damage spoils a spool as a power cut or bad flash may, and returns how many
 // readings that may cost.
 func damage(t *testing.T, random *mathrand.Rand, file string) (most int) {
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := readFile(t, file)
 	most = 1
 	switch kind := random.Intn(3); {
 	case kind == 0 || len(text) == 0:
@@ -7084,261 +5985,209 @@ func damage(t *testing.T, random *mathrand.Rand, file string) (most int) {
 		}
 		text[i] ^= 0x40
 	}
-	if err := os.WriteFile(file, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, text, 0o600))
 	return most
 }
 
-// A soakMonitor stores readings, and misbehaves at random.
-type soakMonitor struct {
-	mu     sync.Mutex // guards what is below
-	random *mathrand.Rand
-	stored map[any][]storedReading
-	lossy  map[any]bool // what was stored, but not confirmed
-	faults map[any]int
-	down   int  // attempts that it is away for
-	good   bool // it misbehaves no more
-}
-
-// serve serves the monitor at two addresses, each of which sends agents to the
-// other, and returns the first.
-func (m *soakMonitor) serve(t *testing.T, packages string) string {
-	monitors := [2]*monitor{{packages: packages}, {packages: packages}}
-	for i, inner := range monitors {
-		inner.stored = func(s storedReading) error {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			m.stored[s.ticket] = append(m.stored[s.ticket], s)
-			return nil
-		}
-		h := newHandler(inner.methods())
-		u := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			body, err := io.ReadAll(r.Body)
-			if err != nil {
-				return
-			}
-			method, params, err := decodeCall(body)
-			if err != nil {
-				t.Errorf("the agent sent %q: %v", body, err)
-			}
-			r.Body = io.NopCloser(bytes.NewReader(body))
-			before, after := m.mood(method, params)
-			switch {
-			case before != nil:
-				before(w)
-			case after != nil:
-				h.ServeHTTP(httptest.NewRecorder(), r)
-				after(w)
-			default:
-				h.ServeHTTP(w, r)
-			}
-		}))
-		monitors[1-i].next = u.String()
-	}
-	return monitors[1].next
-}
-
-// mood is what is done instead of storing a reading, or instead of confirming it.
-func (m *soakMonitor) mood(method string, params []any) (before, after func(http.ResponseWriter)) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	fail := func(w http.ResponseWriter) { w.WriteHeader(503) }
-	reset := func(http.ResponseWriter) { panic(http.ErrAbortHandler) }
-	dice := m.random.Intn(100)
-	switch {
-	case m.good || method != "cmd_store_probe_data":
-	case m.down > 0:
-		m.down--
-		return fail, nil
-	case dice < 3:
-		return fail, nil
-	case dice < 5:
-		return reset, nil
-	case dice < 7:
-		return func(w http.ResponseWriter) { io.WriteString(w, "<html>busy</html>") }, nil
-	case dice < 9 && m.faults[params[0]] < maxTries-1:
-		m.faults[params[0]]++
-		return func(w http.ResponseWriter) { w.Write(encodeResponse(nil, faultf(1, "locked"))) }, nil
-	case dice < 11:
-		m.lossy[params[0]] = true
-		return nil, reset
-	case dice < 13:
-		m.lossy[params[0]] = true
-		return nil, fail
-	case dice < 15:
-		time.Sleep(20 * time.Millisecond) // a slow one
-	}
-	return nil, nil
-}
-
-// TestSoak is what years bring, in a minute: readings of all kinds, updates,
-// reloads, moves and a monitor that fails in every way. In the end each
-// acknowledged ticket is stored, once or where its answer was lost at least
-// once, and everything the agent used is given back.
+// TestSoak does in seconds what years bring: readings of all kinds, updates, reloads,
+// moves and a monitor that fails in every way. In the end each acknowledged ticket is
+// stored once, or more often if an answer was lost, and everything the agent used is
+// given back.
 func TestSoak(t *testing.T) {
-	word := mark(t)
-	dir := t.TempDir()
-	goroutines, files := runtime.NumGoroutine(), openFiles(t)
+	marked := mark(t)
+	goroutines, open := runtime.NumGoroutine(), openFiles(t)
 	debug.FreeOSMemory()
 	before := residentMemory(t, "self", "VmRSS")
-	t.Run("load", func(t *testing.T) { (&soak{dir: dir, acked: make(map[any]string)}).run(t) })
-	await(t, "no process is left", func() bool { return len(marked(t, word)) == 0 })
+	t.Run("load", func(t *testing.T) { newSoak(t).load(t) })
+	awaitNone(t, marked)
 	await(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= goroutines })
-	await(t, "no file is open", func() bool { return openFiles(t) <= files })
-	if left := leftovers(t, filepath.Join(dir, "sensors"), filepath.Join(dir, "backup"), dir); len(left) > 0 {
-		t.Errorf("left behind: %q", left)
-	}
+	await(t, "no file is open", func() bool { return openFiles(t) <= open })
 	debug.FreeOSMemory()
 	after := residentMemory(t, "self", "VmRSS")
 	t.Logf("resident memory %d KiB before, %d KiB after", before, after)
-	if after > before+32<<10 && !raceDetector() {
-		t.Errorf("resident memory grew from %d to %d KiB", before, after)
-	}
+	expect(t, after <= before+32<<10 || raceDetector(),
+		"resident memory: got %d KiB; want %d and a little", after, before)
 }
 
-// residentMemory is a figure of /proc/PID/status, in KiB.
-func residentMemory(t testing.TB, pid any, name string) int {
-	t.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%v/status", pid))
-	match := regexp.MustCompile(name + `:\s+(\d+) kB`).FindSubmatch(text)
-	if err != nil || match == nil {
-		t.Fatal(err, string(text))
-	}
-	n, _ := strconv.Atoi(string(match[1]))
-	return n
+// soakCalls are what the callers of a soak ask for, so many times in a thousand, and
+// what must come of it; "" is anything.
+var soakCalls = []struct {
+	times  int
+	want   string
+	method string
+	params []any
+}{
+	{5, "-15 nan", "cmd_submit_reading", []any{"TICKET", "hang"}},
+	{45, "3 nan", "cmd_submit_reading", []any{"TICKET", "fail"}},
+	{50, "65 nan", "cmd_submit_reading", []any{"TICKET", "text", nil}},
+	{50, "127 nan", "cmd_submit_reading", []any{"TICKET", "none", "a b"}},
+	{10, "", "cmd_update_sensor_code", []any{"demo", "TICKET"}},
+	{5, "", "cmd_rollback_sensor_code", []any{"demo", "TICKET"}},
+	{5, "", "cmd_register_new_server", []any{"TICKET"}},
+	{10, "0 1", "cmd_submit_reading", []any{"TICKET", "demo"}},
+	{10, "", "cmd_submit_reading", []any{"TICKET", "picket", "uptime"}},
 }
 
-// openFiles counts the open files of this process.
-func openFiles(t *testing.T) int {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Skip(err)
-	}
-	return len(entries)
+// raceDetector reports whether it is built into this binary.
+func raceDetector() bool {
+	info, _ := debug.ReadBuildInfo()
+	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
-// A soak is four callers that ask one agent for everything.
+// A soak is four callers that ask one agent for everything, and two monitors, each
+// of which sends it to the other. They misbehave at random.
 type soak struct {
-	dir              string
+	*box
 	agent            *agent
-	client           *client
-	monitor          *soakMonitor
 	tickets, outages atomic.Int64
 
-	mu    sync.Mutex
-	acked map[any]string // what must be stored; "" is anything
+	mu      sync.Mutex     // guards what is below
+	acked   map[any]string // what must be stored; "" is anything
+	arrived map[any][]storedReading
+	random  *mathrand.Rand
+	lossy   map[any]bool // what was stored, but not confirmed
+	faults  map[any]int
+	down    int  // attempts that the monitors are away for
+	good    bool // they misbehave no more
 }
 
-func (s *soak) run(t *testing.T) {
-	m := &soakMonitor{
-		random: mathrand.New(mathrand.NewSource(2)), stored: make(map[any][]storedReading),
-		lossy: make(map[any]bool), faults: make(map[any]int),
+func newSoak(t *testing.T) *soak {
+	const config = "[sensor]\nbackup = backup\nconcurrency = 4\ntimeout = 2s\n[monitor]\nspool = spool\n"
+	s := &soak{
+		random: mathrand.New(mathrand.NewSource(2)), acked: make(map[any]string),
+		arrived: make(map[any][]storedReading), lossy: make(map[any]bool), faults: make(map[any]int),
 	}
-	url := m.serve(t, filepath.Join(s.dir, "packages"))
-	writeTree(t, s.dir, map[string]string{
+	s.box = newBox(t, config, files{
 		"sensors/good/check": "#!/bin/sh\necho $1\n", "sensors/fail/check": "#!/bin/sh\necho no >&2; exit 3\n",
 		"sensors/text/check": "#!/bin/sh\necho hello\n", "sensors/hang/check": "#!/bin/sh\nsleep 60\n",
 		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 1),
-		"client.cfg": "[sensor]\nbackup = backup\nconcurrency = 4\ntimeout = 2s\n" +
-			"[monitor]\nspool = spool\nurl = " + url + "\n[agent]\nlisten = 127.0.0.1:0\n",
 	})
-	settings, err := readSettings(filepath.Join(s.dir, "client.cfg"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.monitor = m
-	s.agent, s.client = startAgent(t, settings)
-	s.agent.delivery.mu.Lock()
-	s.agent.delivery.retry = time.Millisecond
-	s.agent.delivery.mu.Unlock()
-
-	ctx, cancel := context.WithTimeout(context.Background(), *soakTime)
-	defer cancel()
-	var callers sync.WaitGroup
-	for i := 0; i < 4; i++ {
-		callers.Add(1)
-		go func(random *mathrand.Rand) {
-			defer callers.Done()
-			for n := 0; ctx.Err() == nil; n++ {
-				if s.behind() > 2000 { // the spool holds some 7,000
-					time.Sleep(time.Millisecond)
-					continue
-				}
-				s.ask(t, random, n)
-			}
-		}(mathrand.New(mathrand.NewSource(int64(i))))
-	}
-	callers.Wait()
-	m.mu.Lock()
-	m.good = true
-	m.mu.Unlock()
-	await(t, "every acknowledged ticket is stored", s.done)
-	s.check(t)
-}
-
-// behind returns about how many tickets the monitor does not have yet.
-func (s *soak) behind() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.monitor.mu.Lock()
-	defer s.monitor.mu.Unlock()
-	return len(s.acked) - len(s.monitor.stored)
-}
-
-// done reports whether every acknowledged ticket is stored.
-func (s *soak) done() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.monitor.mu.Lock()
-	defer s.monitor.mu.Unlock()
-	for ticket := range s.acked {
-		if len(s.monitor.stored[ticket]) == 0 {
-			return false
+	other := newRecorder(t)
+	s.next, other.next, other.packages = other.url.String(), s.url.String(), s.packages
+	for _, m := range []*recorder{s.recorder, other} {
+		m.stored = func(r storedReading) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.arrived[r.ticket] = append(s.arrived[r.ticket], r)
+			return nil
 		}
+		m.set(s.misbehave)
+	}
+	t.Cleanup(func() { leavesNothing(t, "soak", s.dir, s.dir+"/sensors", s.dir+"/backup") }) // after the agent's end
+	s.agent = s.run(t)
+	retryFast(s.agent)
+	return s
+}
+
+// misbehave sometimes does not store a reading, or does not confirm it.
+func (s *soak) misbehave(w http.ResponseWriter, a attempt) bool {
+	mood := s.mood(a)
+	if strings.HasPrefix(mood, "store, ") {
+		a.store()
+	}
+	switch strings.TrimPrefix(mood, "store, ") {
+	case "fail":
+		w.WriteHeader(503)
+	case "reset":
+		panic(http.ErrAbortHandler)
+	case "text":
+		io.WriteString(w, "<html>busy</html>")
+	case "fault":
+		w.Write(encodeResponse(nil, faultf(1, "locked")))
+	case "slow":
+		time.Sleep(20 * time.Millisecond)
+		return false
+	default:
+		return false
 	}
 	return true
 }
 
+// mood decides at random what becomes of an attempt.
+func (s *soak) mood(a attempt) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	dice := s.random.Intn(100)
+	switch {
+	case s.good || a.method != "cmd_store_probe_data":
+		return "good"
+	case s.down > 0:
+		s.down--
+		return "fail"
+	case dice >= 7 && dice < 9:
+		if s.faults[a.params[0]] == maxTries-1 {
+			return "good"
+		}
+		s.faults[a.params[0]]++
+	case dice >= 9 && dice < 13:
+		s.lossy[a.params[0]] = true
+	}
+	moods := []string{"fail", "fail", "fail", "reset", "reset", "text", "text", "fault", "fault",
+		"store, reset", "store, reset", "store, fail", "store, fail", "slow", "slow"}
+	if dice < len(moods) {
+		return moods[dice]
+	}
+	return "good"
+}
+
+// load has the callers ask until the time is over, and looks at what has arrived.
+func (s *soak) load(t *testing.T) {
+	begun := time.Now()
+	parallel(4, func(i int) {
+		random := mathrand.New(mathrand.NewSource(int64(i)))
+		for n := 0; time.Since(begun) < *soakTime; n++ {
+			s.mu.Lock()
+			behind := len(s.acked) - len(s.arrived)
+			s.mu.Unlock()
+			if behind > 2000 { // the spool holds some 7,000
+				time.Sleep(time.Millisecond)
+				continue
+			}
+			s.ask(t, random, n)
+		}
+	})
+	s.mu.Lock()
+	s.good = true
+	s.mu.Unlock()
+	await(t, "every acknowledged ticket is stored", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for ticket := range s.acked {
+			if len(s.arrived[ticket]) == 0 {
+				return false
+			}
+		}
+		return true
+	})
+	s.check(t)
+}
+
 // ask asks for one thing at random.
 func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
-	switch dice := random.Intn(1000); {
+	dice := random.Intn(1000)
+	for _, c := range soakCalls {
+		if dice -= c.times; dice < 0 {
+			s.call(t, c.want, c.method, slices.Clone(c.params)...)
+			return
+		}
+	}
+	switch {
 	case dice < 5:
-		s.call(t, "-15 nan", "cmd_submit_reading", "TICKET", "hang")
-	case dice < 50:
-		s.call(t, "3 nan", "cmd_submit_reading", "TICKET", "fail")
-	case dice < 100:
-		s.call(t, "65 nan", "cmd_submit_reading", "TICKET", "text", nil)
-	case dice < 150:
-		s.call(t, "127 nan", "cmd_submit_reading", "TICKET", "none", "a b")
-	case dice < 160:
-		s.call(t, "", "cmd_update_sensor_code", "demo", "TICKET")
-	case dice < 165:
-		s.call(t, "", "cmd_rollback_sensor_code", "demo", "TICKET")
-	case dice < 170:
-		s.call(t, "", "cmd_register_new_server", "TICKET")
-	case dice < 180:
-		s.call(t, "0 1", "cmd_submit_reading", "TICKET", "demo")
-	case dice < 190:
-		s.call(t, "", "cmd_submit_reading", "TICKET", "picket", "uptime")
-	case dice < 195:
-		mustCall(t, s.client, "cmd_list_sensors")
-	case dice < 200:
-		if answer := s.peer(t, func(conn *net.TCPConn) { conn.CloseWrite() }); !strings.HasPrefix(answer, "HTTP/1.0 200 ") {
-			t.Errorf("half-closed: got %q", answer)
+		if _, err := s.client.call(ctx, "cmd_list_sensors"); err != nil {
+			t.Error(err)
 		}
-	case dice < 205:
+	case dice < 10:
+		has(t, "half-closed", s.peer(t, func(conn *net.TCPConn) { conn.CloseWrite() }), "HTTP/1.0 200 ")
+	case dice < 15:
 		s.peer(t, func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() })
-	case dice < 208:
+	case dice < 18:
 		file, concurrency := filepath.Join(s.dir, "client.cfg"), fmt.Sprint(2+random.Intn(4))
-		if got := picket("-c", file, "config", "set", "sensor", "concurrency", concurrency); got != "exit 0\n" {
-			t.Error(got)
-		}
-		s.agent.reload(context.Background())
-	case dice < 212:
-		s.monitor.mu.Lock()
-		s.monitor.down = s.monitor.random.Intn(12) // the last after two seconds
-		s.monitor.mu.Unlock()
+		equal(t, "config set", picket("-c", file, "config", "set", "sensor", "concurrency", concurrency), "exit 0\n")
+		s.agent.reload(ctx)
+	case dice < 22:
+		s.mu.Lock()
+		s.down = s.random.Intn(10) // the last after half a second
+		s.mu.Unlock()
 		s.outages.Add(1)
 	default:
 		v := fmt.Sprintf("%d.%d", n, random.Intn(100))
@@ -7350,7 +6199,7 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 func (s *soak) call(t *testing.T, want, method string, params ...any) {
 	ticket := int(s.tickets.Add(1))
 	params[slices.Index(params, any("TICKET"))] = ticket
-	if _, err := s.client.call(context.Background(), method, params...); err != nil {
+	if _, err := s.client.call(ctx, method, params...); err != nil {
 		t.Errorf("%s: %v", method, err)
 		return
 	}
@@ -7381,28 +6230,25 @@ func (s *soak) peer(t *testing.T, end func(*net.TCPConn)) string {
 	return string(answer)
 }
 
-// check compares what the monitor has with what was acknowledged.
+// check compares what the monitors have with what was acknowledged.
 func (s *soak) check(t *testing.T) {
-	m := s.monitor
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	readings, faults := 0, 0
 	for ticket, want := range s.acked {
-		got := m.stored[ticket]
+		got := s.arrived[ticket]
 		readings += len(got)
-		if len(got) > 1 && !m.lossy[ticket] {
-			t.Errorf("ticket %v: stored %d times", ticket, len(got))
-		}
-		if text := fmt.Sprint(got[0].code, " ", got[0].value); want != "" && text != want {
-			t.Errorf("ticket %v: got %s; want %s", ticket, text, want)
+		expect(t, len(got) <= 1 || s.lossy[ticket], "ticket %v: got it %d times; want it once", ticket, len(got))
+		if want != "" {
+			equal(t, fmt.Sprint("ticket ", ticket), fmt.Sprint(got[0].code, " ", got[0].value), want)
 		}
 	}
-	for _, n := range m.faults {
+	for _, n := range s.faults {
 		faults += n
 	}
 	total("commands acknowledged", len(s.acked))
 	total("readings stored", readings)
-	total("answers lost on purpose", len(m.lossy))
+	total("answers lost on purpose", len(s.lossy))
 	total("faults answered", faults)
 	total("outages of the monitor", int(s.outages.Load()))
 }
@@ -7411,32 +6257,23 @@ func (s *soak) check(t *testing.T) {
 // own, with nothing but busybox beside it: no /tmp, no /dev/log, all read-only
 // but for one directory, and the zone as in /etc/TZ.
 func TestInit(t *testing.T) {
-	busybox, unshare := program(t, "busybox"), program(t, "unshare")
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
-	}
-	tool, err := os.ReadFile(busybox)
-	if err != nil {
-		t.Fatal(err)
-	}
+	needsRoot(t)
+	tool := string(readFile(t, needs(t, "busybox")))
 	b := newBox(t, "[monitor]\nspool = spool\n", nil)
-	root, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := get(filepath.EvalSymlinks(t.TempDir()))
 	b.dir = filepath.Join(root, "var/picket")
 	spool := filepath.Join(b.dir, "spool")
-	writeTree(t, root, map[string]string{
-		"proc/": "", "dev/null": "", "etc/TZ": "XYZ-5:30\n", "bin/busybox": string(tool),
+	writeTree(t, root, files{
+		"proc/": "", "dev/null": "", "etc/TZ": "XYZ-5:30\n", "bin/busybox": tool,
 		"etc/inittab": "::respawn:/var/picket/picket\n::respawn:/bin/sleep 1000\n",
 	})
 	writeTree(t, b.dir, shipped(t, "sensors/"))
-	writeTree(t, b.dir, map[string]string{
-		"client.cfg": b.config, "sensors/slow/check": "#!/bin/sh\nexec tail -f /dev/null\n",
+	writeTree(t, b.dir, files{
+		"client.cfg": b.config, "picket": string(readFile(t, binary(t))),
+		"sensors/slow/check": "#!/bin/sh\nexec tail -f /dev/null\n",
 		"sensors/daemon/check": "#!/bin/sh\nsetsid sh -c ': >started; exec sleep 1000' >/dev/null 2>&1 &\n" +
 			"until [ -e started ]; do :; done; echo 5\n",
 	})
-	build(t, b.dir)
 	script := `set -e; cd "$1"
 		mount --bind . .
 		cd "$1"
@@ -7446,129 +6283,89 @@ func TestInit(t *testing.T) {
 		mount --bind /dev/null dev/null
 		mount -t proc none proc
 		exec chroot . /bin/busybox env -i /bin/init`
-	boot := start(t, exec.Command(unshare, "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh", root))
+	own := exec.Command(needs(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh", root)
+	boot := b.startAs(t, own)
 	kill := func(name string, signal syscall.Signal) {
 		t.Helper()
-		if err := syscall.Kill(named(t, root, name)[0], signal); err != nil {
-			t.Fatalf("kill %s: %v", name, err)
-		}
+		must(t, syscall.Kill(named(root, name)[0], signal))
 	}
-	b.client = boot.client(t)
 	now := time.Now().UTC().Add(5*time.Hour + 30*time.Minute).Format("20060102T15")
 	for i, ask := range [][]any{{"uptime", "seconds"}, {"memory", "free_pct"}, {"daemon"}, {"picket", "uptime"}} {
 		got := b.ask(t, "cmd_submit_reading", append([]any{i}, ask...)...)
-		if got.code != 0 || !strings.HasPrefix(string(got.time), now) && i == 0 {
-			t.Errorf("%v: got %+v at %s; want %s", ask, got, got.time, now)
-		}
+		expect(t, got.code == 0 && (strings.HasPrefix(string(got.time), now) || i != 0),
+			"%v: got %+v at %s; want %s", ask, got, got.time, now)
 	}
 	var sleeps []int
 	await(t, "init's sleep and that which the sensor left", func() bool {
-		sleeps = named(t, root, "sleep")
+		sleeps = named(root, "sleep")
 		return len(sleeps) == 2
 	})
 
 	// Killed, it is started again, and what it had not delivered is.
 	b.set(away)
 	mustCall(t, b.client, "cmd_submit_reading", 10, "daemon")
-	await(t, "it is in the spool", func() bool { return len(spooled(t, spool)) == 1 })
+	awaitSpooled(t, spool, 1)
 	kill("picket", syscall.SIGKILL)
 	b.set(nil)
 	b.client = boot.client(t)
 	wants(t, receive(t, "reading", b.readings), "ticket 10: exit 0, value 5")
-	await(t, "the spool is empty", func() bool { return len(spooled(t, spool)) == 0 })
+	awaitSpooled(t, spool, 0)
 	mustCall(t, b.client, "healthcheck")
 
 	// With a wrong configuration it does not spin, and a signal has it look again.
-	writeTree(t, b.dir, map[string]string{"client.cfg": strings.Replace(b.config, "http:", "ftp:", 1)})
+	writeTree(t, b.dir, files{"client.cfg": strings.Replace(b.config, "http:", "ftp:", 1)})
 	kill("picket", syscall.SIGKILL)
-	waits := func(times int) {
-		t.Helper()
-		await(t, "it waits", func() bool {
-			return strings.Count(boot.log.String(), "; ends in 30s, or at a signal\n") == times
-		})
-	}
-	waits(1)
+	const waits = "; ends in 30s, or at a signal\n"
+	wantLog(t, &boot.log, waits)
 	kill("picket", syscall.SIGHUP)
-	waits(2)
+	wantLog(t, &boot.log, waits+"…"+waits)
 	wantLog(t, &boot.log, `picket: /var/picket/client.cfg:2: [monitor] url: this is neither `)
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config})
+	b.configure(t, b.config)
 	kill("picket", syscall.SIGHUP)
 	b.client = boot.client(t)
 
 	// Init's shutdown ends it in time.
 	for _, pid := range sleeps {
-		if syscall.Kill(pid, 0) != nil {
-			t.Errorf("process %d is gone", pid)
-		}
+		must(t, syscall.Kill(pid, 0)) // it is there
 	}
 	mustCall(t, b.client, "cmd_submit_reading", 11, "slow")
-	await(t, "it runs", func() bool { return len(named(t, root, "tail")) == 1 })
+	await(t, "it runs", func() bool { return len(named(root, "tail")) == 1 })
 	kill("init", syscall.SIGUSR2)
 	wants(t, receive(t, "its reading", b.readings), "ticket 11: exit -15, value nan")
 	boot.wait(t) // the end of a namespace has no exit code that means anything
-	if left := append(named(t, root, "picket"), named(t, root, "tail")...); len(left) > 0 || len(spooled(t, spool)) > 0 {
-		t.Errorf("left: processes %v, readings %q", left, spooled(t, spool))
-	}
+	equal(t, "processes left", append(named(root, "picket"), named(root, "tail")...), []int(nil))
+	equal(t, "readings left", len(spooled(t, spool)), 0)
 	wantLog(t, &boot.log, "picket: ending\n")
 }
 
 // named lists the processes of that name in a root directory.
-func named(t *testing.T, root, name string) (pids []int) {
-	t.Helper()
-	entries, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, entry := range entries {
-		dir, _ := os.Readlink(entry + "/root") // it may have ended
-		comm, _ := os.ReadFile(entry + "/comm")
-		if dir == root && strings.TrimSpace(string(comm)) == name {
-			pid, _ := strconv.Atoi(filepath.Base(entry))
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+func named(root, name string) []int {
+	return processes(func(dir string) bool {
+		in, _ := os.Readlink(dir + "/root") // it may have ended
+		comm, _ := os.ReadFile(dir + "/comm")
+		return in == root && strings.TrimSpace(string(comm)) == name
+	})
 }
 
 // TestQuickStart runs what the README says under "See it work", as printed, in a
 // copy of the source and a network of its own.
 func TestQuickStart(t *testing.T) {
-	busybox, unshare := program(t, "busybox"), program(t, "unshare")
-	program(t, "make")
-	if os.Geteuid() != 0 {
-		t.Skip("not root")
-	}
+	needsRoot(t)
+	busybox, unshare := needs(t, "busybox"), needs(t, "unshare")
+	needs(t, "make")
 	blocks := readmeBlocks(t, "See it work")
 	if len(blocks) != 3 {
-		t.Fatalf("got %d blocks", len(blocks))
-	}
-	typed := func(block string) (commands []string, printed string) {
-		for _, line := range strings.SplitAfter(strings.TrimSpace(block)+"\n", "\n") {
-			if command, ok := strings.CutPrefix(line, "$ "); ok {
-				commands = append(commands, strings.TrimSpace(command))
-			} else {
-				printed += line
-			}
-		}
-		return commands, printed
+		t.Fatalf("got %d blocks; want 3", len(blocks))
 	}
 	first, firstPrints := typed(blocks[0])
 	second, secondPrints := typed(blocks[1])
 	if len(first) != 2 || len(second) < 3 {
-		t.Fatalf("got %q, %q", first, second)
+		t.Fatalf("got %q, %q; want two commands and three or more", first, second)
 	}
 	dir := t.TempDir()
 	writeTree(t, dir, shipped(t, ""))
-	source, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range append(source, "go.mod", "Makefile") {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		writeTree(t, dir, map[string]string{name: string(text)})
+	for _, name := range append(glob(t, "*.go"), "go.mod", "Makefile") {
+		writeTree(t, dir, files{name: string(readFile(t, name))})
 	}
 	script := strings.Join([]string{
 		"set -e", busybox + " ip link set lo up",
@@ -7580,117 +6377,72 @@ func TestQuickStart(t *testing.T) {
 	cmd := exec.Command(unshare, "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script)
 	cmd.Dir = dir
 	p := start(t, cmd)
-	code := p.wait(t)
-	tree := readTree(t, dir)
+	code, tree := p.wait(t), readTree(t, dir)
 	if code != 0 {
-		t.Fatalf("exit %d: %s\n%s%s", code, &p.log, tree["build.log"], tree["agent.log"])
+		t.Fatalf("got exit %d: %s\n%s%s", code, &p.log, tree["build.log"], tree["agent.log"])
 	}
-	if tree["second"] != secondPrints {
-		t.Errorf("got %q; want %q", tree["second"], secondPrints)
-	}
+	equal(t, "the second terminal", tree["second"], secondPrints)
 	times := regexp.MustCompile(`\d{8}T[\d:]{8}|value [\d.]+`) // and values
 	want := times.ReplaceAllString(firstPrints+strings.TrimSpace(blocks[2])+"\n", "…")
-	if !like(tree["first"], want) {
-		t.Errorf("got %s; want %s", tree["first"], want)
-	}
+	expect(t, like(tree["first"], want), "got %s; want %s", tree["first"], want)
 }
 
-// startTiny starts the agent in a memory cgroup of 16 MiB, and reports whether
-// this machine has such groups.
-func (b *box) startTiny(t *testing.T) (p *child, limited bool) {
-	t.Helper()
-	build(t, b.dir)
-	group, limited := memoryGroup(t, 16<<20)
-	cmd := exec.Command("sh", "-c", `[ -z "$1" ] || echo $$ >"$1/cgroup.procs"; exec ./picket`, "sh", group)
-	cmd.Dir = b.dir
-	p = start(t, cmd)
-	b.client = p.client(t)
-	return p, limited
+// typed returns the commands of a transcript and what they print.
+func typed(block string) (commands []string, printed string) {
+	for _, line := range splitLines(strings.TrimSpace(block)) {
+		if command, ok := strings.CutPrefix(line, "$ "); ok {
+			commands = append(commands, command)
+		} else {
+			printed += line + "\n"
+		}
+	}
+	return commands, printed
 }
 
 // TestTinyBox: 16 MiB are enough for the agent and its sensors, with a spool,
 // an outage, more commands than it takes at once, and an update of 4 MiB.
 func TestTinyBox(t *testing.T) {
-	b := newBox(t, "[monitor]\nspool = spool\n", map[string]string{"sensors/s/check": printing(1)})
-	b.packages = filepath.Join(b.dir, "packages")
-	largePackage(t, b.packages)
+	b := largeBox(t, "[monitor]\nspool = spool\n")
 	p, limited := b.startTiny(t)
 	ask := func(from, n int) {
-		t.Helper()
-		var all sync.WaitGroup
-		for i := 0; i < 8; i++ {
-			all.Add(1)
-			go func(i int) {
-				defer all.Done()
-				c := newClient(b.client.url, patience, nil)
-				defer c.close()
-				for k := i; k < n; k += 8 {
-					if _, err := c.call(context.Background(), "cmd_submit_reading", from+k, "s"); err != nil {
-						t.Error(err)
-						return
-					}
+		parallel(8, func(i int) {
+			c := newClient(b.client.url, patience, nil)
+			defer c.close()
+			for k := i; k < n; k += 8 {
+				if _, err := c.call(ctx, "cmd_submit_reading", from+k, "s"); err != nil {
+					t.Error(err)
+					return
 				}
-			}(i)
-		}
-		all.Wait()
+			}
+		})
 	}
-	const n = 1500
+	const n = 1100
 	b.set(away)
 	ask(0, n)
 	b.set(nil)
 	ask(n, n)
-	mustCall(t, b.client, "cmd_update_sensor_code", "demo", "update")
+	mustCall(t, b.client, "cmd_update_sensor_code", "demo", 2*n)
 	seen := make(map[any]bool)
 	for len(seen) < 2*n+1 {
 		got := receive(t, "reading", b.readings)
-		if got.code != 0 || got.value != "1" {
-			t.Fatalf("got %+v", got)
-		}
+		wants(t, got, fmt.Sprintf("ticket %v: exit 0, value 1", got.ticket))
 		seen[got.ticket] = true
 	}
 	peak := residentMemory(t, p.Process.Pid, "VmHWM")
 	t.Logf("peak of resident memory %d KiB, limited: %v", peak, limited)
-	if !limited && peak > 20<<10 {
-		t.Errorf("peak of resident memory %d KiB", peak)
-	}
+	expect(t, limited || peak <= 20<<10, "got a peak of %d KiB; want 20 MiB at most", peak)
 	p.terminate(t)
-}
-
-// memoryGroup makes a memory cgroup that ends with the test, where it can.
-func memoryGroup(t *testing.T, limit int64) (dir string, ok bool) {
-	for root, file := range map[string]string{
-		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
-	} {
-		dir, err := os.MkdirTemp(root, "picket-test-")
-		if err != nil {
-			continue
-		}
-		t.Cleanup(func() {
-			await(t, "the cgroup is empty", func() bool {
-				err := os.Remove(dir)
-				return err == nil || errors.Is(err, fs.ErrNotExist)
-			})
-		})
-		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
-			_, err = fmt.Fprint(f, limit)
-			f.Close()
-			if err == nil {
-				return dir, true
-			}
-		}
-	}
-	return "", false
 }
 
 // TestPeers: XML-RPC libraries that nobody here wrote command the agent, and
 // take its readings.
 func TestPeers(t *testing.T) {
-	t.Run("python3", func(t *testing.T) { testPeer(t, program(t, "python3"), "testdata/peers/peer.py") })
+	t.Run("python3", func(t *testing.T) { testPeer(t, needs(t, "python3"), "testdata/peers/peer.py") })
 	if path := findPython2(); path != "" {
 		t.Run("python2.7", func(t *testing.T) { testPeer(t, path, "testdata/peers/peer.py") })
 	}
 	t.Run("RPC::XML", func(t *testing.T) {
-		perl := program(t, "perl")
+		perl := needs(t, "perl")
 		if err := exec.Command(perl, "-MRPC::XML", "-e", "1").Run(); err != nil {
 			t.Skip("no RPC::XML on this machine")
 		}
@@ -7698,9 +6450,10 @@ func TestPeers(t *testing.T) {
 	})
 	t.Run("xmlrpc-c", func(t *testing.T) {
 		peer := filepath.Join(t.TempDir(), "peer")
-		libraries := "-lxmlrpc_server_abyss -lxmlrpc_server -lxmlrpc_abyss -lxmlrpc_client -lxmlrpc -lxmlrpc_util -lpthread"
+		libraries := "-lxmlrpc_server_abyss -lxmlrpc_server -lxmlrpc_abyss -lxmlrpc_client -lxmlrpc " +
+			"-lxmlrpc_util -lpthread"
 		args := append([]string{"-o", peer, "testdata/peers/peer.c"}, strings.Fields(libraries)...)
-		if out, err := exec.Command(program(t, "cc"), args...).CombinedOutput(); err != nil {
+		if out, err := exec.Command(needs(t, "cc"), args...).CombinedOutput(); err != nil {
 			t.Skipf("no xmlrpc-c on this machine: %.200s", out)
 		}
 		testPeer(t, peer)
@@ -7713,410 +6466,293 @@ func testPeer(t *testing.T, command ...string) {
 	}
 	monitor := wrapped(peer("monitor"), "sh", "-c", `exec "$@" >&2`, "sh") // what it prints is its log
 	input, err := monitor.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	p := start(t, monitor)
-	b := newBox(t, "", map[string]string{"sensors/words/check": "#!/bin/sh\necho $#"})
-	b.config += "[monitor]\ntime = utc\nurl = http://" + p.address(t) + "/xmlrpc/\n"
-	writeTree(t, b.dir, map[string]string{"client.cfg": b.config})
+	b := newBox(t, "[monitor]\ntime = utc\n", files{"sensors/words/check": "#!/bin/sh\necho $#"})
+	b.configure(t, strings.Replace(b.config, b.url.Host, p.address(t), 1))
 	b.run(t)
 	out, err := peer("caller", b.client.url.String()).CombinedOutput()
-	if err != nil {
-		t.Errorf("caller: %v", err)
-	}
-	want := map[string]string{}
+	must(t, err)
+	want := files{}
 	for _, c := range cases(t, "testdata/peers/expected.txt") {
 		want[c.name] = c.text
 		if strings.Contains(command[0], "python") { // whose library cannot send an i8
 			want[c.name] = regexp.MustCompile(`(?m)^(i8|stored i8) .*\n`).ReplaceAllString(c.text, "")
 		}
 	}
-	if string(out) != want["caller"] {
-		t.Errorf("caller: got\n%s\nwant\n%s", out, want["caller"])
-	}
+	equal(t, "the caller", string(out), want["caller"])
 	await(t, "all readings", func() bool {
 		return strings.Count(p.log.String(), "\n") > strings.Count(want["monitor"], "\n")
 	})
-	_, got, _ := strings.Cut(p.log.String(), "\n") // behind its address
-	got = regexp.MustCompile(`\d{8}T\d\d:\d\d:\d\d`).ReplaceAllString(sortedLines(got), "TIME")
-	if got != want["monitor"] {
-		t.Errorf("monitor: got\n%s\nwant\n%s", got, want["monitor"])
-	}
+	got := splitLines(p.log.String())[1:] // behind its address
+	slices.Sort(got)
+	times := regexp.MustCompile(`\d{8}T\d\d:\d\d:\d\d`)
+	equal(t, "the monitor", times.ReplaceAllString(strings.Join(got, "\n"), "TIME")+"\n", want["monitor"])
 	input.Close()
-	if code := p.wait(t); code != 0 {
-		t.Errorf("monitor: exit %d", code)
-	}
+	equal(t, "the monitor's exit", p.wait(t), 0)
 }
 
-func sortedLines(text string) string {
-	lines := strings.SplitAfter(text, "\n")
-	slices.Sort(lines)
-	return strings.Join(lines, "")
-}
-
-// TestFaultSurroundings: a sensor that runs as another user has no terminal, none
-// of the files that whoever started picket had open, and a home of its own,
-// whichever command runs it. ^C ends that command all the same.
-func TestFaultSurroundings(t *testing.T) {
-	nobody, err := user.Lookup("nobody")
-	if err != nil || os.Geteuid() != 0 {
-		t.Skip("not root, or no user nobody")
+func FuzzINI(f *testing.F) {
+	for _, file := range glob(f, "testdata/ini/*.ini") {
+		f.Add(string(readFile(f, file)), "sensor", "path", "a\nb")
 	}
-	const sensor = `#!/bin/sh
-has=; (: <>/dev/tty) 2>/dev/null && has=/dev/tty
-for f in 0 1 2; do [ -t $f ] && has="$has $f"; done
-for f in /proc/$$/fd/*; do case $(readlink $f) in */secret) has="$has $f";; esac; done
-echo "has [$has] $HOME $USER $LOGNAME" >>$SEEN
-[ "$1" = hang ] && sleep 60
-echo 1
-`
-	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
-	for _, test := range []struct{ command, shell string }{ // picket leads the session, or a shell does
-		{"", ""}, {"check s", ""}, {"check s", "sh"}, {"check s hang", "sh"}, {"list", ""},
-		{"install demo.tar", ""}, {"update demo", ""}, {"selftest", ""},
-	} {
-		t.Run(test.shell+" picket "+test.command, func(t *testing.T) {
-			archive := string(packageOf(t, entry("demo/", ""), entry("demo/check", sensor)))
-			b := newBox(t, "[sensor]\nuser = nobody\n", map[string]string{
-				"sensors/s/check": sensor, "seen": "", "secret": "", "demo.tar": archive, "demo.tar.bz2": archive,
-			})
-			b.packages = b.dir
-			seen := filepath.Join(b.dir, "seen")
-			t.Setenv("SEEN", seen)
-			for file, mode := range map[string]fs.FileMode{filepath.Dir(b.dir): 0o755, seen: 0o666} {
-				if err := os.Chmod(file, mode); err != nil {
-					t.Fatal(err)
-				}
-			}
-			secret, err := os.Open(filepath.Join(b.dir, "secret"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer secret.Close()
-			cmd := self(t, b.dir, strings.Fields(test.command)...)
-			if test.shell != "" {
-				cmd = wrapped(cmd, test.shell, "-c", `"$@"; exit $?`, test.shell)
-			}
-			cmd.ExtraFiles = []*os.File{secret, secret}
-			keyboard := startOnTerminal(t, cmd)
-			says := bufio.NewReader(keyboard)
-			switch test.command {
-			case "":
-				line, _ := says.ReadString('\n')
-				match := servesAt.FindStringSubmatch(line)
-				if match == nil {
-					t.Fatalf("got %q", line)
-				}
-				b.client = clientOf(t, match[1])
-				b.read(t, 1, "s")
-				cmd.Process.Signal(syscall.SIGTERM)
-			case "check s hang":
-				await(t, "it runs", func() bool { return readTree(t, b.dir)["seen"] != "" })
-				io.WriteString(keyboard, "\x03")
-			}
-			said := make(chan string, 1)
-			go func() {
-				text, _ := io.ReadAll(says) // which fails at the end, as the terminal is hung up
-				said <- string(text)
-			}()
-			text := receive(t, "the end of picket", said)
-			if got := readTree(t, b.dir)["seen"]; got == "" || strings.ReplaceAll(got, want, "") != "" {
-				t.Errorf("got %q; want %q; picket says %s", got, want, text)
-			}
-		})
-	}
-}
-
-// startOnTerminal starts a program as the leader of a session on a pseudo terminal,
-// kills it when the test ends, and returns the other end of the terminal.
-func startOnTerminal(t *testing.T, cmd *exec.Cmd) *os.File {
-	t.Helper()
-	here, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { here.Close() })
-	var unlock, n int32
-	for request, value := range map[uintptr]*int32{syscall.TIOCSPTLCK: &unlock, syscall.TIOCGPTN: &n} {
-		if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, here.Fd(), request, uintptr(unsafe.Pointer(value))); errno != 0 {
-			t.Skip(errno)
+	f.Fuzz(func(t *testing.T, text, section, option, value string) {
+		c, err := parseINI("f", text)
+		if err != nil {
+			return
 		}
-	}
-	there, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	defer there.Close()
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = there, there, there
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	return here
-}
-
-// TestFaultReload: no reload takes away a protection that is in force, as one does
-// that meets a client.cfg which is empty or half written. SIGTERM does not wait for
-// a reload.
-func TestFaultReload(t *testing.T) {
-	files := newCA(t, "ca").valid(t, "monitor")
-	public, _ := signify(t, "keynum_1")
-	protections := "[agent]\ncertificate = " + files.certificate + "\nkey = " + files.key +
-		"\nallow = 127.0.0.1\nclient_ca = " + files.ca + "\nclient_name = monitor\n" +
-		"[monitor]\nca = " + files.ca + "\n[sensor]\nupdate = no\npublic_key = key.pub\n"
-	names := []string{"allow", "certificate", "client_ca", "client_name", "ca", "update", "public_key"}
-	if os.Geteuid() == 0 {
-		protections, names = protections+"user = nobody\n", append(names, "user")
-	}
-	b := newBox(t, protections, map[string]string{"key.pub": public})
-	p := b.start(t)
-	b.client.url.Scheme = "https"
-	c := newClient(b.client.url, patience, clientTLS(files))
-	defer c.close()
-	mustCall(t, c, "healthcheck")
-	reload := func(text string) string {
-		t.Helper()
-		before := len(p.log.String())
-		writeTree(t, b.dir, map[string]string{"client.cfg": text})
-		p.signal(t, syscall.SIGHUP)
-		const refused, taken = "the settings before stay in force\n", "is in force; on"
-		await(t, "the reload", func() bool {
-			log := p.log.String()[before:]
-			return strings.Contains(log, refused) || strings.Contains(log, taken)
-		})
-		return p.log.String()[before:]
-	}
-	texts := map[string]string{"": "", b.config[:strings.Index(b.config, "allow")]: "allow"} // with what is missed
-	for _, name := range names {
-		line := regexp.MustCompile(`(?m)^` + name + ` = .*\n`)
-		if name == "certificate" {
-			line = regexp.MustCompile(`(?m)^(certificate|key) = .*\n`)
+		equal(t, "text()", c.text(), text)
+		before := dump(c) // which must end
+		if err := c.set(section, option, value); err != nil {
+			equal(t, "the text of what was refused", c.text(), text)
+			equal(t, "what was refused", dump(c), before)
+			return
 		}
-		texts[line.ReplaceAllString(b.config, "")] = name
-	}
-	for text, name := range texts {
-		if got := reload(text); strings.Contains(got, "is in force; on") || !strings.Contains(got, name) {
-			t.Errorf("without %q: got %s", name, got)
+		got, err := c.get(section, option)
+		must(t, err)
+		equal(t, "the value", got, value)
+		again := get(parseINI("f", c.text()))
+		equal(t, "what reads back", dump(again), dump(c))
+		must(t, c.remove(section, option))
+		if _, own := c.values[iniKey{section, strings.ToLower(option)}]; own {
+			t.Error("got the option still; want it removed")
 		}
-	}
-	mustCall(t, c, "healthcheck")
-	if got := reload(b.config + "[agent]\nqueue = 100\n"); strings.Contains(got, "stay in force") {
-		t.Errorf("got %s", got)
-	}
-	before := strings.Count(p.log.String(), "in force")
-	p.signal(t, syscall.SIGHUP, syscall.SIGTERM)
-	if code := p.wait(t); code != 0 || strings.Count(p.log.String(), "in force") > before {
-		t.Errorf("SIGTERM after a SIGHUP: exit %d: %s", code, &p.log)
-	}
-}
-
-// TestFaultFIFO: a file that is none is refused where picket reads one. It waits
-// for nobody to write.
-func TestFaultFIFO(t *testing.T) {
-	files := newCA(t, "ca").valid(t, "box")
-	pair := "certificate = " + files.certificate + "\nkey = " + files.key + "\n"
-	fifo := func(t *testing.T, dir string) {
-		if err := syscall.Mkfifo(filepath.Join(dir, "fifo.tar"), 0o666); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, test := range []struct{ config, command string }{
-		{"", "-c fifo.tar"}, {"", "-c fifo.tar check s"}, {"", "install fifo.tar"},
-		{"certificate = fifo.tar\nkey = " + files.key, ""}, {"key = fifo.tar\ncertificate = " + files.certificate, ""},
-		{pair + "client_ca = fifo.tar", ""}, {"[monitor]\nca = fifo.tar", ""}, {"[sensor]\npublic_key = fifo.tar", "config"},
-		{"", "call -ca fifo.tar https://127.0.0.1:1/ x"},
-	} {
-		test := test
-		t.Run(test.config+" "+test.command, func(t *testing.T) {
-			t.Parallel()
-			b := newBox(t, test.config+"\n", nil)
-			fifo(t, b.dir)
-			p := start(t, self(t, b.dir, strings.Fields(test.command)...))
-			if code := p.wait(t); code <= 0 || !strings.Contains(p.log.String(), "fifo") {
-				t.Errorf("exit %d: %s", code, &p.log)
-			}
-		})
-	}
-	t.Run("reload", func(t *testing.T) {
-		t.Parallel()
-		b := newBox(t, "", nil)
-		fifo(t, b.dir)
-		p := b.start(t)
-		writeTree(t, b.dir, map[string]string{"client.cfg": b.config + "certificate = fifo.tar\nkey = fifo.tar\n"})
-		p.signal(t, syscall.SIGHUP)
-		wantLog(t, &p.log, "reload: …fifo…stay in force")
-		p.terminate(t)
 	})
 }
 
-// TestFaultLocked: whoever can open the directory of client.cfg or of the sensors
-// can lock it. The start, the end, a reload and runs do not wait for him.
-func TestFaultLocked(t *testing.T) {
-	for _, dir := range []string{".", "sensors"} {
-		for _, locked := range []string{"start", "run"} {
-			dir, locked := dir, locked
-			t.Run(dir+" at the "+locked, func(t *testing.T) {
-				t.Parallel()
-				b := newBox(t, "", map[string]string{"sensors/s/check": printing(1)})
-				b.next = newRecorder(t).url.String()
-				lock := func() {
-					f, err := os.Open(filepath.Join(b.dir, dir))
-					if err != nil {
-						t.Fatal(err)
-					}
-					t.Cleanup(func() { f.Close() })
-					if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-						t.Fatal(err)
-					}
-				}
-				if locked == "start" {
-					lock()
-				}
-				p := b.start(t)
-				mustCall(t, b.client, "healthcheck")
-				if locked == "run" {
-					lock()
-				}
-				wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
-				mustCall(t, b.client, "cmd_update_sensor_code", "s") // which may wait for the lock
-				if dir == "." {
-					mustCall(t, b.client, "cmd_register_new_server") // so may that
-				}
-				p.signal(t, syscall.SIGHUP)
-				wantLog(t, &p.log, "is in force; on")
-				mustCall(t, b.client, "cmd_submit_reading", 2, "s")
-				p.terminate(t)
-			})
+// xmlSeeds adds the messages of testdata.
+func xmlSeeds(f *testing.F) {
+	for _, file := range glob(f, "testdata/xml/*.xml") {
+		f.Add(readFile(f, file))
+	}
+}
+
+// FuzzCall: a call that can be read is the same when it is written and read
+// again; any other is a fault.
+func FuzzCall(f *testing.F) {
+	xmlSeeds(f)
+	f.Fuzz(func(t *testing.T, message []byte) {
+		method, params, err := decodeCall(message)
+		if err != nil {
+			if f := (*fault)(nil); !errors.As(err, &f) {
+				t.Fatalf("%v is no fault", err)
+			}
+			return
+		}
+		method2, params2, err := decodeCall(encodeCall(method, params...))
+		if err != nil || method2 != method || !reflect.DeepEqual(params2, params) {
+			t.Fatalf("%q %#v reads back as %q %#v, %v", method, params, method2, params2, err)
+		}
+	})
+}
+
+// FuzzResponse: a result that can be read is the same when it is written and
+// read again; so is a fault.
+func FuzzResponse(f *testing.F) {
+	xmlSeeds(f)
+	every := []any{1, int64(2), "a", nil, true, []byte("b"), dateTime("20261122T20:43:21"), map[string]any{"x": 2.5}}
+	f.Add(encodeResponse(every, nil))
+	f.Add(encodeResponse(nil, faultf(1, "x")))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		v, err := decodeResponse(message)
+		sent := (*fault)(nil)
+		if err != nil && !errors.As(err, &sent) {
+			return
+		}
+		v2, err2 := decodeResponse(encodeResponse(v, err))
+		if !reflect.DeepEqual(v, v2) || !reflect.DeepEqual(err, err2) {
+			t.Fatalf("%#v, %v reads back as %#v, %v", v, err, v2, err2)
+		}
+	})
+}
+
+// FuzzSpool: whatever is in a spool's file, with the right checksums or not,
+// it is read, and a reading in it is the same when it is written and read again.
+func FuzzSpool(f *testing.F) {
+	at := clocks{time.UnixMilli(1795633466690), 81299 * time.Second, "4b825dc6"}
+	before := clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot}
+	taken := func(number uint64, ticket any, r reading) string {
+		return readingRecord(pendingOf(number, ticket, r, before), at)
+	}
+	records := []string{
+		taken(1, 7, reading{value: "0.42"}),
+		taken(2, int64(1)<<40, reading{code: -15}),
+		readingRecord(pendingOf(3, "a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
+		markRecord(2),
+		withChecksum("c 0 4b825dc6 81299000 1795633466690"),
+	}
+	unsummed := ""
+	for _, record := range records {
+		f.Add([]byte(record), false)
+		unsummed += record[len("01234567 "):]
+	}
+	f.Add([]byte(strings.Join(records, "")), false)
+	f.Add([]byte(unsummed), true)
+	f.Add([]byte(unsummed[:len(unsummed)-1]), true)
+	f.Fuzz(func(t *testing.T, data []byte, sum bool) {
+		text := string(data)
+		if sum {
+			text = ""
+			for _, line := range strings.Split(string(data), "\n") {
+				text += withChecksum(line)
+			}
+		}
+		found, s := parseSpool(t, text)
+		lines := strings.Count(text, "\n")
+		if text != "" && !strings.HasSuffix(text, "\n") {
+			lines++ // cut off, but for its end perhaps whole
+		}
+		if len(found)+s.damaged > lines {
+			t.Fatalf("got %d readings, %d damaged of %d lines", len(found), s.damaged, lines)
+		}
+		for _, p := range found {
+			if ticket := wireTicket(p.ticket); len(ticket) > 8*maxTicket {
+				continue // no command has one
+			}
+			again, _ := parseSpool(t, readingRecord(p, at))
+			if len(again) != 1 {
+				t.Fatalf("got %+v; want %+v back", again, p)
+			}
+			if a := again[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
+				t.Fatalf("got %+v; want %+v back", a, p)
+			}
+		}
+	})
+}
+
+func FuzzUnpack(f *testing.F) {
+	for _, file := range glob(f, "testdata/packages/*") {
+		f.Add(readFile(f, file))
+	}
+	for _, p := range packageCases(f, "testdata/packages.txt") {
+		if len(p.archive) < 1<<14 {
+			f.Add([]byte(p.archive))
 		}
 	}
-}
-
-// TestFaultArguments: a queue full of commands with thousands of empty arguments
-// does not kill a box of 16 MiB, from the first moment on, and calls beside them
-// are answered.
-func TestFaultArguments(t *testing.T) {
-	for mode, arguments := range map[string]string{
-		"string": "<string>" + strings.Repeat("'' ", 8192) + "</string>",
-		"small":  "<string>" + strings.Repeat("'' ", 5300) + "</string>",
-		"array":  "<array><data>" + strings.Repeat("<value/>", 4090) + "</data></array>",
-	} {
-		t.Run(mode, func(t *testing.T) {
-			b := newBox(t, "queue = 256\n", map[string]string{"sensors/s/check": "#!/bin/sh\nsleep 2; echo 1"})
-			p, limited := b.startTiny(t)
-			if !limited {
-				t.Skip("no memory cgroups on this machine")
-			}
-			full := make(chan string, 1)
-			go func() {
-				n, answer := 0, "OK"
-				for ; n < 256 && strings.Contains(answer, "OK"); n++ { // till the queue is full, or one is refused
-					body := string(encodeCall("cmd_submit_reading", n, "s", "ARGS"))
-					body = strings.Replace(body, "<string>ARGS</string>", arguments, 1)
-					resp, err := http.Post(b.client.url.String(), "text/xml", strings.NewReader(body))
-					if err != nil {
-						answer = err.Error()
-						break
-					}
-					text, _ := io.ReadAll(resp.Body)
-					resp.Body.Close()
-					answer = string(text)
+	f.Add([]byte(packageOf(f, entry("demo/check", printing(1)), entry("demo/a/b/c", "d"))))
+	f.Fuzz(func(t *testing.T, archive []byte) {
+		dir := t.TempDir()
+		u := testUpdater(t, filepath.Join(dir, "in"), nil)
+		u.maxUnpacked = 1 << 16
+		c := &change{updater: u, ctx: ctx, name: "demo", from: fromText(string(archive), "")}
+		look := func() error {
+			err := c.unpack()
+			size, in := 0, filepath.Join("in", filepath.Base(c.staging.Name()))
+			for name, text := range readTree(t, dir) {
+				if name == filepath.Join(in, "package") {
+					continue
 				}
-				full <- fmt.Sprintf("%d commands, at last %.200s", n, answer)
-			}()
-			c := newClient(b.client.url, 10*time.Second, nil)
-			defer c.close()
-			for len(full) == 0 {
-				mustCall(t, c, "healthcheck")
+				if size += len(text); !strings.HasPrefix(name, filepath.Join(in, "demo")+"/") {
+					t.Errorf("%v: got %q; want it in demo", err, name)
+				}
 			}
-			mustCall(t, c, "healthcheck")
-			t.Logf("%s; peak of resident memory %d KiB", <-full, residentMemory(t, p.Process.Pid, "VmHWM"))
-		})
-	}
-}
-
-// TestFaultManySensors: a thousand sensors with long help texts are listed within
-// the limits of a message, in 16 MiB.
-func TestFaultManySensors(t *testing.T) {
-	files := map[string]string{"help": strings.Repeat("<&> what it can be asked\n", 100)}
-	for i := 0; i < 1000; i++ {
-		files[fmt.Sprintf("sensors/%060d/check", i)] = "#!/bin/sh\ncat ../../help"
-	}
-	b := newBox(t, "", files)
-	p, limited := b.startTiny(t)
-	listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
-	size := 0
-	for name, help := range listed {
-		text := len(encodeResponse(help, nil)) - len(encodeResponse("", nil))
-		if text > 1<<10 {
-			t.Errorf("the help of %s takes %d bytes", name, text)
+			expect(t, size <= 1<<16, "%v: got %d bytes unpacked; want 64 KiB at most", err, size)
+			return nil
 		}
-		size += len(name) + text
-	}
-	if size > 48<<10 || len(encodeResponse(listed, nil)) > 64<<10 || len(listed) < 100 {
-		t.Errorf("%d sensors take %d bytes, the answer %d", len(listed), size, len(encodeResponse(listed, nil)))
-	}
-	wantLog(t, &p.log, "left out")
-	t.Logf("%d sensors, limited: %v", len(listed), limited)
-	p.terminate(t)
+		must(t, c.make(c.fetch, look))
+	})
 }
 
-// BenchmarkBudgets measures what the agent takes, each figure beside a yardstick
-// (testdata/bench) on the same machine in the same run, and prints a table:
-//
-//	go test -run '^$' -bench '^BenchmarkBudgets$' -benchtime 1x .
+// FuzzSignify: a key or a signature that is taken holds what was taken, and
+// nothing else; and only the signature itself fits the package.
+func FuzzSignify(f *testing.F) {
+	const message = "message"
+	public, sign := signify(f, "keynum_1")
+	_, key, err := parseSignify([]byte(public), ed25519.PublicKeySize)
+	must(f, err)
+	_, signature, err := parseSignify([]byte(sign(message)), ed25519.SignatureSize)
+	must(f, err)
+	for _, text := range []string{public, sign(message), sign(""), "untrusted comment: \n", ""} {
+		f.Add([]byte(text), false)
+		f.Add([]byte(text), true)
+	}
+	f.Fuzz(func(t *testing.T, text []byte, signed bool) {
+		size := ed25519.PublicKeySize
+		if signed {
+			size = ed25519.SignatureSize
+		}
+		number, data, err := parseSignify(text, size)
+		if err != nil {
+			return
+		}
+		want := base64.StdEncoding.EncodeToString([]byte("Ed" + number + string(data)))
+		lines := strings.Split(string(text), "\n")
+		expect(t, len(lines) <= 3 && lines[1] == want, "%q: got %q; want its second line", text, want)
+		expect(t, !signed || !ed25519.Verify(key, []byte(message), data) || bytes.Equal(data, signature),
+			"got %q; want %q alone to fit", data, signature)
+	})
+}
+
 func BenchmarkBudgets(b *testing.B) {
 	for i := 0; i < b.N; i++ {
-		m := &bench{B: b, dir: b.TempDir()}
-		m.build()
-		fmt.Printf("%-58s %12s %12s %7s  %s\n", "figure", "picket", "yardstick", "ratio", "budget")
-		m.size()
-		m.started()
-		m.loaded()
-		m.acknowledged()
-		m.backlog()
+		m := &bench{B: b, dir: b.TempDir(), picket: binary(b)}
+		m.yardstick = goBuild(b, filepath.Join(m.dir, "yardstick"), "./testdata/bench")
+		m.sensor = filepath.Join(m.dir, "sensors/s/check")
+		writeTree(b, m.dir, files{"sensors/s/": ""})
+		runTool(b, "", needs(b, "cc"), "-Os", "-static", "-o", m.sensor, "testdata/sensor.c")
+		m.add("size of the binary, KiB", "<= 1.12", m.size(m.picket), m.size(m.yardstick))
+		for round := 0; round < 15; round++ {
+			m.started()
+		}
+		for round := 0; round < 3; round++ {
+			m.loaded()
+			m.acknowledged()
+			m.backlog()
+		}
+		m.print()
 	}
 }
 
 const (
 	benchReadings    = 10000
-	benchRounds      = 3 // of what takes seconds; the figure is the median
 	benchCallers     = 8
 	benchConcurrency = 3 // runs of one sensor at once, as many as the yardstick's
 )
 
-// A bench has the programs that are measured, which are static, and a sensor.
+// A bench has the programs that are measured, a sensor, and the table.
 type bench struct {
 	*testing.B
 	dir, picket, yardstick, sensor string
+	rows                           []*benchRow
 }
 
-func (b *bench) build() {
-	b.picket = build(b, b.dir)
-	b.yardstick = goBuild(b, filepath.Join(b.dir, "yardstick"), "./testdata/bench")
-	b.sensor = filepath.Join(b.dir, "sensors/s/check")
-	writeTree(b, b.dir, map[string]string{"sensors/s/": ""})
-	cc := exec.Command(program(b, "cc"), "-Os", "-static", "-o", b.sensor, "testdata/sensor.c")
-	if out, err := cc.CombinedOutput(); err != nil {
-		b.Fatalf("%v: %s", err, out)
-	}
+// A benchRow is a row of the table: what was measured in each round.
+type benchRow struct {
+	what, budget      string
+	picket, yardstick []float64
 }
 
-// row prints a row of the table.
-func (b *bench) row(what string, picket, yardstick float64, budget string) {
-	ratio := ""
-	if yardstick > 0 {
-		ratio = fmt.Sprintf("%.2f", picket/yardstick)
+// add adds what was measured in a round.
+func (b *bench) add(what, budget string, picket, yardstick float64) {
+	i := slices.IndexFunc(b.rows, func(r *benchRow) bool { return r.what == what })
+	if i < 0 {
+		i, b.rows = len(b.rows), append(b.rows, &benchRow{what: what, budget: budget})
 	}
-	fmt.Printf("%-58s %12.2f %12.2f %7s  %s\n", what, picket, yardstick, ratio, budget)
+	r := b.rows[i]
+	r.picket, r.yardstick = append(r.picket, picket), append(r.yardstick, yardstick)
+}
+
+// print prints the table, with medians.
+func (b *bench) print() {
+	fmt.Printf("%-58s %12s %12s %7s  %s\n", "figure", "picket", "yardstick", "ratio", "budget")
+	median := func(v []float64) float64 {
+		slices.Sort(v)
+		return v[len(v)/2]
+	}
+	for _, r := range b.rows {
+		picket, yardstick, ratio := median(r.picket), median(r.yardstick), ""
+		if yardstick > 0 {
+			ratio = fmt.Sprintf("%.2f", picket/yardstick)
+		}
+		fmt.Printf("%-58s %12.2f %12.2f %7s  %s\n", r.what, picket, yardstick, ratio, r.budget)
+	}
 }
 
 // startPicket starts the agent with a monitor and with more in its client.cfg.
 func (b *bench) startPicket(monitor, more string) (p *child, address string) {
 	b.Helper()
 	const config = "[monitor]\nurl = http://%s/xmlrpc/\n%s[sensor]\nconcurrency = %d\n[agent]\nlisten = 127.0.0.1:0\n"
-	writeTree(b, b.dir, map[string]string{"client.cfg": fmt.Sprintf(config, monitor, more, benchConcurrency)})
+	writeTree(b, b.dir, files{"client.cfg": fmt.Sprintf(config, monitor, more, benchConcurrency)})
 	return b.start(b.picket, "-c", filepath.Join(b.dir, "client.cfg"))
 }
 
@@ -8132,85 +6768,58 @@ func (b *bench) stop(p *child) {
 	p.wait(b)
 }
 
-func median(v []float64) float64 {
-	slices.Sort(v)
-	return v[len(v)/2]
-}
-
-func (b *bench) size() {
-	kib := func(file string) float64 {
-		info, err := os.Stat(file)
-		if err != nil {
-			b.Fatal(err)
-		}
-		return float64(info.Size()) / 1024
-	}
-	b.row("size of the binary, KiB", kib(b.picket), kib(b.yardstick), "<= 1.12")
+// size returns the size of a file in KiB.
+func (b *bench) size(file string) float64 {
+	info := get(os.Stat(file))
+	return float64(info.Size()) / 1024
 }
 
 // started measures what a program takes until and while it waits for the first call.
 func (b *bench) started() {
-	call := wireCall("healthcheck")
 	first := func(start func() (*child, string)) (milliseconds, resident float64) {
-		var times, sizes []float64
-		for i := 0; i < 15; i++ {
-			begun := time.Now()
-			p, address := start()
-			w := b.dial(address)
-			w.exchange(call)
-			times = append(times, float64(time.Since(begun).Microseconds())/1000)
-			w.conn.Close()
-			b.stop(p)
-			p, _ = start()
-			time.Sleep(100 * time.Millisecond) // it is idle
-			sizes = append(sizes, float64(residentMemory(b, p.Process.Pid, "VmRSS")))
-			b.stop(p)
-		}
-		return median(times), median(sizes)
+		begun := time.Now()
+		p, address := start()
+		w := b.dial(address)
+		w.exchange(posted(string(encodeCall("healthcheck"))))
+		milliseconds = float64(time.Since(begun).Microseconds()) / 1000
+		w.Close()
+		b.stop(p)
+		p, _ = start()
+		defer b.stop(p)
+		time.Sleep(100 * time.Millisecond) // it is idle
+		return milliseconds, float64(residentMemory(b, p.Process.Pid, "VmRSS"))
 	}
 	time1, size1 := first(func() (*child, string) { return b.startPicket("127.0.0.1:1", "") })
 	time2, size2 := first(func() (*child, string) { return b.start(b.yardstick, "listen") })
-	b.row("resident memory, idle, KiB", size1, size2, "<= 1.15")
-	b.row("from exec to first answer, ms", time1, time2, "<= 1.3")
+	b.add("resident memory, idle, KiB", "<= 1.15", size1, size2)
+	b.add("from exec to first answer, ms", "<= 1.3", time1, time2)
 }
 
 // loaded measures 10,000 readings that 8 callers ask for.
 func (b *bench) loaded() {
 	m := b.monitor()
-	var rate, cpu, rate2, cpu2 []float64
-	private := 0
-	for i := 0; i < benchRounds; i++ {
-		p, address := b.startPicket(m.address(), "")
-		calls := submitCalls(benchReadings)
-		before := b.processTime(p)
-		begun := time.Now()
-		b.load(address, calls, 0)
-		m.await(b, benchReadings)
-		rate = append(rate, benchReadings/time.Since(begun).Seconds())
-		cpu = append(cpu, (b.processTime(p)-before)/benchReadings*1e6)
-		private = max(private, residentMemory(b, p.Process.Pid, "RssAnon"))
-		b.stop(p)
-		begun = time.Now()
-		out, err := exec.Command(b.yardstick, "loop", b.sensor, fmt.Sprint(benchReadings)).Output()
-		if err != nil {
-			b.Fatal(err)
-		}
-		rate2 = append(rate2, benchReadings/time.Since(begun).Seconds())
-		nanoseconds, _ := strconv.ParseFloat(strings.TrimSpace(string(out)), 64)
-		cpu2 = append(cpu2, nanoseconds/1000/benchReadings)
-	}
-	b.row("private memory after 10,000 readings, KiB", float64(private), 0, "<= 4608")
-	b.row("readings per second, two at once", median(rate), median(rate2), ">= 0.66")
-	b.row("processor time per reading, children included, us", median(cpu), median(cpu2), "<= 1.4")
+	p, address := b.startPicket(m.address(), "")
+	calls := submitCalls(benchReadings)
+	before, begun := b.processTime(p), time.Now()
+	b.load(address, calls, 0)
+	m.await(b, benchReadings)
+	rate := benchReadings / time.Since(begun).Seconds()
+	cpu := (b.processTime(p) - before) / benchReadings * 1e6
+	private := float64(residentMemory(b, p.Process.Pid, "RssAnon"))
+	b.add("private memory after 10,000 readings, KiB", "<= 4608", private, 0)
+	b.stop(p)
+	begun = time.Now()
+	out := runTool(b, "", b.yardstick, "loop", b.sensor, fmt.Sprint(benchReadings))
+	b.add("readings per second, two at once", ">= 0.66", rate, benchReadings/time.Since(begun).Seconds())
+	nanoseconds, err := strconv.ParseFloat(strings.TrimSpace(out), 64)
+	must(b, err)
+	b.add("processor time per reading, children included, us", "<= 1.4", cpu, nanoseconds/1000/benchReadings)
 }
 
 // processTime is the processor time in seconds that a process and its children
 // have taken.
 func (b *bench) processTime(p *child) float64 {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
+	text := readFile(b, fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
 	ticks := 0
 	for _, field := range strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))[11:15] {
 		n, _ := strconv.Atoi(field)
@@ -8222,27 +6831,21 @@ func (b *bench) processTime(p *child) float64 {
 // load has 8 callers ask for readings, at so many a second (0: as fast as it
 // goes), and returns the 99th percentile of how long an answer took, in
 // microseconds.
-func (b *bench) load(address string, calls [][]byte, rate float64) float64 {
+func (b *bench) load(address string, calls []string, rate float64) float64 {
 	took := make([]float64, len(calls))
-	var all sync.WaitGroup
-	for i := 0; i < benchCallers; i++ {
-		all.Add(1)
-		go func(i int) {
-			defer all.Done()
-			w := b.dial(address)
-			defer w.conn.Close()
-			begun := time.Now()
-			for k := i; k < len(calls); k += benchCallers {
-				if rate > 0 {
-					time.Sleep(time.Until(begun.Add(time.Duration(float64(k) / rate * 1e9))))
-				}
-				sent := time.Now()
-				w.exchange(calls[k])
-				took[k] = float64(time.Since(sent).Nanoseconds()) / 1000
+	parallel(benchCallers, func(i int) {
+		w := b.dial(address)
+		defer w.Close()
+		begun := time.Now()
+		for k := i; k < len(calls); k += benchCallers {
+			if rate > 0 {
+				time.Sleep(time.Until(begun.Add(time.Duration(float64(k) / rate * 1e9))))
 			}
-		}(i)
-	}
-	all.Wait()
+			sent := time.Now()
+			w.exchange(calls[k])
+			took[k] = float64(time.Since(sent).Nanoseconds()) / 1000
+		}
+	})
 	slices.Sort(took)
 	return took[len(took)*99/100]
 }
@@ -8252,63 +6855,42 @@ func (b *bench) load(address string, calls [][]byte, rate float64) float64 {
 func (b *bench) acknowledged() {
 	const n, rate = 2400, 300
 	m := b.monitor()
-	var picket, yardstick []float64
-	for i := 0; i < benchRounds; i++ {
-		p, address := b.startPicket(m.address(), "")
-		picket = append(picket, b.load(address, submitCalls(n), rate))
-		m.await(b, n)
-		b.stop(p)
-		p, address = b.start(b.yardstick, "serve", b.sensor)
-		yardstick = append(yardstick, b.load(address, submitCalls(n), rate))
-		b.stop(p)
-	}
-	b.row("acknowledgement, 99th percentile at 300 a second, us", median(picket), median(yardstick), "<= 2.0")
+	p, address := b.startPicket(m.address(), "")
+	picket := b.load(address, submitCalls(n), rate)
+	m.await(b, n)
+	b.stop(p)
+	p, address = b.start(b.yardstick, "serve", b.sensor)
+	yardstick := b.load(address, submitCalls(n), rate)
+	b.stop(p)
+	b.add("acknowledgement, 99th percentile at 300 a second, us", "<= 2.0", picket, yardstick)
 }
 
 // backlog measures how fast readings go out that had to wait for the monitor,
 // from the first that arrives to the last.
 func (b *bench) backlog() {
-	var picket, yardstick []float64
+	m := b.monitor()
+	m.away.Store(true)
+	p, address := b.startPicket(m.address(), "spool = spool\nspool_size = 4M\n")
+	b.load(address, submitCalls(benchReadings), 0)
+	await(b, "all are in the spool", func() bool {
+		return strings.Count(spoolText(b, filepath.Join(b.dir, "spool")), " r ") >= benchReadings
+	})
+	m.away.Store(false)
+	picket := m.await(b, benchReadings)
+	b.stop(p)
+	must(b, os.RemoveAll(filepath.Join(b.dir, "spool")))
+	m = b.monitor()
 	body := string(encodeCall("cmd_store_probe_data", 12345, []any{0, "42"}, dateTime("20261122T20:43:21")))
-	for i := 0; i < benchRounds; i++ {
-		m := b.monitor()
-		m.away.Store(true)
-		p, address := b.startPicket(m.address(), "spool = spool\nspool_size = 4M\n")
-		b.load(address, submitCalls(benchReadings), 0)
-		await(b, "all are in the spool", func() bool {
-			text, _ := os.ReadFile(filepath.Join(b.dir, "spool/readings")) // later there is one
-			return bytes.Count(text, []byte(" r ")) >= benchReadings
-		})
-		m.away.Store(false)
-		picket = append(picket, m.await(b, benchReadings))
-		b.stop(p)
-		if err := os.RemoveAll(filepath.Join(b.dir, "spool")); err != nil {
-			b.Fatal(err)
-		}
-		m = b.monitor()
-		p = start(b, exec.Command(b.yardstick, "send", "http://"+m.address()+"/xmlrpc/", fmt.Sprint(benchReadings), body))
-		yardstick = append(yardstick, m.await(b, benchReadings))
-		p.wait(b)
-	}
-	b.row("a backlog of 10,000 readings, per second", median(picket), median(yardstick), ">= 0.6")
-}
-
-// wireCall is a call as it is sent.
-func wireCall(method string, params ...any) []byte {
-	body := encodeCall(method, params...)
-	return withLength("POST /xmlrpc/ HTTP/1.1\r\nHost: x\r\nContent-Type: text/xml", body)
-}
-
-// withLength is a message of these lines, of Content-Length and of the body.
-func withLength(lines string, body []byte) []byte {
-	return []byte(fmt.Sprintf("%s\r\nContent-Length: %d\r\n\r\n%s", lines, len(body), body))
+	p = start(b, exec.Command(b.yardstick, "send", "http://"+m.address()+"/xmlrpc/", fmt.Sprint(benchReadings), body))
+	b.add("a backlog of 10,000 readings, per second", ">= 0.6", picket, m.await(b, benchReadings))
+	p.wait(b)
 }
 
 // submitCalls are so many calls that ask for a reading, made before anything is measured.
-func submitCalls(n int) [][]byte {
-	calls := make([][]byte, n)
+func submitCalls(n int) []string {
+	calls := make([]string, n)
 	for i := range calls {
-		calls[i] = wireCall("cmd_submit_reading", i, "s")
+		calls[i] = posted(string(encodeCall("cmd_submit_reading", i, "s")))
 	}
 	return calls
 }
@@ -8316,25 +6898,23 @@ func submitCalls(n int) [][]byte {
 // A wire is a connection that takes as little as possible of the processor that
 // the agent is on.
 type wire struct {
-	b    *bench
-	conn net.Conn
-	r    *bufio.Reader
+	net.Conn
+	b *bench
+	r *bufio.Reader
 }
 
 func (b *bench) dial(address string) *wire {
 	conn, err := net.Dial("tcp", address)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return &wire{b, conn, bufio.NewReader(conn)}
+	must(b, err)
+	return &wire{conn, b, bufio.NewReader(conn)}
 }
 
 // exchange sends a request and reads the answer.
-func (w *wire) exchange(request []byte) {
-	_, err := w.conn.Write(request)
+func (w *wire) exchange(request string) {
+	_, err := io.WriteString(w, request)
 	line, err2 := readMessage(w.r)
 	if err != nil || err2 != nil || !strings.Contains(line, " 200 ") {
-		w.b.Errorf("got %q, %v, %v", line, err, err2)
+		w.b.Errorf("got %q, %v, %v; want status 200", line, err, err2)
 	}
 }
 
@@ -8360,48 +6940,34 @@ func readMessage(r *bufio.Reader) (first string, err error) {
 
 // A wireMonitor takes readings, and counts them.
 type wireMonitor struct {
-	listener net.Listener
-	away     atomic.Bool
-	stored   chan struct{}
+	*rawListener
+	away   atomic.Bool
+	stored chan struct{}
 }
 
 func (b *bench) monitor() *wireMonitor {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { l.Close() })
-	m := &wireMonitor{listener: l, stored: make(chan struct{}, 2*benchReadings)}
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go m.answer(conn)
-		}
-	}()
+	m := &wireMonitor{stored: make(chan struct{}, 2*benchReadings)}
+	m.rawListener = listenRaw(b, "127.0.0.1:0", m.answer)
 	return m
 }
 
 func (m *wireMonitor) answer(conn net.Conn) {
-	defer conn.Close()
-	yes := withLength("HTTP/1.1 200 OK\r\nContent-Type: text/xml", encodeResponse(true, nil))
-	no := withLength("HTTP/1.1 503 Service Unavailable", nil)
+	body := encodeResponse(true, nil)
+	yes := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 	for r := bufio.NewReader(conn); ; {
 		if _, err := readMessage(r); err != nil {
 			return
 		}
 		if m.away.Load() {
-			conn.Write(no)
+			io.WriteString(conn, "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
 			continue
 		}
-		conn.Write(yes)
+		io.WriteString(conn, yes)
 		m.stored <- struct{}{}
 	}
 }
 
-func (m *wireMonitor) address() string { return m.listener.Addr().String() }
+func (m *wireMonitor) address() string { return m.Addr().String() }
 
 // await waits for n readings, and returns how many a second there were from the
 // first to the last.
@@ -8413,52 +6979,4 @@ func (m *wireMonitor) await(b *bench, n int) float64 {
 		receive(b, fmt.Sprintf("reading %d", i), m.stored)
 	}
 	return float64(n) / time.Since(begun).Seconds()
-}
-
-// BenchmarkReading is the whole way of a reading: command, sensor, monitor.
-func BenchmarkReading(b *testing.B) {
-	box := newBox(b, "queue = 65536\n", map[string]string{"sensors/s/check": printing(42)})
-	box.run(b)
-	b.ReportAllocs()
-	b.ResetTimer()
-	go func() {
-		for i := 0; i < b.N; i++ {
-			if _, err := box.client.call(context.Background(), "cmd_submit_reading", i, "s"); err != nil {
-				b.Error(err)
-			}
-		}
-	}()
-	for i := 0; i < b.N; i++ {
-		receive(b, "reading", box.readings)
-	}
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "readings/s")
-}
-
-func BenchmarkDecodeCall(b *testing.B) {
-	message := encodeCall("cmd_submit_reading", 7, "disk", []any{"percent", "/"})
-	b.ReportAllocs()
-	b.SetBytes(int64(len(message)))
-	for i := 0; i < b.N; i++ {
-		if _, _, err := decodeCall(message); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
-func BenchmarkParseINI(b *testing.B) {
-	text, err := os.ReadFile("client.cfg")
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.ReportAllocs()
-	b.SetBytes(int64(len(text)))
-	for i := 0; i < b.N; i++ {
-		c, err := parseINI("client.cfg", string(text))
-		if err == nil {
-			_, _, err = c.settings("")
-		}
-		if err != nil {
-			b.Fatal(err)
-		}
-	}
 }
