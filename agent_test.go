@@ -5022,10 +5022,10 @@ func TestSelftest(t *testing.T) {
 		}
 		return got
 	}
+	whole := t.TempDir() // which outlives the subtest, as the working directory does
 	t.Run("shipped", func(t *testing.T) {
-		dir, tree := t.TempDir(), shipped(t, "")
-		writeTree(t, dir, tree)
-		run(dir, "exit 0\n…\nselftest passed\n", "…disk         percent /           0  …")
+		writeTree(t, whole, shipped(t, ""))
+		run(whole, "exit 0\n…\nselftest passed\n", "…disk         percent /           0  …")
 	})
 	dir := t.TempDir()
 	got := run(dir, "exit 0\n…\nselftest passed\n")
