@@ -2932,6 +2932,7 @@ func TestSpoolClock(t *testing.T) {
 	m, dir := newRecorder(t), t.TempDir()
 	m.set(away)
 	d := spoolDelivery(t, m, dir)
+	await(t, "the spool is open", func() bool { return locked(d, func() bool { return d.spool.written.boot != "" }) })
 	var now atomic.Pointer[clocks]
 	now.Store(&birth)
 	setClock(d, &now)
@@ -5202,8 +5203,8 @@ func TestReloadProtects(t *testing.T) {
 	protections := "certificate = " + pair.certificate + "\nkey = " + pair.key +
 		"\nallow = 127.0.0.1\nclient_ca = " + pair.ca + "\nclient_name = monitor\n" +
 		"[monitor]\nca = " + pair.ca + "\n[sensor]\nupdate = no\npublic_key = key.pub\n"
-	names := "[sensor] update = no, [sensor] public_key, [monitor] ca, [agent] allow, [agent] certificate, " +
-		"[agent] client_ca, [agent] client_name"
+	names := "[sensor] update = no, [sensor] public_key, [monitor] ca, [agent] listen on one address, " +
+		"[agent] allow, [agent] certificate, [agent] client_ca, [agent] client_name"
 	if os.Geteuid() == 0 {
 		protections, names = protections+"user = nobody\n", "[sensor] user, "+names
 	}
@@ -5213,7 +5214,7 @@ func TestReloadProtects(t *testing.T) {
 	u.Scheme = "https"
 	c := testClient(t, &u, clientTLS(pair))
 	mustCall(t, c, "healthcheck")
-	has(t, "an empty one", b.reload(t, p, ""), "without "+names+", which…stay in force")
+	has(t, "an empty one", b.reload(t, p, ""), "it lacks "+names+": …stay in force")
 	has(t, "half of one", b.reload(t, p, b.config[:strings.Index(b.config, "allow")]), "[agent] allow…stay in force")
 	mustCall(t, c, "healthcheck")
 	has(t, "a good one", b.reload(t, p, b.config+"[agent]\nqueue = 100\n"), "is in force; on")
