@@ -334,7 +334,8 @@ func (c *ini) remove(section string, option ...string) error {
 		return true
 	})
 	if len(lines) == len(c.lines) {
-		return fmt.Errorf("%s: there is no %s in it", c.name, strings.Join(append([]string{"[" + section + "]"}, option...), " "))
+		what := strings.TrimSpace("[" + section + "] " + strings.Join(option, ""))
+		return fmt.Errorf("%s: there is no %s in it", c.name, what)
 	}
 	return c.replaceText(lines, want)
 }

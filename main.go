@@ -1853,7 +1853,8 @@ func (t *selftest) withAgent(ctx context.Context, s settings, test func(context.
 
 // command gives the agent a command, waits for its reading at the monitor and
 // returns that, and the reason that the agent has for it.
-func (t *selftest) command(ctx context.Context, c *client, command, sensor string, args []any) (storedReading, string, error) {
+func (t *selftest) command(ctx context.Context, c *client, command, sensor string, args []any) (
+	got storedReading, reason string, err error) {
 	t.tickets++
 	params := []any{t.tickets, sensor, args}
 	switch command {
@@ -1864,7 +1865,6 @@ func (t *selftest) command(ctx context.Context, c *client, command, sensor strin
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	got, err := storedReading{}, error(nil)
 	if _, err = c.call(ctx, command, params...); err == nil {
 		select {
 		case got = <-t.stored:
