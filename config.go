@@ -32,7 +32,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"maps"
 	"math"
 	"net"
@@ -451,37 +450,6 @@ func (t *tlsFiles) load() (option string, err error) {
 	return "", nil
 }
 
-// clientTLS returns the rules for calls over https.
-func clientTLS(t tlsFiles) *tls.Config {
-	c := newTLS(buildTime())
-	c.RootCAs = t.pool
-	if t.pair != nil {
-		c.Certificates = []tls.Certificate{*t.pair}
-	}
-	return c
-}
-
-// serverTLS returns the rules for being called over TLS; nil means without TLS.
-func serverTLS(t tlsFiles) *tls.Config {
-	if t.pair == nil {
-		return nil
-	}
-	c := newTLS(buildTime())
-	c.Certificates = []tls.Certificate{*t.pair}
-	if t.pool == nil {
-		return c
-	}
-	c.ClientCAs, c.ClientAuth = t.pool, tls.RequireAndVerifyClientCert
-	// Unlike VerifyPeerCertificate this is called for a resumed session too.
-	c.VerifyConnection = func(state tls.ConnectionState) error {
-		if peer := state.PeerCertificates[0]; t.name != "" && !bearsName(peer, t.name) {
-			return fmt.Errorf("the certificate of %s does not bear the name %s", cut(peer.Subject.String()), cut(t.name))
-		}
-		return nil
-	}
-	return c
-}
-
 // An option is one option of client.cfg.
 type option struct {
 	section, name, value string             // the value is the default
@@ -849,55 +817,6 @@ func otherUser(v string) (*sensorUser, error) {
 	return &sensorUser{credential, u.Username, u.HomeDir}, nil
 }
 
-// findConfig returns the path of client.cfg: the one that was named, else the
-// one in the working directory, else the one beside the program, links followed.
-func findConfig(named string) (string, error) {
-	if named != "" {
-		if _, err := os.Stat(named); err != nil {
-			return "", &exitError{exitUsage, err}
-		}
-		return filepath.Abs(named)
-	}
-	var tried []string
-	here, _ := os.Getwd() // "" where there is none, as for the program
-	program, err := os.Executable()
-	if err == nil {
-		program, _ = filepath.EvalSymlinks(program)
-	}
-	for _, dir := range []string{here, filepath.Dir(program)} {
-		file := filepath.Join(dir, "client.cfg")
-		if _, err := os.Lstat(file); filepath.IsAbs(file) && err == nil {
-			return file, nil
-		}
-		if !slices.Contains(tried, file) {
-			tried = append(tried, file)
-		}
-	}
-	return "", usagef("no client.cfg: looked for %s; -c names another", strings.Join(tried, ", then "))
-}
-
-// readSettings returns the settings of a file.
-func readSettings(file string) (settings, error) {
-	c, err := readINI(file)
-	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
-	}
-	return checkSettings(c)
-}
-
-// checkSettings returns the settings of a text, and logs the warnings.
-func checkSettings(c *ini) (settings, error) {
-	s, warnings, err := c.settings(filepath.Dir(c.name))
-	for _, w := range warnings {
-		log.Print(warning + w)
-	}
-	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
-	}
-	s.file = c.name
-	return s, nil
-}
-
 // readINI reads and parses a file of at most 1 MiB.
 func readINI(file string) (*ini, error) {
 	text, err := readSmall(file, maxConfig)
@@ -1066,7 +985,13 @@ func syncDir(dir string) error {
 		return err
 	}
 	defer d.Close()
-	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // on a file system that cannot
+	return syncFile(d)
+}
+
+// syncFile writes an open file, or the names in a directory, to the disk. Some file
+// systems cannot sync a directory; that is no error.
+func syncFile(f *os.File) error {
+	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
 		return err
 	}
 	return nil

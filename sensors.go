@@ -1868,10 +1868,7 @@ func syncFolder(dir *os.File) error {
 		return err
 	}
 	defer f.Close()
-	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
-		return err
-	}
-	return nil
+	return syncFile(f)
 }
 
 // isPrivate reports whether only the agent and root can write to a directory.

@@ -792,15 +792,6 @@ func (d dir) rename(name string, to dir, newName string) error {
 	return syncFile(to.File)
 }
 
-// syncFile writes an open file, or the names in a directory, to the disk. Some file systems cannot
-// sync a directory; that is no error.
-func syncFile(f *os.File) error {
-	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
-		return err
-	}
-	return nil
-}
-
 // mkdir makes a directory, with this mode whatever the umask, and opens it. It fails if the owner of
 // the outer directory has put another one in its place meanwhile.
 func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
