@@ -1848,64 +1848,178 @@ func TestHelpTextsKept(t *testing.T) {
 	list(2)
 }
 
-// TestShippedSensors runs every option of every shipped sensor under every
-// small shell there is.
+// smallShells are the shells for which the shipped sensors are made.
+var smallShells = []string{"dash", "busybox ash"}
+
+// writeScript makes a sensor of a shipped script, to be run by a shell. The prelude comes
+// before the script's first line.
+func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) {
+	t.Helper()
+	program, applet, _ := strings.Cut(shell, " ")
+	interpreter := strings.TrimSpace("#!" + needs(t, program) + " " + applet)
+	_, script, _ = strings.Cut(script, "\n")
+	writeTree(t, s.path, files{name + "/check": interpreter + "\n" + prelude + script})
+}
+
+// TestShippedSensors asks the shipped sensors what testdata/sensors/shipped says. A line
+// "/PATH" of a case begins a file of the box, whose lines are indented with a tab; one that
+// ends in a slash is a directory, and "/PATH -> TARGET" is a link. {} stands for the root of
+// the box, and /bin holds the tools that not every box has. "? QUESTION = VALUE" and
+// "? QUESTION = STATUS: REASON" are what must be answered; … stands for anything.
 func TestShippedSensors(t *testing.T) {
-	tree, tried := shipped(t, "sensors/"), 0
-	for _, shell := range []string{"sh", "dash", "busybox ash"} {
-		name, applet, _ := strings.Cut(shell, " ")
-		path, err := exec.LookPath(name)
-		if err != nil {
-			continue
+	scripts, tables, marked := shipped(t, "sensors/"), glob(t, "testdata/sensors/shipped/*.txt"), mark(t)
+	equal(t, "sensors with a table", len(tables), len(scripts))
+	tools := t.TempDir()
+	for _, tool := range strings.Fields("awk cat date find grep head ls mkdir ln readlink sed sleep tr") {
+		must(t, os.Symlink(needs(t, tool), filepath.Join(tools, tool)))
+	}
+	s := testSensors(t, "")
+	parallel(len(smallShells)*len(tables), func(i int) {
+		shell, table := smallShells[i%len(smallShells)], tables[i/len(smallShells)]
+		name := strings.TrimSuffix(filepath.Base(table), ".txt")
+		for _, c := range cases(t, table) {
+			root := t.TempDir()
+			questions := makeBox(t, root, c.text)
+			script := strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").
+				Replace(scripts["sensors/"+name+"/check"])
+			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools), script)
+			for _, q := range questions {
+				testAnswer(t, s, shell+": "+c.name, name, root, q)
+			}
 		}
-		dir := t.TempDir()
-		for file, text := range tree {
-			interpreter := strings.TrimSpace("#!" + path + " " + applet)
-			writeTree(t, dir, files{file: strings.Replace(text, "#!/bin/sh", interpreter, 1)})
+	})
+	awaitNone(t, marked)
+}
+
+// TestShippedSensorsHere asks the shipped sensors every question on this machine, and some
+// that each must refuse. Their common part is that of the README's example.
+func TestShippedSensorsHere(t *testing.T) {
+	scripts, held := shipped(t, "sensors/"), make(chan bool)
+	l := listenRaw(t, "127.0.0.1:0", func(c net.Conn) { <-held })
+	t.Cleanup(func() { close(held) })
+	pidfile := filepath.Join(t.TempDir(), "pid")
+	writeTree(t, "", files{pidfile: fmt.Sprintln(os.Getpid())})
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	words := map[string]string{
+		"<vol>": "/", "<if>": "lo", "<n>": "0", "<name>": filepath.Base(os.Args[0]), "<pidfile>": pidfile,
+		"<file>": pidfile, "<dir>": filepath.Dir(pidfile), "<host>": "127.0.0.1", "<port>": port,
+	}
+	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
+	example := common.FindString(string(readFile(t, "README.md")))
+	for _, shell := range smallShells {
+		s := testSensors(t, "")
+		if shell != "dash" {
+			s.env = append(s.env, "PATH="+busyboxPath(t, needs(t, "busybox")))
 		}
-		s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
-		if name == "busybox" {
-			s.env = append(s.env, "PATH="+busyboxPath(t, path))
+		for _, file := range sortedKeys(scripts) {
+			writeScript(t, s, strings.Split(file, "/")[1], shell, "", scripts[file])
+			equal(t, "the common part of "+file, common.FindString(scripts[file]), example)
 		}
 		helps, err := s.helpTexts(ctx)
 		must(t, err)
 		names := sortedKeys(helps)
-		want := []string{"cpu_load", "disk", "memory", "network", "processes", "temperature", "uptime"}
-		equal(t, "names", names, want)
-		parallel(len(names), func(i int) { testShippedSensor(t, s, shell, names[i], helps[names[i]]) })
-		tried++
-	}
-	if tried < 3 {
-		t.Skip("without dash or busybox, which are not on this machine")
+		equal(t, "sensors", len(names), len(scripts))
+		parallel(len(names), func(i int) { testSensorHere(t, s, shell, names[i], helps[names[i]], words) })
 	}
 }
 
-func testShippedSensor(t *testing.T, s *sensors, shell, name, help string) {
-	lines := splitLines(help)
-	parallel(2*len(lines), func(i int) { // several wait for a second
-		var args []string
-		for _, a := range firstOption(lines[i/2]) {
-			args = append(args, a.(string))
-		}
-		if args[0] == "zone" {
-			args = append(args, "0")
-		}
-		if i%2 == 1 {
-			args = []string{strings.Join(args, " ")}
-		}
-		got := summaryOf(s, name, args...)
-		mayFail := name == "temperature" || strings.HasPrefix(args[0], "swap_used_pct") // not every box has that
-		expect(t, like(got, "0 …") || mayFail && like(got, `… nan "`+name+`: …"`),
-			"%s %s %q: got %s; want a number", shell, name, args, got)
-	})
-	for _, args := range [][]string{
-		{}, {""}, {"nonsense"}, {"$(reboot)"}, {"-x"}, {"*"}, {"options", "more"}, {"a", "b", "c"},
-		{"percent", "/no/such/dir"}, {"rx_bytes", "../../.."},
-	} {
-		got := summaryOf(s, name, args...)
-		expect(t, like(got, `… nan "…"`) && !strings.Contains(got, `\n`),
-			"%s %s %q: got %s; want an error of one line", shell, name, args, got)
+func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words map[string]string) {
+	none := map[string]bool{ // what not every box has
+		"swap_used_pct": true, "temperature": true, "conntrack": true, "wireless": true, "reach": shell == "dash",
 	}
+	lines := splitLines(help)
+	parallel(len(lines), func(i int) { // several wait for a second
+		option, more, _ := strings.Cut(lines[i], " ")
+		args, want := []string{option}, "0 …"
+		for _, word := range strings.Fields(more) {
+			if words[word] != "" {
+				args = append(args, words[word])
+			}
+		}
+		if option == "alive" || option == "tcp" {
+			want = "0 1"
+		}
+		got := summaryOf(s, name, args...)
+		expect(t, like(got, want) || (none[name] || none[option]) && like(got, `1 nan "`+name+`: …"`),
+			"%s %s %q: got %s; want %s", shell, name, args, got, want)
+	})
+	for _, question := range []string{
+		"", "nonsense", "$(reboot)", "-x", "*", "options more", "a b c", lines[0][:1], "a\nb\x7f", strings.Repeat("x", 8000),
+	} {
+		got := summaryOf(s, name, question)
+		want := fmt.Sprintf(`2 nan "%s: cannot be asked …'picket check %[1]s options' lists what can"`, name)
+		if len(question) > 1000 {
+			want = "2 nan …"
+		}
+		expect(t, like(got, want) && !strings.Contains(got, `\n`), "%s %s: got %s; want %s", shell, question, got, want)
+	}
+}
+
+// makeBox makes the files of a case, and returns its questions.
+func makeBox(t testing.TB, root, text string) (questions []string) {
+	t.Helper()
+	tree, file := make(files), ""
+	for _, line := range splitLines(strings.ReplaceAll(text, "{}", root)) {
+		content, isContent := strings.CutPrefix(line, "\t")
+		name, target, isLink := strings.Cut(line, " -> ")
+		switch {
+		case isContent:
+			tree[file] += content + "\n"
+		case strings.HasPrefix(line, "? "):
+			questions = append(questions, line[2:])
+		case isLink:
+			writeTree(t, root, files{filepath.Dir(name) + "/": ""})
+			must(t, os.Symlink(target, root+name))
+		default:
+			file = line
+			tree[file] = ""
+		}
+	}
+	for name, text := range tree {
+		if strings.HasPrefix(name, "/bin/") {
+			tree[name] = "#!/bin/sh\n" + text
+		}
+	}
+	writeTree(t, root, tree)
+	return questions
+}
+
+// preludeOf makes a script use the tools of its box. busybox may prefer its own applets to
+// what is in PATH, but not to a function.
+func preludeOf(shell, root, tools string) string {
+	prelude := "PATH=" + root + "/bin:" + tools + "\n"
+	if shell == "dash" {
+		return prelude
+	}
+	prelude += "command() { [ -e " + root + "/bin/$2 ]; }\n"
+	for _, tool := range strings.Fields("date df find iw iwinfo nc nslookup ping sleep stat") {
+		if file := root + "/bin/" + tool; !exists(file) && !exists(filepath.Join(tools, tool)) {
+			prelude += tool + "() { return 127; }\n"
+		} else if slices.Contains([]string{"nc", "nslookup", "ping"}, tool) { // which may be killed
+			prelude += tool + "() { exec " + file + " \"$@\"; }\n"
+		} else if exists(file) {
+			prelude += tool + "() { " + file + " \"$@\"; }\n"
+		}
+	}
+	return prelude
+}
+
+// testAnswer asks a sensor "QUESTION = ANSWER", with one argument as old monitors do or,
+// under dash, with a word in each.
+func testAnswer(t testing.TB, s *sensors, where, name, root, q string) {
+	t.Helper()
+	question, want, found := strings.Cut(q, " = ")
+	args := []string{question}
+	if strings.HasPrefix(where, "dash") {
+		args = strings.Fields(question)
+	}
+	status, reason, failed := strings.Cut(want, ": ")
+	if want = "0 " + want; failed {
+		want = status + ` nan "` + name + ": " + reason + `"`
+	}
+	got := strings.ReplaceAll(summaryOf(s, filepath.Base(root), args...), root, "")
+	expect(t, found && like(got, want), "%s: %s %s: got %s; want %s", where, name, question, got, want)
+	total("answers of shipped sensors", 1)
 }
 
 // busyboxPath makes a directory with busybox's applets and nothing else.
