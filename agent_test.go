@@ -1869,9 +1869,10 @@ func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) 
 func TestShippedSensors(t *testing.T) {
 	scripts, tables, marked := shipped(t, "sensors/"), glob(t, "testdata/sensors/shipped/*.txt"), mark(t)
 	equal(t, "sensors with a table", len(tables), len(scripts))
-	tools := t.TempDir()
-	for _, tool := range strings.Fields("awk cat date find grep head ls mkdir ln readlink sed sleep tr") {
-		must(t, os.Symlink(needs(t, tool), filepath.Join(tools, tool)))
+	tools := map[string]string{"dash": t.TempDir(), "busybox ash": t.TempDir()} // that every box has
+	for _, tool := range strings.Fields("awk cat date find grep head ln ls mkdir readlink sed sleep tr") {
+		must(t, os.Symlink(needs(t, tool), filepath.Join(tools["dash"], tool)))
+		must(t, os.Symlink(needs(t, "busybox"), filepath.Join(tools["busybox ash"], tool)))
 	}
 	s := testSensors(t, "")
 	parallel(len(smallShells)*len(tables), func(i int) {
@@ -1882,7 +1883,7 @@ func TestShippedSensors(t *testing.T) {
 			questions := makeBox(t, root, c.text)
 			script := strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").
 				Replace(scripts["sensors/"+name+"/check"])
-			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools), script)
+			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools[shell]), script)
 			for _, q := range questions {
 				testAnswer(t, s, shell+": "+c.name, name, root, q)
 			}
@@ -1984,23 +1985,25 @@ func makeBox(t testing.TB, root, text string) (questions []string) {
 	return questions
 }
 
-// preludeOf makes a script use the tools of its box. busybox may prefer its own applets to
-// what is in PATH, but not to a function.
+// preludeOf makes a script use the tools of its box, and else those that every box has.
+// busybox may prefer its own applets to what is in PATH, but not to a function.
 func preludeOf(shell, root, tools string) string {
 	prelude := "PATH=" + root + "/bin:" + tools + "\n"
 	if shell == "dash" {
 		return prelude
 	}
 	prelude += "command() { [ -e " + root + "/bin/$2 ]; }\n"
-	for _, tool := range strings.Fields("date df find iw iwinfo nc nslookup ping sleep stat") {
-		if file := root + "/bin/" + tool; !exists(file) && !exists(filepath.Join(tools, tool)) {
-			prelude += tool + "() { return 127; }\n"
-		} else if slices.Contains([]string{"nc", "nslookup", "ping"}, tool) { // which may be killed
-			prelude += tool + "() { exec " + file + " \"$@\"; }\n"
-		} else if exists(file) {
-			prelude += tool + "() { " + file + " \"$@\"; }\n"
+	function := func(format string, names ...string) {
+		for _, name := range names {
+			file := root + "/bin/" + name
+			if !exists(file) {
+				file = filepath.Join(tools, name)
+			}
+			prelude += fmt.Sprintf(format, name, file) + "\n"
 		}
 	}
+	function(`%s() { %s "$@"; }`, "date", "df", "find", "iw", "iwinfo", "sleep", "stat")
+	function(`%s() { exec %s "$@"; }`, "nc", "nslookup", "ping") // which the sensor may kill
 	return prelude
 }
 
@@ -5140,7 +5143,8 @@ func TestSelftest(t *testing.T) {
 	whole := t.TempDir() // which outlives the subtest, as the working directory does
 	t.Run("shipped", func(t *testing.T) {
 		writeTree(t, whole, shipped(t, ""))
-		run(whole, "exit 0\n…\nselftest passed\n", "…disk         percent /           0  …")
+		run(whole, "exit 0\n…\nselftest passed\n", "…disk         percent /           0  …file         count / …"+
+			"process      count picket        0  …reach        ping 127.0.0.1 …")
 	})
 	dir := t.TempDir()
 	got := run(dir, "exit 0\n…\nselftest passed\n")
