@@ -1875,18 +1875,27 @@ func TestShippedSensors(t *testing.T) {
 		must(t, os.Symlink(needs(t, "busybox"), filepath.Join(tools["busybox ash"], tool)))
 	}
 	s := testSensors(t, "")
-	parallel(len(smallShells)*len(tables), func(i int) {
+	var runs [][]func() // those of a table under a shell come one after the other
+	for i := 0; i < len(smallShells)*len(tables); i++ {
 		shell, table := smallShells[i%len(smallShells)], tables[i/len(smallShells)]
 		name := strings.TrimSuffix(filepath.Base(table), ".txt")
+		runs = append(runs, nil)
 		for _, c := range cases(t, table) {
-			root := t.TempDir()
+			root, where := t.TempDir(), shell+": "+c.name+": "+name
 			questions := makeBox(t, root, c.text)
 			script := strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").
 				Replace(scripts["sensors/"+name+"/check"])
 			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools[shell]), script)
 			for _, q := range questions {
-				testAnswer(t, s, shell+": "+c.name, name, root, q)
+				q := q
+				runs[i] = append(runs[i], func() { testAnswer(t, s, where, root, q) })
 			}
+		}
+	}
+	// All files are written by now: one just written may be busy while another process starts.
+	parallel(len(runs), func(i int) {
+		for _, run := range runs[i] {
+			run()
 		}
 	})
 	awaitNone(t, marked)
@@ -1918,9 +1927,10 @@ func TestShippedSensorsHere(t *testing.T) {
 		}
 		helps, err := s.helpTexts(ctx)
 		must(t, err)
-		names := sortedKeys(helps)
-		equal(t, "sensors", len(names), len(scripts))
-		parallel(len(names), func(i int) { testSensorHere(t, s, shell, names[i], helps[names[i]], words) })
+		equal(t, "sensors", len(helps), len(scripts))
+		for _, name := range sortedKeys(helps) {
+			testSensorHere(t, s, shell, name, helps[name], words)
+		}
 	}
 }
 
@@ -2009,7 +2019,7 @@ func preludeOf(shell, root, tools string) string {
 
 // testAnswer asks a sensor "QUESTION = ANSWER", with one argument as old monitors do or,
 // under dash, with a word in each.
-func testAnswer(t testing.TB, s *sensors, where, name, root, q string) {
+func testAnswer(t testing.TB, s *sensors, where, root, q string) {
 	t.Helper()
 	question, want, found := strings.Cut(q, " = ")
 	args := []string{question}
@@ -2018,10 +2028,10 @@ func testAnswer(t testing.TB, s *sensors, where, name, root, q string) {
 	}
 	status, reason, failed := strings.Cut(want, ": ")
 	if want = "0 " + want; failed {
-		want = status + ` nan "` + name + ": " + reason + `"`
+		want = status + ` nan "` + where[strings.LastIndex(where, " ")+1:] + ": " + reason + `"`
 	}
 	got := strings.ReplaceAll(summaryOf(s, filepath.Base(root), args...), root, "")
-	expect(t, found && like(got, want), "%s: %s %s: got %s; want %s", where, name, question, got, want)
+	expect(t, found && like(got, want), "%s %s: got %s; want %s", where, question, got, want)
 	total("answers of shipped sensors", 1)
 }
 
