@@ -1525,10 +1525,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 	flags := flag.NewFlagSet("monitor", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:8081", "")
 	probe := flags.String("probe", "", "")
-	m := &monitor{stored: func(r storedReading) error {
-		_, err := fmt.Fprintln(in.out, r)
-		return err
-	}}
+	m := &monitor{}
 	flags.StringVar(&m.packages, "packages", "", "")
 	flags.StringVar(&m.next, "next", "", "")
 	files, agentFiles := tlsFlags(flags, ""), tlsFlags(flags, "agent-")
@@ -1557,11 +1554,10 @@ func runMonitor(ctx context.Context, in invocation) error {
 	}
 	defer listener.Close()
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
-	if *probe == "" {
+	p := newProber(clientTLS(*agentFiles), in.out)
+	if m.stored = p.stored; *probe == "" {
 		return m.serve(ctx, listener)
 	}
-	p := newProber(clientTLS(*agentFiles), in.out)
-	m.stored = p.stored
 	probes, err := net.Listen("tcp", *probe)
 	if err != nil {
 		return fmt.Errorf("-probe: %w", err)
@@ -1667,20 +1663,14 @@ func (m *monitor) file(params []any, suffix string) (any, error) {
 	if err == nil {
 		data, err = readSmall(filepath.Join(m.packages, name+suffix), maxServed)
 	}
-	if errors.Is(err, os.ErrNotExist) {
-		err = fmt.Errorf("no %s%s here", name, suffix)
-	}
 	if err != nil {
 		return nil, faultf(faultParams, "%v", err)
 	}
 	return data, nil
 }
 
-func (m *monitor) nextURL(_ request, params []any) (any, error) {
-	switch {
-	case len(params) != 1:
-		return nil, faultf(faultParams, "cmd_get_new_monitor_url takes the host name of the agent")
-	case m.next == "":
+func (m *monitor) nextURL(request, []any) (any, error) {
+	if m.next == "" {
 		return nil, faultf(faultParams, "there is no new monitor")
 	}
 	return m.next, nil
