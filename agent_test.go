@@ -5069,9 +5069,12 @@ func TestProbe(t *testing.T) {
 	many = many[:strings.LastIndex(many, "&")]
 	got := scrape(t, probes, many, "")
 	has(t, "32 readings", got, "probe_success 1\n…,args=\"31\"} 1\n")
-	answer := get(http.Post("http://"+probes+"/probe", "", nil))
-	answer.Body.Close()
-	equal(t, "POST", answer.StatusCode, http.StatusMethodNotAllowed)
+	for request, want := range map[string]string{
+		"POST " + many + " HTTP/1.0\r\n\r\n":                              "405",
+		"GET " + many + " HTTP/1.0\r\nSec-Fetch-Site: cross-site\r\n\r\n": "403",
+	} {
+		equal(t, request, exchange(t, probes, request), want)
+	}
 	equal(t, "what is printed", out.String(), "")
 
 	hangs.open(t)
@@ -5176,8 +5179,8 @@ func TestPrometheus(t *testing.T) {
 		"alerts.yml":     string(readFile(t, "contrib/alerts.yml")),
 		"boxes.yml":      fmt.Sprintf("- targets: [%q, %q]\n", box, other),
 	})
-	for _, path := range []string{"/metrics", "/probe?target=" + box + "&read=disk+percent+/"} {
-		answer := get(http.Get("http://" + probes + path))
+	for _, path := range []string{"metrics", "probe?read=disk&target=" + box, "probe?read=disk&target=127.0.0.1:1"} {
+		answer := get(http.Get("http://" + probes + "/" + path))
 		check := exec.Command(promtool, "check", "metrics")
 		check.Stdin = answer.Body
 		said, err := check.CombinedOutput()
@@ -5772,8 +5775,9 @@ func TestStoryTLS(t *testing.T) {
 		t.Skipf("this openssl cannot: %v\n%s", err, out)
 	}
 	pair := loadTLS(t, b.dir, "monitor")
-	monitor := start(t, self(t, b.dir, "monitor", "-listen", "127.0.0.1:0", "-cert", "monitor.crt", "-key", "monitor.key",
-		"-ca", "ca.crt", "-probe", "127.0.0.1:0", "-agent-cert", "monitor.crt", "-agent-key", "monitor.key", "-agent-ca", "ca.crt"))
+	monitor := start(t, self(t, b.dir, "monitor", "-listen", "127.0.0.1:0", "-probe", "127.0.0.1:0",
+		"-cert", "monitor.crt", "-key", "monitor.key", "-ca", "ca.crt",
+		"-agent-cert", "monitor.crt", "-agent-key", "monitor.key", "-agent-ca", "ca.crt"))
 	_, port, _ := net.SplitHostPort(monitor.address(t))
 	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+port+"/", 1)
 	b.configure(t, config+"\nlisten = 127.0.0.1:0\n")

@@ -1708,6 +1708,8 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
+	case r.Header.Get("Sec-Fetch-Site") == "cross-site": // a browser on this machine may show any page
+		status, text = http.StatusForbidden, "Another site's page must not ask.\n"
 	case r.URL.Path == "/probe":
 		status, text = p.answer(r)
 	case r.URL.Path == "/metrics":
