@@ -56,7 +56,11 @@ var (
 	update   = flag.Bool("update", false, "rewrite the golden files of testdata")
 	kills    = flag.Int("kills", 25, "how often TestKill kills the agent")
 	soakTime = flag.Duration("soak", 3*time.Second, "how long TestSoak goes on")
+	boxes    = flag.Int("boxes", 8, "how many agents TestManyBoxes has")
+	probed   = flag.Duration("probed", 0, "how long TestManyBoxes goes on")
 )
+
+const probeInterval = 15 * time.Second // between two probes of a box in TestManyBoxes
 
 // patience is how long a test waits for what must happen, before it fails.
 const patience = 30 * time.Second
@@ -1050,7 +1054,7 @@ type child struct {
 }
 
 // servesAt matches the line with which a program says where it serves.
-var servesAt = regexp.MustCompile(`(?:on|listening) (?:http://)?(127\.0\.0\.1:\d+)[,/]`)
+var servesAt = regexp.MustCompile(`(?:on|listening)"? (?:https?://|address=)?(127\.0\.0\.1:\d+)[,/\n]`)
 
 // start starts a program and kills it when the test ends.
 func start(t testing.TB, cmd *exec.Cmd) *child {
@@ -5137,6 +5141,254 @@ func TestMonitorStores(t *testing.T) {
 	}
 }
 
+// probeBox runs a box with sensors and a prober, and returns what that prints and its
+// address. Until the gate is open, the sensor hangs waits.
+func probeBox(t testing.TB) (b *box, out *lockedBuffer, probes string, hangs gate) {
+	t.Helper()
+	hangs, script := gatedSensor(t)
+	b = newBox(t, "", files{
+		"sensors/number/check": "#!/bin/sh\necho -0.50\n", "sensors/count/check": "#!/bin/sh\necho $#\n",
+		"sensors/disk/check": "#!/bin/sh\necho 61.2\n", "sensors/net/check": "#!/bin/sh\necho -3\n",
+		"sensors/fails/check": "#!/bin/sh\necho 7; exit 3\n", "sensors/text/check": "#!/bin/sh\necho text\n",
+		"sensors/hangs/check": script,
+	})
+	out = &lockedBuffer{}
+	p := newProber(nil, out)
+	b.stored = p.stored
+	probes = serve(t, p.handler).Host
+	b.run(t)
+	return b, out, probes, hangs
+}
+
+// scrape asks a prober, and returns the HTTP status and the body without HELP and TYPE.
+func scrape(t testing.TB, probes, path, timeout string) string {
+	t.Helper()
+	r := get(http.NewRequest(http.MethodGet, "http://"+probes+path, nil))
+	if timeout != "" {
+		r.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", timeout)
+	}
+	answer, err := http.DefaultClient.Do(r)
+	must(t, err)
+	defer answer.Body.Close()
+	body := string(get(io.ReadAll(answer.Body)))
+	return fmt.Sprintf("%d\n%s", answer.StatusCode, regexp.MustCompile(`(?m)^# (HELP|TYPE) .*\n`).ReplaceAllString(body, ""))
+}
+
+// TestProbe asks what testdata/probes.txt has. Then the readings that no probe waits for
+// come, and are printed.
+func TestProbe(t *testing.T) {
+	b, out, probes, hangs := probeBox(t)
+	early := serve(t, newHandler([]method{{"cmd_submit_reading", "", "", func(_ request, params []any) (any, error) {
+		return "OK", b.stored(storedReading{ticket: params[0], value: params[2].(string)})
+	}}})).Host
+	fill := strings.NewReplacer("BOX", b.client.url.Host, "EARLY", early, "AWAY", "127.0.0.1:1", "SELF", b.url.Host)
+	for _, c := range cases(t, "testdata/probes.txt") {
+		path, timeout, _ := strings.Cut(c.name, " ")
+		got := scrape(t, probes, fill.Replace(path), timeout)
+		expect(t, like(got, c.text), "%s: got\n%s\nwant\n%s", c.name, got, c.text)
+		expect(t, !strings.Contains(got, "secret"), "%s: got a password in %s", c.name, got)
+	}
+	many := "/probe?target=" + b.client.url.Host
+	for i := 0; i <= maxReads; i++ {
+		many += fmt.Sprint("&read=count+", i)
+	}
+	has(t, "33 readings", scrape(t, probes, many, ""), "400\nread: got 33; want 1 to 32")
+	many = many[:strings.LastIndex(many, "&")]
+	got := scrape(t, probes, many, "")
+	has(t, "32 readings", got, "probe_success 1\n…,args=\"31\"} 1\n")
+	for request, want := range map[string]string{
+		"POST " + many + " HTTP/1.0\r\n\r\n":                              "405",
+		"GET " + many + " HTTP/1.0\r\nSec-Fetch-Site: cross-site\r\n\r\n": "403",
+	} {
+		equal(t, request, exchange(t, probes, request), want)
+	}
+	equal(t, "what is printed", out.String(), "")
+
+	hangs.open(t)
+	wantLog(t, out, " 127.0.0.1 ticket \"probe-…\": exit 0, value 3, late\n… exit 0, value 3, late\n")
+	at := dateTime("20261122T20:43:21")
+	monitor := testClient(t, b.url, nil)
+	mustCall(t, monitor, "cmd_store_probe_data", "probe-7", []any{0, "1"}, at)
+	mustCall(t, monitor, "cmd_store_probe_data", 7, []any{0, "1"}, at)
+	has(t, "what is printed", out, " 127.0.0.1 ticket \"probe-7\": exit 0, value 1, unknown\n"+
+		"20261122T20:43:21 127.0.0.1 ticket 7: exit 0, value 1\n")
+	has(t, "the count", scrape(t, probes, "/metrics", ""), `{result="stored"} 47…{result="late"} 2…{result="unknown"} 1`)
+}
+
+// TestProbeTarget: the forms of a target.
+func TestProbeTarget(t *testing.T) {
+	for v, want := range map[string]string{
+		"box": "http://box:8080/xmlrpc/", "box:81": "http://box:81/xmlrpc/", "box:": "http://box:8080/xmlrpc/",
+		"https://box": "https://box:8080/xmlrpc/", "http://u:p@box/": "http://u:p@box:8080/",
+		"[fd00::1]": "http://[fd00::1]:8080/xmlrpc/", "[fd00::1]:81": "http://[fd00::1]:81/xmlrpc/",
+		"10.0.0.1": "http://10.0.0.1:8080/xmlrpc/", "box/RPC2": "http://box:8080/RPC2",
+	} {
+		u, err := probeTarget(v)
+		must(t, err)
+		equal(t, v, u.String(), want)
+	}
+}
+
+// TestProbeForgets: tickets of readings that never come do not pile up.
+func TestProbeForgets(t *testing.T) {
+	p := newProber(nil, io.Discard)
+	waiting := p.newTicket(make(chan storedReading, 1))
+	for i := 0; i <= maxTickets+10; i++ {
+		p.forget(map[any]probeRead{p.newTicket(make(chan storedReading, 1)): {}})
+		expect(t, len(p.tickets) <= maxTickets+1, "got %d tickets; want %d at most", len(p.tickets), maxTickets)
+	}
+	must(t, p.stored(storedReading{ticket: waiting}))
+	equal(t, "counts", p.counts, map[string]int{"stored": 1})
+}
+
+// TestManyBoxes: none of the probes of many boxes is lost, neither at once nor, with
+// -probed, one after the other for so long, each box every 15 s. It tells what that took.
+func TestManyBoxes(t *testing.T) {
+	dir := t.TempDir()
+	monitor := start(t, exec.Command(binary(t), "monitor", "-listen", "127.0.0.1:0", "-probe", "127.0.0.1:0"))
+	url, probes := monitor.address(t), monitor.address(t)
+	writeTree(t, dir, files{"sensors/s/check": printing(1)})
+	targets := make([]string, *boxes)
+	for i := range targets {
+		name := fmt.Sprint(i, ".cfg")
+		writeTree(t, dir, files{name: "[monitor]\nurl = http://" + url + "/\n[agent]\nlisten = 127.0.0.1:0\n"})
+		targets[i] = start(t, exec.Command(binary(t), "-c", filepath.Join(dir, name))).address(t)
+	}
+	var lost atomic.Int64
+	longest := make([]time.Duration, len(targets))
+	probe := func(i int) {
+		begun := time.Now()
+		path := "/probe?target=" + targets[i] + "&read=s&read=picket+uptime"
+		if got := scrape(t, probes, path, "10"); !strings.Contains(got, "probe_success 1\n") {
+			lost.Add(1)
+			t.Log(got)
+		}
+		longest[i] = max(longest[i], time.Since(begun))
+	}
+	n, begun := len(targets), time.Now()
+	parallel(n, probe)
+	t.Logf("%d boxes at once: %v, peak of memory %d KiB", n, time.Since(begun),
+		residentMemory(t, monitor.Process.Pid, "VmHWM"))
+	if *probed > 0 {
+		clear(longest)
+		before := processTime(t, monitor)
+		parallel(n, func(i int) {
+			time.Sleep(probeInterval * time.Duration(i) / time.Duration(n))
+			for ; time.Since(begun) < *probed; time.Sleep(probeInterval) {
+				probe(i)
+			}
+		})
+		t.Logf("one after the other for %v: the longest took %v, the monitor %.2f s of processor time",
+			*probed, slices.Max(longest), processTime(t, monitor)-before)
+	}
+	equal(t, "probes lost", lost.Load(), int64(0))
+}
+
+// TestPrometheus: Debian's Prometheus with the configuration in contrib asks agents, and
+// notices that one has ended.
+func TestPrometheus(t *testing.T) {
+	prometheus, promtool := needs(t, "prometheus"), needs(t, "promtool")
+	runTool(t, "contrib", promtool, "check", "config", "prometheus.yml")
+	runTool(t, "contrib", promtool, "check", "rules", "alerts.yml")
+	b := newBox(t, "", files{
+		"sensors/disk/check": "#!/bin/sh\necho 61.2\n", "sensors/memory/check": printing(48),
+		"sensors/processes/check": printing(1), "sensors/cpu_load/check": printing(7),
+	})
+	monitor := start(t, self(t, b.dir, "monitor", "-listen", "127.0.0.1:0", "-probe", "127.0.0.1:0"))
+	b.configure(t, strings.Replace(b.config, b.url.Host, monitor.address(t), 1))
+	probes, ends := monitor.address(t), b.start(t)
+	box := b.client.url.Host
+	b.start(t)
+	other := b.client.url.Host
+	hurry := strings.NewReplacer("127.0.0.1:9810", probes, "_interval: 15s", "_interval: 1s\n  evaluation_interval: 1s")
+	writeTree(t, b.dir, files{
+		"prometheus.yml": hurry.Replace(string(readFile(t, "contrib/prometheus.yml"))),
+		"alerts.yml":     string(readFile(t, "contrib/alerts.yml")),
+		"boxes.yml":      fmt.Sprintf("- targets: [%q, %q]\n", box, other),
+	})
+	for _, path := range []string{"metrics", "probe?read=disk&target=" + box, "probe?read=disk&target=127.0.0.1:1"} {
+		answer := get(http.Get("http://" + probes + "/" + path))
+		check := exec.Command(promtool, "check", "metrics")
+		check.Stdin = answer.Body
+		said, err := check.CombinedOutput()
+		answer.Body.Close()
+		expect(t, err == nil && len(said) == 0, "%s: promtool says %s, %v", path, said, err)
+	}
+	api := start(t, exec.Command(prometheus, "--config.file="+b.dir+"/prometheus.yml",
+		"--storage.tsdb.path="+b.dir+"/data", "--web.listen-address=127.0.0.1:0")).address(t)
+	query := func(query, want string) {
+		t.Helper()
+		await(t, query+" is "+want, func() bool {
+			answer := get(http.Get("http://" + api + "/api/v1/query?query=" + url.QueryEscape(query)))
+			defer answer.Body.Close()
+			return strings.Contains(string(get(io.ReadAll(answer.Body))), `,"`+want+`"]`)
+		})
+	}
+	disk := `{sensor="disk",args="percent /",job="disk",instance="%s"}`
+	query(fmt.Sprintf("picket_reading"+disk, box), "61.2")
+	query(fmt.Sprintf("picket_exit_code"+disk, other), "0")
+	query(fmt.Sprintf(`picket_reading{sensor="cpu_load",args="used",job="load",instance=%q}`, box), "7")
+	query(`picket_monitor_readings_total{job="picket_monitor",result="late"}`, "0")
+	ends.terminate(t)
+	query(fmt.Sprintf(`probe_success{job="disk",instance=%q}`, box), "0")
+	query(fmt.Sprintf(`probe_success{job="disk",instance=%q}`, other), "1")
+	query(`ALERTS{alertname="BoxDown",instance="`+box+`"}`, "1")
+}
+
+// TestCheckPicket runs contrib/check_picket with the arguments of testdata/nagios.txt, in
+// the shells and with the clients that there are.
+func TestCheckPicket(t *testing.T) {
+	needs(t, "curl")
+	busybox := needs(t, "busybox")
+	b, _, probes, _ := probeBox(t)
+	const away = "127.0.0.1:1"
+	list := cases(t, "testdata/nagios.txt")
+	for _, shell := range []string{"sh", "busybox"} {
+		path := os.Getenv("PATH")
+		if shell == "busybox" { // which has a wget, and no curl
+			path = busyboxPath(t, busybox)
+		}
+		for _, c := range list {
+			args := get(splitWords(strings.ReplaceAll(c.name, "AWAY", away)))
+			args = append([]string{"contrib/check_picket", "-m", probes, "-H", b.client.url.Host}, args...)
+			cmd := exec.Command(needs(t, "sh"), args...)
+			if shell == "busybox" {
+				cmd = exec.Command(busybox, append([]string{"sh"}, args...)...)
+			}
+			cmd.Env = []string{"PATH=" + path, "http_proxy=http://127.0.0.1:1/"}
+			out, _ := cmd.Output() // whose exit code is in what is compared
+			got := fmt.Sprintf("%d %s", cmd.ProcessState.ExitCode(), out)
+			want := strings.ReplaceAll(c.text, "AWAY", away)
+			expect(t, like(got, want), "%s, %s: got %s; want %s", shell, c.name, got, want)
+		}
+	}
+}
+
+// TestDocsMonitor: the monitor that docs/monitor.md has commands an agent, and takes its
+// readings.
+func TestDocsMonitor(t *testing.T) {
+	blocks := docBlocks(t, "docs/monitor.md", "A monitor in Python")
+	equal(t, "blocks", len(blocks), 2)
+	b := newBox(t, "", files{
+		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 2),
+		"monitor.py": strings.Replace(blocks[0], "8081", "0", 1),
+	})
+	python := exec.Command("sh", "-c", `exec "$1" -u monitor.py >&2`, "sh", needs(t, "python3"))
+	python.Dir = b.dir
+	p := start(t, python)
+	b.configure(t, strings.Replace(b.config, b.url.String(), "http://"+p.address(t)+"/RPC2", 1))
+	b.run(t)
+	command := strings.NewReplacer("box7:8080", b.client.url.Host, "disk", "demo").Replace(blocks[1])
+	runTool(t, b.dir, "sh", "-c", command)
+	wantLog(t, &p.log, "ticket 7: exit 0, value 1, at ")
+	mustCall(t, b.client, "cmd_update_sensor_code", "demo", 8)
+	wantLog(t, &p.log, "ticket 8: exit 0, value 1, at ")
+	mustCall(t, b.client, "cmd_submit_reading", "t-9", "demo")
+	wantLog(t, &p.log, "ticket t-9: exit 0, value 2, at ")
+	mustCall(t, b.client, "cmd_update_sensor_code", "none", 10)
+	wantLog(t, &p.log, "ticket 10: exit 1, value nan, at ")
+}
+
 // TestSelftest: it passes with what is shipped and without a client.cfg, and fails
 // where a sensor does, but not where a sensor gives a reason.
 func TestSelftest(t *testing.T) {
@@ -5625,10 +5877,10 @@ func TestManySensors(t *testing.T) {
 	p.terminate(t)
 }
 
-// readmeBlocks returns the code blocks of a section of the README.
-func readmeBlocks(t *testing.T, section string) (blocks []string) {
+// docBlocks returns the code blocks of a section of a document.
+func docBlocks(t *testing.T, file, section string) (blocks []string) {
 	t.Helper()
-	_, text, _ := strings.Cut(string(readFile(t, "README.md")), "\n## "+section+"\n")
+	_, text, _ := strings.Cut(string(readFile(t, file)), "\n## "+section+"\n")
 	text, _, _ = strings.Cut(text, "\n## ")
 	for i, block := range strings.Split(text, "\n```\n") {
 		if i%2 == 1 {
@@ -5642,7 +5894,7 @@ func readmeBlocks(t *testing.T, section string) (blocks []string) {
 // and has an agent and a stand-in monitor trust only each other.
 func TestStoryTLS(t *testing.T) {
 	needs(t, "openssl")
-	blocks := readmeBlocks(t, "TLS")
+	blocks := docBlocks(t, "README.md", "TLS")
 	equal(t, "commands", strings.Count(blocks[0], "openssl "), 5)
 	b := newBox(t, "", files{"sensors/s/check": printing(1)})
 	cmd := exec.Command("sh", "-e", "-c", blocks[0])
@@ -5651,17 +5903,21 @@ func TestStoryTLS(t *testing.T) {
 		t.Skipf("this openssl cannot: %v\n%s", err, out)
 	}
 	pair := loadTLS(t, b.dir, "monitor")
-	_, u := serveTLS(t, b.methods(), pair)
-	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+u.Port()+"/", 1)
+	monitor := start(t, self(t, b.dir, "monitor", "-listen", "127.0.0.1:0", "-probe", "127.0.0.1:0",
+		"-cert", "monitor.crt", "-key", "monitor.key", "-ca", "ca.crt",
+		"-agent-cert", "monitor.crt", "-agent-key", "monitor.key", "-agent-ca", "ca.crt"))
+	_, port, _ := net.SplitHostPort(monitor.address(t))
+	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+port+"/", 1)
 	b.configure(t, config+"\nlisten = 127.0.0.1:0\n")
 	b.start(t)
-	_, port, _ := net.SplitHostPort(b.client.url.Host)
+	_, port, _ = net.SplitHostPort(b.client.url.Host)
 	call := func(flags ...string) string {
 		args := append(append([]string{"call"}, flags...), "https://localhost:"+port+"/")
 		return picket(append(args, "cmd_submit_reading", "7", "s")...)
 	}
 	equal(t, "a call", call("-cert", pair.certificate, "-key", pair.key, "-ca", pair.ca), "exit 0\nOK\n")
-	wants(t, receive(t, "reading", b.readings), "ticket 7: exit 0, value 1")
+	probe := scrape(t, monitor.address(t), "/probe?target=https://localhost:"+port+"&read=s", "")
+	has(t, "a probe", probe, `picket_reading{sensor="s",args=""} 1`)
 	box := loadTLS(t, b.dir, "box") // which the agent does not know by name
 	for _, flags := range [][]string{{"-ca", pair.ca}, {"-ca", pair.ca, "-cert", box.certificate, "-key", box.key}, {}} {
 		has(t, fmt.Sprint(flags), call(flags...), "exit 1\n")
@@ -6500,7 +6756,7 @@ func TestQuickStart(t *testing.T) {
 	needsRoot(t)
 	busybox, unshare := needs(t, "busybox"), needs(t, "unshare")
 	needs(t, "make")
-	blocks := readmeBlocks(t, "See it work")
+	blocks := docBlocks(t, "README.md", "See it work")
 	if len(blocks) != 3 {
 		t.Fatalf("got %d blocks; want 3", len(blocks))
 	}
@@ -6947,11 +7203,11 @@ func (b *bench) loaded() {
 	m := b.monitor()
 	p, address := b.startPicket(m.address(), "")
 	calls := submitCalls(benchReadings)
-	before, begun := b.processTime(p), time.Now()
+	before, begun := processTime(b, p), time.Now()
 	b.load(address, calls, 0)
 	m.await(b, benchReadings)
 	rate := benchReadings / time.Since(begun).Seconds()
-	cpu := (b.processTime(p) - before) / benchReadings * 1e6
+	cpu := (processTime(b, p) - before) / benchReadings * 1e6
 	private := float64(residentMemory(b, p.Process.Pid, "RssAnon"))
 	b.add("private memory after 10,000 readings, KiB", "<= 4608", private, 0)
 	b.stop(p)
@@ -6965,8 +7221,8 @@ func (b *bench) loaded() {
 
 // processTime is the processor time in seconds that a process and its children
 // have taken.
-func (b *bench) processTime(p *child) float64 {
-	text := readFile(b, fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
+func processTime(t testing.TB, p *child) float64 {
+	text := readFile(t, fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
 	ticks := 0
 	for _, field := range strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))[11:15] {
 		n, _ := strconv.Atoi(field)

@@ -69,14 +69,17 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
 	"log/syslog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -92,6 +95,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 const (
@@ -102,10 +106,20 @@ const (
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
-	maxServed = 4 << 20 // bytes of a package that the stand-in monitor serves
-	logLines  = 256     // lines of the log that wait to be written
+	logLines = 256 // lines of the log that wait to be written
 
 	spareThreads = 6 // beside those that run Go code: for files, names and signals
+)
+
+// The limits of the stand-in monitor.
+const (
+	maxServed    = 4 << 20          // bytes of a package that it serves
+	monitorConns = 256              // connections of agents, and as many that ask for probes
+	maxReads     = 32               // readings of a probe
+	maxTickets   = 10000            // of probes; where there are more, those of late readings are forgotten
+	probeWait    = 10 * time.Second // for the readings of a probe, where a scrape names no time
+	maxScrape    = time.Hour        // the longest time that a scrape may name
+	probeTicket  = "probe-"         // begins the ticket of a probe
 )
 
 // Exit codes of the process. That of picket check is the sensor's.
@@ -236,7 +250,8 @@ func subcommands() []subcommand {
 		{"rollback", "SENSOR", "put the newest backup back in place", 1, 1, needsSettings, runRollback},
 		{"install", "FILE.tar.bz2", "install a package that lies here", 1, 1, needsSettings, runInstall},
 		{"call", tlsArgs + " URL METHOD [ARG...]", "call an XML-RPC method", 2, -1, needsNothing, runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL]\n    " + tlsArgs,
+		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
+			" [-agent-ca, -agent-cert, -agent-key FILE]",
 			"a stand-in that prints readings", 0, -1, needsNothing, runMonitor},
 		{"selftest", "", "prove that all works on this box", 0, 0, needsNoTTY, runSelftest},
 		{"version", "", "version, commit, Go, architecture", 0, 0, needsNothing, runVersion},
@@ -1414,30 +1429,30 @@ func checkAll(c *ini) (map[string]string, error) {
 	return warnings, err
 }
 
-// tlsFlags adds the flags that name certificates.
-func tlsFlags(flags *flag.FlagSet) *tlsFiles {
+// tlsFlags adds the flags that name certificates. Their names begin with a prefix.
+func tlsFlags(flags *flag.FlagSet, prefix string) *tlsFiles {
 	t := &tlsFiles{}
-	flags.StringVar(&t.ca, "ca", "", "")
-	flags.StringVar(&t.certificate, "cert", "", "")
-	flags.StringVar(&t.key, "key", "", "")
+	flags.StringVar(&t.ca, prefix+"ca", "", "")
+	flags.StringVar(&t.certificate, prefix+"cert", "", "")
+	flags.StringVar(&t.key, prefix+"key", "", "")
 	return t
 }
 
 // loadTLSFlags reads the certificates that flags name. Its error names the flag.
-func loadTLSFlags(t *tlsFiles) error {
+func loadTLSFlags(t *tlsFiles, prefix string) error {
 	option, err := t.load()
 	if option == "certificate" {
 		option = "cert"
 	}
 	if err != nil {
-		return usagef("-%s: %w", option, err)
+		return usagef("-%s%s: %w", prefix, option, err)
 	}
 	return nil
 }
 
 func runCall(ctx context.Context, in invocation) error {
 	flags := flag.NewFlagSet("call", flag.ContinueOnError)
-	files := tlsFlags(flags)
+	files := tlsFlags(flags, "")
 	if err := in.parse(flags, in.args); err != nil {
 		return err
 	}
@@ -1448,7 +1463,7 @@ func runCall(ctx context.Context, in invocation) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	if err := loadTLSFlags(files); err != nil {
+	if err := loadTLSFlags(files, ""); err != nil {
 		return err
 	}
 	var params []any
@@ -1509,10 +1524,11 @@ func readable(v any) string {
 func runMonitor(ctx context.Context, in invocation) error {
 	flags := flag.NewFlagSet("monitor", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:8081", "")
+	probe := flags.String("probe", "", "")
 	m := &monitor{}
 	flags.StringVar(&m.packages, "packages", "", "")
 	flags.StringVar(&m.next, "next", "", "")
-	files := tlsFlags(flags)
+	files, agentFiles := tlsFlags(flags, ""), tlsFlags(flags, "agent-")
 	if err := in.parse(flags, in.args); err != nil {
 		return err
 	}
@@ -1525,7 +1541,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
 		return usagef("-packages: %w", err)
 	}
-	if err := loadTLSFlags(files); err != nil {
+	if err := errors.Join(loadTLSFlags(files, ""), loadTLSFlags(agentFiles, "agent-")); err != nil {
 		return err
 	}
 	scheme := "http"
@@ -1536,12 +1552,23 @@ func runMonitor(ctx context.Context, in invocation) error {
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
+	defer listener.Close()
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
-	m.stored = func(r storedReading) error {
-		_, err := fmt.Fprintln(in.out, r)
-		return err
+	p := newProber(clientTLS(*agentFiles), in.out)
+	if m.stored = p.stored; *probe == "" {
+		return m.serve(ctx, listener)
 	}
-	return m.serve(ctx, listener)
+	probes, err := net.Listen("tcp", *probe)
+	if err != nil {
+		return fmt.Errorf("-probe: %w", err)
+	}
+	log.Printf("probes on http://%s/", probes.Addr())
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan error, 1)
+	go func() { defer cancel(); ended <- serveUntil(ctx, p.handler, probes) }()
+	err = m.serve(ctx, listener)
+	cancel()
+	return errors.Join(err, <-ended)
 }
 
 // A storedReading is a reading that the stand-in monitor received.
@@ -1557,7 +1584,7 @@ func (r storedReading) String() string {
 	return fmt.Sprintf("%s %s %s: exit %d, value %s", r.time, r.peer, ticketText(r.ticket), r.code, oneLine(r.value))
 }
 
-// A monitor stands in for the real one, in labs and tests.
+// A monitor stands in for the real one, in labs and tests, and for Prometheus.
 type monitor struct {
 	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string                    // the URL that agents move to; "" is none
@@ -1570,8 +1597,14 @@ type monitor struct {
 // serve answers agents until ctx ends.
 func (m *monitor) serve(ctx context.Context, listener net.Listener) error {
 	h := newHandler(m.methods())
-	if m.tls != nil {
-		h.setAccess(&access{tls: m.tls})
+	h.setAccess(&access{tls: m.tls})
+	return serveUntil(ctx, h, listener)
+}
+
+// serveUntil serves a handler until ctx ends, to more callers than an agent has.
+func serveUntil(ctx context.Context, h *handler, listener net.Listener) error {
+	if h.most == maxConns { // else the process may have few files open
+		h.most = monitorConns
 	}
 	stop := context.AfterFunc(ctx, func() { h.http.Close() })
 	defer stop()
@@ -1585,50 +1618,36 @@ func (m *monitor) methods() []method {
 	return []method{
 		{"cmd_store_probe_data", "string int array dateTime.iso8601",
 			"Takes a reading: ticket, [exit code, value], time.", m.store},
-		{"cmd_get_sensor_code", "base64 string", "The package of a sensor.", m.sensorCode},
-		{"cmd_get_sensor_signature", "base64 string", "The signature of a sensor's package.", m.sensorSignature},
+		{"cmd_get_sensor_code", "base64 string", "The package of a sensor.",
+			func(_ request, params []any) (any, error) { return m.file(params, ".tar.bz2") }},
+		{"cmd_get_sensor_signature", "base64 string", "The signature of a sensor's package.",
+			func(_ request, params []any) (any, error) { return m.file(params, ".tar.bz2.sig") }},
 		{"cmd_get_new_monitor_url", "string string", "The URL of the monitor that a host moves to.", m.nextURL},
 		{"healthcheck", "string", "OK.", healthcheck},
 	}
 }
 
 func (m *monitor) store(r request, params []any) (any, error) {
-	reading, ok := decodeStored(r.peer, params)
-	if !ok {
+	s := storedReading{peer: r.peer}
+	var pair []any
+	var err error
+	if len(params) == 3 {
+		s.ticket, err = ticketOf(params[0])
+		pair, _ = params[1].([]any)
+		s.time, _ = params[2].(dateTime)
+	}
+	var isInt, isString bool
+	if len(pair) == 2 {
+		s.code, isInt = pair[0].(int)
+		s.value, isString = pair[1].(string)
+	}
+	if err != nil || s.time == "" || !isInt || !isString {
 		return nil, faultf(faultParams,
 			"cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return "OK", m.stored(reading)
-}
-
-// decodeStored returns the reading that the parameters of cmd_store_probe_data
-// stand for, and whether they do.
-func decodeStored(peer string, params []any) (r storedReading, ok bool) {
-	r.peer = peer
-	if len(params) != 3 {
-		return r, false
-	}
-	var err error
-	r.ticket, err = ticketOf(params[0])
-	pair, isArray := params[1].([]any)
-	at, isTime := params[2].(dateTime)
-	if err != nil || !isArray || !isTime || len(pair) != 2 {
-		return r, false
-	}
-	code, isInt := pair[0].(int)
-	value, isString := pair[1].(string)
-	r.time, r.code, r.value = at, code, value
-	return r, isInt && isString
-}
-
-func (m *monitor) sensorCode(_ request, params []any) (any, error) {
-	return m.file(params, ".tar.bz2")
-}
-
-func (m *monitor) sensorSignature(_ request, params []any) (any, error) {
-	return m.file(params, ".tar.bz2.sig")
+	return "OK", m.stored(s)
 }
 
 // file returns the content of the file that a sensor's name and a suffix make.
@@ -1644,23 +1663,301 @@ func (m *monitor) file(params []any, suffix string) (any, error) {
 	if err == nil {
 		data, err = readSmall(filepath.Join(m.packages, name+suffix), maxServed)
 	}
-	if errors.Is(err, os.ErrNotExist) {
-		err = fmt.Errorf("no %s%s here", name, suffix)
-	}
 	if err != nil {
 		return nil, faultf(faultParams, "%v", err)
 	}
 	return data, nil
 }
 
-func (m *monitor) nextURL(_ request, params []any) (any, error) {
-	switch {
-	case len(params) != 1:
-		return nil, faultf(faultParams, "cmd_get_new_monitor_url takes the host name of the agent")
-	case m.next == "":
+func (m *monitor) nextURL(request, []any) (any, error) {
+	if m.next == "" {
 		return nil, faultf(faultParams, "there is no new monitor")
 	}
 	return m.next, nil
+}
+
+// A prober answers Prometheus. For each scrape it has a box take readings, waits until
+// the monitor gets them, and returns them. A probe takes one connection, so there are
+// at most monitorConns at once.
+type prober struct {
+	handler *handler    // for its limits of HTTP; it answers no XML-RPC
+	tls     *tls.Config // the rules for calls of agents
+	out     io.Writer   // gets the readings that no probe waits for
+
+	mu      sync.Mutex                      // guards what is below
+	tickets map[string]chan<- storedReading // of readings that have not come; nil: the probe is over
+	counts  map[string]int                  // of readings and probes, by result
+}
+
+func newProber(tls *tls.Config, out io.Writer) *prober {
+	p := &prober{tls: tls, out: out, tickets: make(map[string]chan<- storedReading), counts: make(map[string]int)}
+	p.handler = newHandler(nil)
+	p.handler.http.Handler = p
+	return p
+}
+
+// ServeHTTP answers one request.
+func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	conn := r.Context().Value(peerKey{}).(*peerConn) // which the handler has put there
+	p.handler.setWorking(conn, true)
+	defer p.handler.setWorking(conn, false)
+	control := http.NewResponseController(w)
+	control.SetReadDeadline(time.Time{}) // else it would end the probe
+	status, kind, text := http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", ""
+	switch {
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		w.Header().Set("Allow", "GET, HEAD")
+		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
+	case r.Header.Get("Sec-Fetch-Site") == "cross-site": // a browser on this machine may show any page
+		status, text = http.StatusForbidden, "Another site's page must not ask.\n"
+	case r.URL.Path == "/probe":
+		status, text = p.answer(r)
+	case r.URL.Path == "/metrics":
+		text = p.metrics()
+	case r.URL.Path == "/":
+		kind, text = "text/html; charset=utf-8", probePage
+	default:
+		status, text = http.StatusNotFound, "There are /, /probe and /metrics.\n"
+	}
+	control.SetWriteDeadline(time.Now().Add(writeTimeout))
+	w.Header().Set("Content-Type", kind)
+	w.WriteHeader(status)
+	io.WriteString(w, text) // an error means that the peer has gone
+}
+
+const probePage = `<!DOCTYPE html>
+<title>picket monitor</title>
+<h1>picket monitor</h1>
+<p>Prometheus asks <code>/probe</code> for readings of a box, and <a href="/metrics">/metrics</a> for how that goes.</p>
+<form action="/probe">
+<p><label>Box: HOST, HOST:PORT or URL <input name="target" required></label></p>
+<p><label>Sensor and arguments <input name="read" value="disk percent /" required></label></p>
+<p><button>Probe</button></p>
+</form>
+`
+
+// A probe is what one scrape asks for.
+type probe struct {
+	target *url.URL
+	reads  []probeRead
+	wait   time.Duration // for all of it
+}
+
+// A probeRead is one reading that a probe asks for.
+type probeRead struct{ sensor, args string }
+
+// parseProbe returns the probe that a request describes.
+func parseProbe(r *http.Request) (p probe, err error) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	targets, reads := query["target"], query["read"]
+	switch {
+	case err != nil:
+		return p, err
+	case len(targets) != 1:
+		return p, fmt.Errorf("target: got %d; want one", len(targets))
+	case len(reads) == 0 || len(reads) > maxReads:
+		return p, fmt.Errorf("read: got %d; want 1 to %d", len(reads), maxReads)
+	}
+	if p.target, err = probeTarget(targets[0]); err != nil {
+		return p, fmt.Errorf("target: %w", err)
+	}
+	for _, text := range reads {
+		sensor, args, _ := strings.Cut(strings.TrimSpace(text), " ")
+		read := probeRead{sensor, strings.TrimSpace(args)}
+		if _, err = sensorName(sensor); err == nil {
+			_, err = arguments(args)
+		}
+		notPlain := func(r rune) bool { return r == unicode.ReplacementChar || !unicode.IsPrint(r) }
+		switch {
+		case err != nil:
+			return p, fmt.Errorf("read: %w", err)
+		case strings.ContainsFunc(args, notPlain):
+			return p, fmt.Errorf("read: %s is not plain text", cut(args))
+		case slices.Contains(p.reads, read):
+			return p, fmt.Errorf("read: %s comes twice", cut(text))
+		}
+		p.reads = append(p.reads, read)
+	}
+	p.wait = probeWait
+	if timeout := r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"); timeout != "" {
+		s, err := parseDecimal(timeout)
+		if err != nil || s <= 0 || s > maxScrape.Seconds() {
+			return p, fmt.Errorf("scrape timeout: %s is not a number of seconds, %v at most", cut(timeout), maxScrape)
+		}
+		p.wait = time.Duration(max(s/2, s-0.5) * float64(time.Second)) // the answer comes before that
+	}
+	return p, nil
+}
+
+// probeTarget takes HOST, HOST:PORT or a URL of an agent. It adds the port 8080 and
+// the path /xmlrpc/ where there is none.
+func probeTarget(v string) (*url.URL, error) {
+	if !strings.Contains(v, "://") {
+		v = "http://" + v
+	}
+	u, err := httpURL(v)
+	if err == nil && u.Port() == "" {
+		u.Host = net.JoinHostPort(u.Hostname(), "8080")
+	}
+	if err == nil && u.Path == "" {
+		u.Path = "/xmlrpc/"
+	}
+	return u, err
+}
+
+// answer makes the probe that a request describes. It returns an HTTP status and metrics.
+func (p *prober) answer(r *http.Request) (status int, text string) {
+	begun := time.Now()
+	probe, err := parseProbe(r)
+	if err != nil {
+		p.count("bad_request")
+		return http.StatusBadRequest, oneLine(masked(err.Error())) + "\n"
+	}
+	got, err := p.take(r.Context(), probe)
+	var codes, values []string
+	for _, read := range probe.reads {
+		if r, ok := got[read]; ok {
+			labels := fmt.Sprintf("{sensor=%q,args=%q} ", read.sensor, read.args)
+			codes = append(codes, fmt.Sprint(labels, r.code))
+			value := strings.TrimSpace(r.value)
+			if _, err := parseDecimal(value); err == nil {
+				values = append(values, labels+value)
+			}
+		}
+	}
+	success, result := " 1", "ok"
+	if err != nil {
+		success, result = " 0", "failed"
+		text = "# failed: " + oneLine(probe.target.Host+": "+masked(err.Error())) + "\n"
+	}
+	p.count(result)
+	return http.StatusOK, text +
+		family("probe_success", "gauge", "Whether every reading came in time.", success) +
+		family("probe_duration_seconds", "gauge", "How long the probe took.",
+			fmt.Sprintf(" %.6f", time.Since(begun).Seconds())) +
+		family("picket_exit_code", "gauge", "The exit code of the sensor; 0 is success.", codes...) +
+		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
+}
+
+// take has a box take the readings of a probe, and returns those that come in time.
+// The error says why others do not.
+func (p *prober) take(ctx context.Context, probe probe) (got map[probeRead]storedReading, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
+	defer cancel()
+	c := newClient(probe.target, probe.wait, p.tls)
+	defer c.close()
+	arrived, acknowledged := make(chan storedReading, len(probe.reads)), 0
+	asked := make(map[any]probeRead) // by ticket; each is known before its reading can come
+	for _, read := range probe.reads {
+		ticket := p.newTicket(arrived)
+		asked[ticket] = read
+		if _, err = c.call(ctx, "cmd_submit_reading", ticket, read.sensor, read.args); err != nil {
+			break // the box is away or busy
+		}
+		acknowledged++
+	}
+	got = make(map[probeRead]storedReading)
+	for len(got) < acknowledged && ctx.Err() == nil {
+		select {
+		case r := <-arrived:
+			got[asked[r.ticket]] = r
+		case <-ctx.Done():
+		}
+	}
+	p.forget(asked)
+	for len(arrived) > 0 { // until just now
+		r := <-arrived
+		got[asked[r.ticket]] = r
+	}
+	for _, read := range probe.reads {
+		if _, came := got[read]; !came && err == nil {
+			err = fmt.Errorf("no reading of %s in %v", cut(strings.TrimSpace(read.sensor+" "+read.args)), probe.wait)
+		}
+	}
+	return got, err
+}
+
+// newTicket returns a ticket that nobody can guess. Its reading goes to arrived.
+func (p *prober) newTicket(arrived chan<- storedReading) string {
+	secret := make([]byte, 16)
+	if _, err := rand.Read(secret); err != nil {
+		panic(err) // no ticket is better than one that can be guessed
+	}
+	ticket := probeTicket + hex.EncodeToString(secret)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tickets[ticket] = arrived
+	return ticket
+}
+
+// forget ends the wait for the readings that have not come. Those that come later are
+// known as late, until too many are.
+func (p *prober) forget(asked map[any]probeRead) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for ticket := range asked {
+		if p.tickets[ticket.(string)] != nil {
+			p.tickets[ticket.(string)] = nil
+		}
+	}
+	if len(p.tickets) > maxTickets {
+		maps.DeleteFunc(p.tickets, func(_ string, c chan<- storedReading) bool { return c == nil })
+	}
+}
+
+// stored passes a reading on to the probe that waits for it. It prints any other.
+func (p *prober) stored(r storedReading) error {
+	ticket, _ := r.ticket.(string)
+	p.mu.Lock()
+	arrived, known := p.tickets[ticket]
+	delete(p.tickets, ticket)
+	result, remark := "stored", ""
+	if known && arrived == nil {
+		result, remark = "late", ", late"
+	} else if !known && strings.HasPrefix(ticket, probeTicket) {
+		result, remark = "unknown", ", unknown"
+	}
+	p.counts[result]++
+	if arrived != nil {
+		arrived <- r // which has room
+	}
+	p.mu.Unlock()
+	if arrived != nil {
+		return nil
+	}
+	_, err := fmt.Fprintf(p.out, "%s%s\n", r, remark)
+	return err
+}
+
+func (p *prober) count(result string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.counts[result]++
+}
+
+// metrics returns the prober's own metrics.
+func (p *prober) metrics() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	counted := func(name, help string, results ...string) string {
+		for i, result := range results {
+			results[i] = fmt.Sprintf("{result=%q} %d", result, p.counts[result])
+		}
+		return family(name, "counter", help, results...)
+	}
+	return counted("picket_monitor_readings_total", "Readings, by whether a probe that is over or not known "+
+		"had asked for them.", "stored", "late", "unknown") +
+		counted("picket_monitor_probes_total", "Probes, by result.", "ok", "failed", "bad_request") +
+		family("picket_build_info", "gauge", "The version of this monitor.", fmt.Sprintf("{version=%q} 1", version()))
+}
+
+// family returns the samples of a metric in Prometheus's text format.
+func family(name, kind, help string, samples ...string) string {
+	text := fmt.Sprintf("# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	for _, sample := range samples {
+		text += name + sample + "\n"
+	}
+	return text
 }
 
 // selfFiles is what the selftest's agent and monitor have: sensors that behave
