@@ -714,6 +714,9 @@ func plainJSON(v any) any {
 		if f, err := v.Float64(); err == nil && strings.Contains(string(v), ".") {
 			return f
 		}
+		if n, err := v.Int64(); err == nil && n != int64(int32(n)) {
+			return n
+		}
 		return wireValue(string(v))
 	case []any:
 		for i := range v {
@@ -727,15 +730,7 @@ func plainJSON(v any) any {
 // printed, and the error as it would be logged.
 func picket(args ...string) string {
 	var out bytes.Buffer
-	err := execute(ctx, make(chan os.Signal, 1), args, &out)
-	code := 0
-	var coded *exitError
-	switch {
-	case errors.As(err, &coded):
-		code, err = coded.code, coded.err
-	case err != nil:
-		code = exitFailed
-	}
+	code, err := execute(ctx, make(chan os.Signal, 1), args, &out)
 	if err != nil {
 		fmt.Fprintf(&out, "picket: %v\n", err)
 	}
@@ -4988,8 +4983,7 @@ func TestCommandLine(t *testing.T) {
 
 func TestWireValue(t *testing.T) {
 	for arg, want := range map[string]any{
-		"7": 7, "-7": -7, "2147483647": 2147483647, "2147483648": int64(2147483648),
-		"9223372036854775808": "9223372036854775808", "1.5": "1.5", "": "", "7x": "7x",
+		"7": 7, "-7": -7, "2147483647": 2147483647, "2147483648": "2147483648", "1.5": "1.5", "": "", "7x": "7x",
 	} {
 		equal(t, arg, wireValue(arg), want)
 	}
@@ -5238,12 +5232,12 @@ func TestHealth(t *testing.T) {
 	p := b.start(t)
 	asked := 0
 	ask := func(args ...any) storedReading { asked++; return b.ask(t, "cmd_submit_reading", 1, "picket", args) }
-	wants(t, ask("last_delivery_age"), "ticket 1: exit 1, value nan")
+	wants(t, ask("last_delivery_age"), "ticket 1: exit 0, value …")
 	p.signal(t, syscall.SIGUSR1)
 	wantLog(t, &p.log, "health: … last_delivery_age …\n")
 	line := regexp.MustCompile(`health: (.*)\n`).FindStringSubmatch(p.log.String())[1]
 	want := `^uptime \d+ queued 0 running 0 undelivered [01] delivered [01] dropped 0 refused 0 ` +
-		`rss_kb \d{4,} spool_bytes 0 last_delivery_age (\d+|-)$`
+		`rss_kb \d{4,} spool_bytes 0 last_delivery_age \d+$`
 	expect(t, regexp.MustCompile(want).MatchString(line), "got %s; want %s", line, want)
 	names := strings.Fields(line)
 	for i := 0; i < len(names); i += 2 {
@@ -5298,6 +5292,51 @@ func TestLog(t *testing.T) {
 	const more = 5 // at most, of the start and the end
 	if n := lost + lines; lost == 0 || n < 2*commands || n > 2*commands+more {
 		t.Errorf("got %d lines and %d lost; want %d and a few", lines, lost, 2*commands)
+	}
+}
+
+// A logFile is a log that is a file.
+type logFile string
+
+func (f logFile) String() string {
+	text, _ := os.ReadFile(string(f)) // it may not be there yet
+	return string(text)
+}
+
+// TestLogLines: what goes well is a line where verbose is set, and what goes wrong
+// always is. In a file each line has the local time. At its end the agent says for
+// what it waits.
+func TestLogLines(t *testing.T) {
+	gate, gated := gatedSensor(t)
+	b := newBox(t, "", files{
+		"sensors/s/check": printing(1), "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 3",
+		"sensors/gated/check": gated,
+	})
+	log := logFile(filepath.Join(b.dir, "log"))
+	cmd := wrapped(self(t, b.dir), "sh", "-c", `exec "$@" 2>log`, "sh")
+	must(t, cmd.Start())
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	wantLog(t, log, ": answers\n")
+	b.client = clientOf(t, servesAt.FindStringSubmatch(log.String())[1])
+	wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
+	wants(t, b.read(t, 2, "fail"), "ticket 2: exit 3, value nan")
+	wantFault(t, b.client, "cmd_submit_reading", 3, "../s")
+	wantLog(t, log, `: sensor fail: exit 3 in …ms: "broken"…fault -32602: cmd_submit_reading: "../s" is not the name`)
+	expect(t, !strings.Contains(log.String(), "ticket 1"), "got %s; want no line for what goes well", log)
+	b.configure(t, b.config+"verbose = yes\n")
+	must(t, cmd.Process.Signal(syscall.SIGHUP))
+	wantLog(t, log, "is in force;…: answers\n")
+	wants(t, b.read(t, 4, "s"), "ticket 4: exit 0, value 1")
+	wantLog(t, log, ": command cmd_submit_reading from 127.0.0.1: ticket 4, sensor s\n…: sensor s: exit 0 in …ms\n")
+	mustCall(t, b.client, "cmd_submit_reading", 5, "gated")
+	await(t, "it runs", func() bool { return b.health(t, "running") == "1" })
+	must(t, cmd.Process.Signal(syscall.SIGTERM))
+	wantLog(t, log, "ending\n…ending: waits for 1 sensor, at most 5s\n")
+	gate.open(t)
+	must(t, cmd.Wait())
+	for _, line := range splitLines(log.String()) {
+		_, err := time.ParseInLocation("2006-01-02T15:04:05 picket: ", line[:min(len(line), 28)], time.Local)
+		expect(t, err == nil, "got %q; want the time at its beginning", line)
 	}
 }
 
@@ -5448,6 +5487,49 @@ func startOnTerminal(t *testing.T, cmd *exec.Cmd) *os.File {
 	must(t, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	return here
+}
+
+// TestStarts: in whatever state picket is started, it takes commands, runs sensors,
+// ends those that hang, and obeys its signals.
+func TestStarts(t *testing.T) {
+	const block = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)); " +
+		"os.execv(sys.argv[1], sys.argv[1:])"
+	for name, script := range map[string]string{
+		"no input and output": `exec "$@" <&- >&-`,
+		"nothing open":        `exec "$@" <&- >&- 2>&-`,
+		"no environment":      `exec env -i PICKET_TEST_MAIN=1 "$@"`,
+		"ignored signals":     `trap '' HUP INT QUIT USR1 USR2 PIPE ALRM TERM CHLD XFSZ; exec "$@"`,
+		"blocked signals":     `exec python3 -c '` + block + `' "$@"`,
+		"no /proc":            `exec unshare --mount sh -c 'umount -l /proc && exec "$@"' sh "$@"`,
+		"no directory":        `mkdir gone && cd gone && rmdir ../gone && exec "$@" -c "$OLDPWD/client.cfg"`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			switch name {
+			case "blocked signals":
+				needs(t, "python3")
+			case "no /proc":
+				needsRoot(t)
+				needs(t, "unshare")
+			}
+			free := listen(t, "127.77.0.1:0") // no other test has this address
+			free.Close()
+			more := "listen = " + free.Addr().String() + "\n[sensor]\ntimeout = 1\n"
+			b := newBox(t, more, files{
+				"sensors/s/check": "#!/bin/sh\nread x && exit 1; echo 1", "sensors/hang/check": "#!/bin/sh\nexec sleep 60",
+			})
+			p := start(t, wrapped(self(t, b.dir), "sh", "-c", script, "sh"))
+			b.client = clientOf(t, free.Addr().String())
+			await(t, "it answers", func() bool { _, err := b.client.call(ctx, "healthcheck"); return err == nil })
+			wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
+			wants(t, b.read(t, 2, "hang"), "ticket 2: exit -15, value nan")
+			if name != "nothing open" {
+				p.signal(t, syscall.SIGUSR1)
+				wantLog(t, &p.log, "health: ")
+				b.reload(t, p, b.config)
+			}
+			p.terminate(t)
+		})
+	}
 }
 
 // TestLocked: another user can lock the directory of client.cfg and that of the sensors.

@@ -117,8 +117,8 @@ const (
 
 // The linker writes these into the binary that make builds.
 var (
-	release string // as git describes the source
-	built   string // when the source was committed, in seconds since 1970
+	release = "(devel)" // as git describes the source
+	built   string      // when the source was committed, in seconds since 1970
 )
 
 func main() {
@@ -132,18 +132,14 @@ func main() {
 	closeOnExec()
 	time.Local = localZone()
 	out := &output{w: os.Stdout}
-	err := execute(ctx, signals, os.Args[1:], out)
-	if err == nil {
-		err = out.err
+	code, err := execute(ctx, signals, os.Args[1:], out)
+	if code == 0 && out.err != nil {
+		code, err = exitFailed, out.err
 	}
-	if err == nil {
-		return
+	if err != nil {
+		log.Print(err)
 	}
-	coded := &exitError{exitFailed, err}
-	if errors.As(err, &coded); coded.err != nil {
-		log.Print(coded.err)
-	}
-	os.Exit(coded.code)
+	os.Exit(code)
 }
 
 // closeOnExec marks every file above 2 that picket's parent left open to be
@@ -165,7 +161,8 @@ func closeOnExec() {
 // leaveTerminal gives up the controlling terminal, so that no sensor can open
 // /dev/tty, read what is typed there or type into it. ^C still arrives, unless
 // picket leads the session of the terminal. Then the kernel also sends SIGHUP,
-// which is ignored for this moment.
+// which is ignored for this moment. A session for each sensor would be simpler,
+// but a sensor that leads one hangs up each modem that it opens.
 func leaveTerminal(signals chan<- os.Signal) {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -200,6 +197,18 @@ type exitError struct {
 
 func (e *exitError) Error() string { return fmt.Sprint(e.err) }
 func (e *exitError) Unwrap() error { return e.err }
+
+// exitCode returns the exit code for an error, and the message, if there is one.
+func exitCode(err error) (int, error) {
+	coded := &exitError{exitFailed, err}
+	switch {
+	case err == nil:
+		return 0, nil
+	case errors.As(err, &coded) && coded.err == nil:
+		return coded.code, nil
+	}
+	return coded.code, err
+}
 
 func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
@@ -299,9 +308,9 @@ func (in invocation) usageError(format string, args ...any) error {
 	return usagef(format+"; type: %s", append(args, in.usage)...)
 }
 
-// execute runs the program with the arguments of its command line. Its error
-// shows no password.
-func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) error {
+// execute runs the program with the arguments of its command line, and returns
+// its exit code and what there is to say. Its error shows no password.
+func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) (int, error) {
 	in := invocation{signals: signals, out: out, usage: helpUsage}
 	c, err := in.findSubcommand(args)
 	if err == nil && c.needs >= needsNoTTY {
@@ -321,11 +330,11 @@ func execute(ctx context.Context, signals chan os.Signal, args []string, out io.
 	if err == nil && c.run == nil || errors.Is(err, flag.ErrHelp) {
 		err = in.help(c)
 	}
-	coded := &exitError{exitFailed, err}
-	if errors.As(err, &coded); coded.err != nil {
-		return &exitError{coded.code, maskedError{err}}
+	code, err := exitCode(err)
+	if err != nil {
+		err = maskedError{err}
 	}
-	return err
+	return code, err
 }
 
 // parse parses flags and keeps the other arguments. It returns flag.ErrHelp where
@@ -376,50 +385,36 @@ func (c subcommand) usage() string {
 }
 
 // help prints the page of a subcommand and of those whose names begin with its
-// name, or that of all. The subcommand help is asked for others.
-func (in invocation) help(c subcommand) error {
-	name := c.name
-	if c.run == nil {
+// name, or a line of each. The subcommand help is asked for others.
+func (in invocation) help(asked subcommand) error {
+	name := asked.name
+	if asked.run == nil {
 		name = strings.Join(in.args, " ")
 	}
-	if name == "" {
-		in.helpAll()
-		return nil
-	}
-	found := false
+	var pages []string
 	for _, c := range subcommands {
-		if c.name != name && !strings.HasPrefix(c.name, name+" ") {
-			continue
-		}
-		if found {
-			fmt.Fprintln(in.out)
-		}
-		found = true
-		fmt.Fprintf(in.out, "usage: %s\n%s\n", c.usage(), c.page)
 		if !strings.Contains(c.page, "Exit codes") {
-			fmt.Fprintln(in.out, exitCodes+".")
+			c.page += "\n" + exitCodes + "."
+		}
+		if name != "" && (c.name == name || strings.HasPrefix(c.name, name+" ")) {
+			pages = append(pages, fmt.Sprintf("usage: %s\n%s\n", c.usage(), c.page))
 		}
 	}
-	if !found {
-		in.usage = helpUsage
-		return in.usageError("unknown command %q", name)
+	switch {
+	case name == "":
+		in.helpAll()
+	case len(pages) == 0:
+		return usagef("unknown command %q; type: %s", name, helpUsage)
 	}
+	fmt.Fprint(in.out, strings.Join(pages, "\n"))
 	return nil
 }
 
 func (in invocation) helpAll() {
-	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [command]\n\n")
+	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [COMMAND]\n\n")
 	for _, c := range subcommands {
-		words := strings.TrimSpace(c.name + " " + c.args)
-		if words == "" {
-			words = "(none)"
-		}
-		gap := " "
-		if len(words) > 33 {
-			gap = "\n" + strings.Repeat(" ", 36)
-		}
 		summary, _, _ := strings.Cut(c.page, "\n")
-		fmt.Fprintf(in.out, "  %-33s%s%s\n", words, gap, summary)
+		fmt.Fprintf(in.out, "  picket %-13s %s\n", c.name, summary)
 	}
 	fmt.Fprintf(in.out, "\nclient.cfg is looked for in the working directory, then beside the program.\n"+
 		"%s; check: the sensor's.\n", exitCodes)
@@ -430,20 +425,9 @@ func runVersion(_ context.Context, in invocation) error {
 	return nil
 }
 
-// version describes the binary by what the linker and the toolchain wrote into it.
+// version describes the binary.
 func version() string {
-	name, arch := release, runtime.GOARCH
-	if info, ok := debug.ReadBuildInfo(); ok {
-		if name == "" {
-			name = info.Main.Version
-		}
-		for _, s := range info.Settings {
-			if slices.Contains([]string{"GOARM", "GO386", "GOMIPS", "GOMIPS64"}, s.Key) {
-				arch += "," + s.Value
-			}
-		}
-	}
-	return fmt.Sprintf("%s %s %s/%s", name, runtime.Version(), runtime.GOOS, arch)
+	return fmt.Sprintf("%s %s %s/%s", release, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
 // buildTime returns when the source was committed, or 1970 in a binary that make
@@ -457,9 +441,6 @@ func buildTime() time.Time {
 // one in the working directory, else the one beside the program, links followed.
 func findConfig(named string) (string, error) {
 	if named != "" {
-		if _, err := os.Stat(named); err != nil {
-			return "", &exitError{exitUsage, err}
-		}
 		return filepath.Abs(named)
 	}
 	here, _ := os.Getwd() // "" where there is none, as for the program
@@ -523,9 +504,8 @@ func runUnderInit(ctx context.Context, in invocation) error {
 	case <-in.signals:
 	case <-ctx.Done():
 	}
-	coded := &exitError{exitFailed, err}
-	errors.As(err, &coded)
-	return &exitError{code: coded.code}
+	code, _ := exitCode(err)
+	return &exitError{code: code}
 }
 
 func runAgent(ctx context.Context, in invocation) error {
@@ -573,12 +553,8 @@ func limitMemory(s settings) {
 // splitSeverity returns a line of the log without its mark of severity, and
 // that severity.
 func splitSeverity(line string) (syslog.Priority, string) {
-	for severity, mark := range map[syslog.Priority]string{
-		syslog.LOG_ERR: severe, syslog.LOG_WARNING: warning, syslog.LOG_NOTICE: notice,
-	} {
-		if text, ok := strings.CutPrefix(line, mark); ok {
-			return severity, text
-		}
+	if len(line) > len(severe) && line[0] == severe[0] && line[2] == severe[2] {
+		return syslog.Priority(line[1] - '0'), line[len(severe):]
 	}
 	return syslog.LOG_INFO, line
 }
@@ -909,10 +885,9 @@ func (a *agent) handleSignals(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case s := <-a.signals:
-			switch s {
-			case syscall.SIGHUP:
+			if s == syscall.SIGHUP {
 				a.reload(ctx)
-			case syscall.SIGUSR1:
+			} else {
 				log.Print(notice + a.healthLine())
 			}
 		}
@@ -999,51 +974,40 @@ type vitals struct {
 	deliveryTotals
 }
 
-// health lists what it can be asked. A value is "" where there is none yet.
+// health lists what it can be asked.
 var health = []struct {
 	name, help string
-	value      func(vitals) any
+	value      func(vitals) int
 }{
-	{"uptime", "seconds since the agent started", func(v vitals) any { return seconds(v.started) }},
-	{"queued", "commands that wait", func(v vitals) any { return v.queue.count() }},
-	{"running", "sensors that run", func(v vitals) any { return v.active.Load().sensors.running() }},
-	{"undelivered", "readings that the monitor does not have yet", func(v vitals) any { return v.undelivered }},
-	{"delivered", "readings delivered since the start", func(v vitals) any { return v.delivered }},
-	{"dropped", "readings given up since the start", func(v vitals) any { return v.dropped }},
-	{"refused", "calls refused since the start", func(v vitals) any { return v.handler.count.Load() }},
-	{"rss_kb", "resident memory in KiB", func(vitals) any { return residentKiB() }},
-	{"spool_bytes", "size of the spool", func(v vitals) any { return v.spoolBytes }},
-	{"last_delivery_age", "seconds since the latest delivery", func(v vitals) any { return seconds(v.latest) }},
+	{"uptime", "seconds since the agent started", func(v vitals) int { return seconds(v.started) }},
+	{"queued", "commands that wait", func(v vitals) int { return v.queue.count() }},
+	{"running", "sensors that run", func(v vitals) int { return v.active.Load().sensors.running() }},
+	{"undelivered", "readings that the monitor does not have yet", func(v vitals) int { return v.undelivered }},
+	{"delivered", "readings delivered since the start", func(v vitals) int { return v.delivered }},
+	{"dropped", "readings given up since the start", func(v vitals) int { return v.dropped }},
+	{"refused", "calls refused since the start", func(v vitals) int { return int(v.handler.count.Load()) }},
+	{"rss_kb", "resident memory in KiB", func(vitals) int { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(v vitals) int { return int(v.spoolBytes) }},
+	{"last_delivery_age", "seconds since the latest delivery, or the start",
+		func(v vitals) int { return seconds(v.latest) }},
 }
 
-// seconds returns how many have passed since t, "" for the zero time.
-func seconds(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return strconv.FormatFloat(time.Since(t).Seconds(), 'f', 0, 64)
-}
+func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
 
-// residentKiB returns the resident memory of this process, "" without a /proc.
-func residentKiB() string {
+// residentKiB returns the resident memory of this process, 0 without a /proc.
+func residentKiB() int {
 	var all, resident int
 	text, _ := os.ReadFile("/proc/self/statm")
-	if _, err := fmt.Sscan(string(text), &all, &resident); err != nil {
-		return ""
-	}
-	return fmt.Sprint(resident * (os.Getpagesize() >> 10))
+	fmt.Sscan(string(text), &all, &resident)
+	return resident * (os.Getpagesize() >> 10)
 }
 
 // ownReading returns a reading of the agent itself.
 func (a *agent) ownReading(args []string) reading {
 	for _, h := range health {
-		if len(args) != 1 || args[0] != h.name {
-			continue
+		if len(args) == 1 && args[0] == h.name {
+			return reading{value: fmt.Sprint(h.value(vitals{a, a.delivery.count()})), taken: time.Now()}
 		}
-		if value := fmt.Sprint(h.value(vitals{a, a.delivery.count()})); value != "" {
-			return reading{value: value, taken: time.Now()}
-		}
-		return reading{code: exitFailed, taken: time.Now(), reason: h.name + ": there is none yet"}
 	}
 	reason := fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))
 	return reading{code: exitUsage, taken: time.Now(), reason: reason}
@@ -1062,11 +1026,7 @@ func ownHelp() string {
 func (a *agent) healthLine() string {
 	line, now := "health:", vitals{a, a.delivery.count()}
 	for _, h := range health {
-		value := h.value(now)
-		if value == "" {
-			value = "-"
-		}
-		line += fmt.Sprint(" ", h.name, " ", value)
+		line += fmt.Sprint(" ", h.name, " ", h.value(now))
 	}
 	return line
 }
@@ -1101,22 +1061,16 @@ func (a *agent) commands() []method {
 			"cmd_update_sensor_code", "string string, string string int, string string string",
 			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, " +
 				"tries it and installs it." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_update_sensor_code", "update", params)
-			},
+			a.submitChange("cmd_update_sensor_code", "update"),
 		}, {
 			"cmd_rollback_sensor_code", "string string, string string int, string string string",
 			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_rollback_sensor_code", "rollback", params)
-			},
+			a.submitChange("cmd_rollback_sensor_code", "rollback"),
 		}, {
 			"cmd_register_new_server", "string, string int, string string",
 			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, " +
 				"and moves there if its healthcheck answers OK." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_register_new_server", "move", params)
-			},
+			a.submitChange("cmd_register_new_server", "move"),
 		},
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
@@ -1140,24 +1094,25 @@ func (a *agent) submitReading(r request, params []any) (any, error) {
 	return a.accept(r, name, c, err)
 }
 
-// submitChange takes the parameters sensor, [ticket]; of a move, [ticket] alone.
-func (a *agent) submitChange(r request, name, change string, params []any) (any, error) {
-	c := command{change: change}
-	var err error
-	if change != "move" {
-		if len(params) == 0 {
-			return nil, faultf(faultParams, "%s takes sensor, [ticket]", name)
+// submitChange returns the method for a kind of change. It takes the parameters
+// sensor, [ticket]; for a move, [ticket] alone.
+func (a *agent) submitChange(name, change string) func(request, []any) (any, error) {
+	return func(r request, params []any) (_ any, err error) {
+		c := command{change: change}
+		if change != "move" && len(params) > 0 {
+			c.sensor, err = sensorName(params[0])
+			params = params[1:]
+		} else if change != "move" {
+			err = errors.New("the name of a sensor is missing")
 		}
-		c.sensor, err = sensorName(params[0])
-		params = params[1:]
+		if err == nil && len(params) > 1 {
+			err = fmt.Errorf("%s too many", plural(len(params)-1, "parameter"))
+		}
+		if err == nil && len(params) == 1 && params[0] != nil {
+			c.ticket, err = ticketOf(params[0])
+		}
+		return a.accept(r, name, c, err)
 	}
-	if len(params) > 1 {
-		return nil, faultf(faultParams, "%s: %s too many", name, plural(len(params)-1, "parameter"))
-	}
-	if err == nil && len(params) == 1 && params[0] != nil {
-		c.ticket, err = ticketOf(params[0])
-	}
-	return a.accept(r, name, c, err)
 }
 
 // accept puts a command into the queue, unless err says what is wrong with it.
@@ -1558,16 +1513,12 @@ func runCall(ctx context.Context, in invocation) error {
 }
 
 // wireValue returns an argument of the command line as a value: a whole number
-// as int, or as i8 where an int is too small, anything else as a string.
+// as int, anything else as a string.
 func wireValue(arg string) any {
-	n, err := strconv.ParseInt(arg, 10, 64)
-	switch {
-	case err != nil:
-		return arg
-	case n != int64(int32(n)):
-		return n
+	if n, err := strconv.ParseInt(arg, 10, 32); err == nil {
+		return int(n)
 	}
-	return int(n)
+	return arg
 }
 
 // readable returns a value for people: a struct as one line for each member.

@@ -1227,7 +1227,7 @@ type delivery struct {
 type deliveryTotals struct {
 	undelivered        int // at present
 	delivered, dropped int
-	latest             time.Time // the latest delivery; zero before the first
+	latest             time.Time // the latest delivery, or the start
 	spoolBytes         int64     // at present
 }
 
@@ -1237,7 +1237,7 @@ type deliveryTotals struct {
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
-		spool: s, client: c, zone: zone, noValue: noValue,
+		spool: s, client: c, zone: zone, noValue: noValue, totals: deliveryTotals{latest: time.Now()},
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
