@@ -5340,29 +5340,6 @@ func TestLogLines(t *testing.T) {
 	}
 }
 
-// A syslogSocket receives what is logged to syslog.
-type syslogSocket struct{ net.PacketConn }
-
-// next waits for a line.
-func (s syslogSocket) next(wait time.Duration) (string, error) {
-	buf := make([]byte, 1000)
-	s.SetReadDeadline(time.Now().Add(wait))
-	n, _, err := s.ReadFrom(buf)
-	return string(buf[:n]), err
-}
-
-// has waits for a line that begins with a severity and has a text.
-func (s syslogSocket) has(t testing.TB, severity, text string) {
-	t.Helper()
-	for {
-		line, err := s.next(patience)
-		must(t, err)
-		if like(line, "<"+severity+">…"+text+"…") {
-			return
-		}
-	}
-}
-
 // TestSyslog: each line goes to the local syslog with its severity, and to standard
 // error while there is no syslog. The agent does not wait for one that takes nothing.
 func TestSyslog(t *testing.T) {
@@ -5375,23 +5352,25 @@ func TestSyslog(t *testing.T) {
 	l, err := net.ListenPacket("unixgram", filepath.Join(b.dir, "dev/log"))
 	must(t, err)
 	defer l.Close()
-	s := syslogSocket{l}
-	await(t, "a line in syslog", func() bool { // syslog may be looked for only now and then
-		p.signal(t, syscall.SIGUSR1)
-		_, err := s.next(100 * time.Millisecond)
-		return err == nil
-	})
+	var lines lockedBuffer
+	read := make(chan bool)
+	go func() {
+		defer close(read)
+		buf := make([]byte, 1000)
+		for n, _, err := l.ReadFrom(buf); err == nil; n, _, err = l.ReadFrom(buf) {
+			lines.Write(buf[:n])
+		}
+	}()
 	b.read(t, 2, "s")
-	s.has(t, "30", " picket[…]: command cmd_submit_reading …ticket 2")
+	wantLog(t, &lines, "<30>… picket[…]: command cmd_submit_reading …ticket 2")
 	p.signal(t, syscall.SIGUSR1)
-	s.has(t, "29", " picket[…]: health: ")
-	writeTree(t, b.dir, files{"client.cfg": b.config + "lgo = x\n"})
+	wantLog(t, &lines, "<29>… picket[…]: health: ")
+	b.configure(t, b.config+"lgo = x\nqueue = x\n")
 	p.signal(t, syscall.SIGHUP)
-	s.has(t, "28", `: unknown option "lgo"`)
-	writeTree(t, b.dir, files{"client.cfg": b.config + "queue = x\n"})
-	p.signal(t, syscall.SIGHUP)
-	s.has(t, "27", ": reload: …queue")
+	wantLog(t, &lines, `<28>…: unknown option "lgo"…<27>…: reload: …queue`)
 	equal(t, "on standard error", strings.Contains(p.log.String(), "ticket 2"), false)
+	must(t, l.SetReadDeadline(time.Now()))
+	<-read
 	for i := 0; i < 600; i++ { // more lines than the socket and the agent keep
 		b.read(t, i, "picket")
 	}

@@ -862,9 +862,6 @@ func (a *agent) logWarnings() {
 	if text := noSensors(now.sensors); text != "" {
 		log.Print(warning + text)
 	}
-	if _, err := os.Stat(filepath.Join(now.settings.path, ownSensor)); err == nil {
-		log.Printf(warning+"sensor %s: its directory is not used: the agent itself answers to that name", ownSensor)
-	}
 	if text := now.updater.ownerWarning(); text != "" {
 		log.Print(warning + text)
 	}
@@ -1696,7 +1693,7 @@ func (m *monitor) nextURL(_ request, params []any) (any, error) {
 // selfFiles is what the selftest's agent and monitor have: sensors that behave
 // and misbehave, and packages of newer versions of two of them.
 var selfFiles = map[string]string{
-	"client.cfg":               "",
+	"client.cfg":               "[sensor]\ntimeout = 2\n[agent]\nlisten = 127.0.0.1:0\n",
 	"sensors/good/check":       "#!/bin/sh\necho 42\n",
 	"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
 	"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
@@ -1749,15 +1746,13 @@ func (t *selftest) row(verdict, what, outcome string) {
 // runSelftest has an agent and a stand-in monitor go through selfSteps, and then
 // takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in invocation) error {
-	s, _, err := (&ini{}).settings("")
+	var s settings
 	file, absent := findConfig(in.config)
 	if absent == nil {
-		s, err = readSettings(file)
-	} else if in.config != "" {
-		err = absent
-	}
-	if err != nil {
-		return err
+		var err error
+		if s, err = readSettings(file); err != nil {
+			return err
+		}
 	}
 	dir, err := os.MkdirTemp("", "picket-selftest-")
 	if err != nil {
@@ -1769,7 +1764,7 @@ func runSelftest(ctx context.Context, in invocation) error {
 	log.SetOutput(plainLog{w: &lines})
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	t := &selftest{out: in.out}
-	if err = t.testAgent(ctx, dir, s); err == nil && absent == nil {
+	if err = t.testAgent(ctx, dir, s.user); err == nil && absent == nil {
 		err = t.testInstalled(ctx, activate(s).sensors)
 	}
 	log.SetOutput(before)
@@ -1785,8 +1780,8 @@ func runSelftest(ctx context.Context, in invocation) error {
 }
 
 // testAgent runs an agent with selfFiles and a stand-in for its monitor, both on
-// loopback, and gives the agent the commands of selfSteps. Sensors run as s says.
-func (t *selftest) testAgent(ctx context.Context, dir string, s settings) error {
+// loopback, and gives the agent the commands of selfSteps.
+func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
 	for name, text := range selfFiles {
@@ -1798,10 +1793,11 @@ func (t *selftest) testAgent(ctx context.Context, dir string, s settings) error 
 		return err
 	}
 	defer listener.Close()
-	s.file, s.path, s.backup = dir+"/client.cfg", dir+"/sensors", dir+"/backup"
-	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", 2*time.Second, true, ""
-	s.listen, s.noValue, s.spool, s.syslog = "127.0.0.1:0", "nan", "", false
-	s.allow, s.agentTLS, s.monitorTLS = nil, tlsFiles{}, tlsFiles{}
+	s, err := readSettings(dir + "/client.cfg")
+	if err != nil {
+		return err
+	}
+	s.user = user
 	s.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
 	stored := make(chan storedReading, 1)
 	m := &monitor{
