@@ -1570,6 +1570,15 @@ func TestReadingNotStarted(t *testing.T) {
 		equal(t, test.text, summaryOf(s, "s"), "126 nan start "+file+": "+test.want)
 	}
 	must(t, os.Remove(file))
+	t.Run("noexec", func(t *testing.T) {
+		needsRoot(t)
+		noexec := t.TempDir()
+		mount(t, "none", noexec, "tmpfs", syscall.MS_NOEXEC, "")
+		writeTree(t, noexec, files{"check": "#!/bin/sh\n"})
+		must(t, os.Symlink(filepath.Join(noexec, "check"), file))
+		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec?")
+		must(t, os.Remove(file))
+	})
 	writeTree(t, s.path, files{"s/check/": "", "empty/": "", "file": ""})
 	const none = "127 nan no such sensor"
 	for name, want := range map[string]string{"s": "126 nan ", "empty": none, "file": none} {
@@ -5331,8 +5340,10 @@ func TestLogLines(t *testing.T) {
 	mustCall(t, b.client, "cmd_submit_reading", 5, "gated")
 	await(t, "it runs", func() bool { return b.health(t, "running") == "1" })
 	must(t, cmd.Process.Signal(syscall.SIGTERM))
-	wantLog(t, log, "ending\n…ending: waits for 1 sensor, at most 5s\n")
+	wantLog(t, log, "ending\n…ending: waits for sensor gated, at most 5s\n")
+	b.set(away)
 	gate.open(t)
+	wantLog(t, log, "ending: waits for the monitor to take 1 reading, at most 5s\n")
 	must(t, cmd.Wait())
 	for _, line := range splitLines(log.String()) {
 		_, err := time.ParseInLocation("2006-01-02T15:04:05 picket: ", line[:min(len(line), 28)], time.Local)

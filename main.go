@@ -778,7 +778,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 	}
 	a.cancel()
 	a.delivery.putLast()
-	a.logWaiting(sensorsTime, a.active.Load().sensors.running(), "sensor")
+	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
 	within(sensorsTime, a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
@@ -787,7 +787,9 @@ func (a *agent) run(ctx context.Context) (err error) {
 			a.handler.http.Close()
 		}
 	})
-	a.logWaiting(deliverTime, a.delivery.count().undelivered, "undelivered reading")
+	if n := a.delivery.count().undelivered; n > 0 {
+		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
+	}
 	within(deliverTime, a.delivery.close)
 	return err
 }
@@ -842,10 +844,10 @@ func wrongScheme(ctx context.Context, u *url.URL, err error) error {
 	return errors.New("it speaks TLS there, no plain HTTP: its URL begins with https://")
 }
 
-// logWaiting says what the agent waits for before it ends.
-func (a *agent) logWaiting(most time.Duration, n int, what string) {
-	if n > 0 {
-		log.Printf(notice+"ending: waits for %s, at most %v", plural(n, what), most)
+// logWaiting says what the agent waits for before it ends, if there is anything.
+func logWaiting(most time.Duration, what string) {
+	if what != "" {
+		log.Printf(notice+"ending: waits for %s, at most %v", what, most)
 	}
 }
 
@@ -1756,7 +1758,7 @@ func runSelftest(ctx context.Context, in invocation) error {
 	}
 	dir, err := os.MkdirTemp("", "picket-selftest-")
 	if err != nil {
-		return fmt.Errorf("selftest: %w; TMPDIR names another directory", err)
+		return fmt.Errorf("selftest: %w; set TMPDIR to a directory that is there", err)
 	}
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, shown only where something failed

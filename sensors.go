@@ -613,7 +613,7 @@ func whyNotStarted(file string, err error) string {
 	case errStat == nil && info.Mode()&0o111 == 0:
 		return "no run bit (chmod +x sets it)"
 	case errors.Is(err, syscall.EACCES):
-		return ""
+		return "permission denied: is it mounted noexec?"
 	case isScript && strings.HasSuffix(line, "\r"):
 		return "Windows line ends"
 	case isScript && errors.Is(err, syscall.ENOENT):
@@ -973,6 +973,16 @@ func (q *queue) count() int {
 		n += len(j.tickets)
 	}
 	return n
+}
+
+// running lists what runs.
+func (q *queue) running() (names []string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, j := range append(slices.Clone(q.readings.running), q.changes.running...) {
+		names = append(names, j.command.String())
+	}
+	return names
 }
 
 // accept takes a command on, and waits for room until the deadline or the end of
