@@ -39,7 +39,7 @@
 //
 //  1. handler.ServeHTTP checks the caller, the path and the size of a request.
 //  2. decodeCall reads the method and its parameters.
-//  3. agent.submitReading makes a command of them: ticket, sensor, arguments.
+//  3. agent.submit makes a command of them: ticket, sensor, arguments.
 //  4. queue.accept gives it a place, or waits for one. The answer is OK.
 //  5. queue.start runs it when it is the turn of its caller.
 //  6. agent.runCommand waits until the delivery has room for a reading.
@@ -51,7 +51,7 @@
 //
 // # The way of an update
 //
-//  1. agent.submitChange makes a command of sensor and ticket.
+//  1. agent.submit makes a command of sensor and ticket.
 //  2. queue.accept joins it to an equal one that waits, or gives it a place.
 //  3. agent.runChange calls updater.install, which takes the steps of a change.
 //  4. begin opens the directories and locks them; settle finishes an earlier change.
@@ -1055,72 +1055,59 @@ func (a *agent) commands() []method {
 				"string string string, string string string array, string string string string",
 			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor " +
 				"with cmd_store_probe_data. Returns OK at once.",
-			a.submitReading,
+			a.submit("cmd_submit_reading", "", "ticket sensor [arguments]"),
 		}, {
 			"cmd_update_sensor_code", "string string, string string int, string string string",
 			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, " +
 				"tries it and installs it." + done,
-			a.submitChange("cmd_update_sensor_code", "update"),
+			a.submit("cmd_update_sensor_code", "update", "sensor [ticket]"),
 		}, {
 			"cmd_rollback_sensor_code", "string string, string string int, string string string",
 			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place." + done,
-			a.submitChange("cmd_rollback_sensor_code", "rollback"),
+			a.submit("cmd_rollback_sensor_code", "rollback", "sensor [ticket]"),
 		}, {
 			"cmd_register_new_server", "string, string int, string string",
 			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, " +
 				"and moves there if its healthcheck answers OK." + done,
-			a.submitChange("cmd_register_new_server", "move"),
+			a.submit("cmd_register_new_server", "move", "[ticket]"),
 		},
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
 	}
 }
 
-func (a *agent) submitReading(r request, params []any) (any, error) {
-	const name = "cmd_submit_reading"
-	if len(params) < 2 || len(params) > 3 {
-		return nil, faultf(faultParams, "%s takes ticket, sensor, [arguments]; got %s",
-			name, plural(len(params), "parameter"))
-	}
-	var c command
-	var err error
-	if c.ticket, err = ticketOf(params[0]); err == nil {
-		c.sensor, err = sensorName(params[1])
-	}
-	if err == nil && len(params) == 3 {
-		c.args, err = arguments(params[2])
-	}
-	return a.accept(r, name, c, err)
-}
-
-// submitChange returns the method for a kind of change. It takes the parameters
-// sensor, [ticket]; for a move, [ticket] alone.
-func (a *agent) submitChange(name, change string) func(request, []any) (any, error) {
-	return func(r request, params []any) (_ any, err error) {
-		c := command{change: change}
-		if change != "move" && len(params) > 0 {
-			c.sensor, err = sensorName(params[0])
-			params = params[1:]
-		} else if change != "move" {
-			err = errors.New("the name of a sensor is missing")
+// submit returns the method that makes a command of its parameters. They are named
+// in order; those that may be missing have brackets.
+func (a *agent) submit(name, change, takes string) func(request, []any) (any, error) {
+	names := strings.Fields(takes)
+	least := len(names) - strings.Count(takes, "[")
+	return func(r request, params []any) (any, error) {
+		if len(params) < least || len(params) > len(names) {
+			return nil, faultf(faultParams, "%s takes %s; got %s", name, takes, plural(len(params), "parameter"))
 		}
-		if err == nil && len(params) > 1 {
-			err = fmt.Errorf("%s too many", plural(len(params)-1, "parameter"))
+		c, err := command{change: change}, error(nil)
+		for i := 0; i < len(params) && err == nil; i++ {
+			switch v := params[i]; names[i] {
+			case "sensor":
+				c.sensor, err = sensorName(v)
+			case "[arguments]":
+				c.args, err = arguments(v)
+			default:
+				if v != nil || i < least {
+					c.ticket, err = ticketOf(v)
+				}
+			}
 		}
-		if err == nil && len(params) == 1 && params[0] != nil {
-			c.ticket, err = ticketOf(params[0])
+		if err != nil {
+			return nil, faultf(faultParams, "%s: %v", name, err)
 		}
-		return a.accept(r, name, c, err)
+		return a.accept(r, name, c)
 	}
 }
 
-// accept puts a command into the queue, unless err says what is wrong with it.
-// Where the queue is full it waits for room, as long as one run can take, or until
-// the monitor has taken no reading for so long.
-func (a *agent) accept(r request, name string, c command, err error) (any, error) {
-	if err != nil {
-		return nil, faultf(faultParams, "%s: %v", name, err)
-	}
+// accept puts a command into the queue. Where that is full it waits for room, as
+// long as one run can take, or until the monitor has taken no reading for so long.
+func (a *agent) accept(r request, name string, c command) (any, error) {
 	now := a.active.Load().settings
 	if now.verbose {
 		a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
