@@ -5444,6 +5444,9 @@ echo 1
 				said <- string(text)
 			}()
 			text := receive(t, "the end of picket", said)
+			if test.command == "" {
+				has(t, "a line on a terminal", text, "20…-…-…T…:…:… picket: ending\r\n")
+			}
 			if got := string(readFile(t, seen)); got == "" || strings.ReplaceAll(got, want, "") != "" {
 				t.Errorf("got %q; want %q; picket says %s", got, want, text)
 			}
