@@ -1353,15 +1353,6 @@ func TestShippedConfig(t *testing.T) {
 			has(t, "the README", readme, "`"+o.name+"`")
 		}
 	}
-	lines := strings.Split(strings.TrimPrefix(picket("help"), "exit 0\n"), "\n")
-	for _, line := range lines {
-		expect(t, len(line) <= 80 && len(lines) <= 25, "got %q, %d lines; want a screen of 80x25", line, len(lines))
-	}
-	for _, c := range subcommands {
-		if c.name != "" {
-			has(t, "the README", readme, "`picket "+c.name)
-		}
-	}
 }
 
 // TestEditINI: no change is lost when several are made at once. The file keeps its
@@ -4988,6 +4979,21 @@ func TestCommandLine(t *testing.T) {
 	must(t, os.Remove("client.cfg"))
 	want := "exit 2\npicket: no client.cfg: looked for " + filepath.Join(dir, "client.cfg") + ", then /…\n"
 	has(t, "list", picket("list"), want)
+}
+
+// TestHelp: a screen lists the commands. Each has a page with an example, and is in
+// the README.
+func TestHelp(t *testing.T) {
+	lines := splitLines(picket("help"))
+	expect(t, len(lines) <= 25, "got %d lines; want a screen", len(lines))
+	for _, c := range subcommands[1:] {
+		has(t, "the README", string(readFile(t, "README.md")), "`picket "+c.name)
+		has(t, c.name, c.page, "\n  …picket "+c.name)
+		lines = append(lines, splitLines(c.page)...)
+	}
+	for _, line := range lines {
+		expect(t, len(line) <= 80, "got %q; want 80 columns", line)
+	}
 }
 
 func TestWireValue(t *testing.T) {

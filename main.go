@@ -250,6 +250,7 @@ Exit codes: the sensor's; 128 + S where signal S ended it; 65 no number;
   picket list`},
 	{"config", "", 0, 0, needsFile, runConfig, `check client.cfg, print every option
 Each with its value or default. A password is shown as xxxxx.
+  picket config
   picket -c /etc/picket.cfg config`},
 	{"config get", "SECTION OPTION", 2, 2, needsFile, runConfigGet, `print one value
 Or its default. A password is shown as xxxxx.
@@ -268,7 +269,7 @@ It comes from the monitor of client.cfg.
 The version replaced becomes a backup.
   picket rollback disk`},
 	{"install", "FILE.tar.bz2", 1, 1, needsSettings, runInstall, `install a package that lies here
-Its name is the sensor's. Where a public_key is set, FILE.tar.bz2.sig is beside it.
+Its name is the sensor's. With a public_key it needs FILE.tar.bz2.sig beside it.
   picket install packages/disk.tar.bz2`},
 	{"call", tlsArgs + " URL METHOD [ARG...]", 2, -1, needsNothing, runCall, `call an XML-RPC method
 It prints the result. A whole number is sent as int, anything else as string.
@@ -284,7 +285,7 @@ It prints the result. A whole number is sent as int, anything else as string.
   -ca FILE    only callers with a certificate of this CA are served
   picket monitor -listen :8081 -packages packages`},
 	{"selftest", "", 0, 0, needsNoTTY, runSelftest, `prove that all works on this box
-It runs sensors of its own, in TMPDIR or /tmp, and then each one that is installed.
+It runs sensors of its own, in TMPDIR or /tmp, then each one that is installed.
   TMPDIR=/opt/picket picket selftest`},
 	{"version", "", 0, 0, needsNothing, runVersion, `version, commit, Go, architecture
   picket version`},
@@ -443,12 +444,12 @@ func findConfig(named string) (string, error) {
 	if named != "" {
 		return filepath.Abs(named)
 	}
-	here, _ := os.Getwd() // "" where there is none, as for the program
+	here, _ := os.Getwd() // "" where it is gone, and then nothing is found there
 	program, _ := os.Executable()
 	program, _ = filepath.EvalSymlinks(program)
 	files := []string{filepath.Join(here, "client.cfg"), filepath.Join(filepath.Dir(program), "client.cfg")}
 	for _, file := range files {
-		if _, err := os.Lstat(file); filepath.IsAbs(file) && err == nil {
+		if exists(file) {
 			return file, nil
 		}
 	}
@@ -1735,13 +1736,13 @@ func (t *selftest) row(verdict, what, outcome string) {
 // runSelftest has an agent and a stand-in monitor go through selfSteps, and then
 // takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in invocation) error {
-	var s settings
+	s, err := settings{}, error(nil)
 	file, absent := findConfig(in.config)
 	if absent == nil {
-		var err error
-		if s, err = readSettings(file); err != nil {
-			return err
-		}
+		s, err = readSettings(file)
+	}
+	if err != nil {
+		return err
 	}
 	dir, err := os.MkdirTemp("", "picket-selftest-")
 	if err != nil {
