@@ -364,6 +364,7 @@ type settings struct {
 	agentTLS tlsFiles
 	queue    int
 	syslog   bool
+	verbose  bool // each command and reading is logged
 }
 
 // lost names the protections that are in force in s and missing in next. One
@@ -496,6 +497,7 @@ func (s *settings) options(dir string) []option {
 		{"agent", "client_name", "", store(&s.agentTLS.name, text)},
 		{"agent", "queue", "256", store(&s.queue, between(1, 65536))},
 		{"agent", "log", "stderr", store(&s.syslog, secondOf("stderr", "syslog"))},
+		{"agent", "verbose", "no", store(&s.verbose, boolean)},
 	}
 }
 

@@ -39,7 +39,7 @@
 //
 //  1. handler.ServeHTTP checks the caller, the path and the size of a request.
 //  2. decodeCall reads the method and its parameters.
-//  3. agent.submitReading makes a command of them: ticket, sensor, arguments.
+//  3. agent.submit makes a command of them: ticket, sensor, arguments.
 //  4. queue.accept gives it a place, or waits for one. The answer is OK.
 //  5. queue.start runs it when it is the turn of its caller.
 //  6. agent.runCommand waits until the delivery has room for a reading.
@@ -51,7 +51,7 @@
 //
 // # The way of an update
 //
-//  1. agent.submitChange makes a command of sensor and ticket.
+//  1. agent.submit makes a command of sensor and ticket.
 //  2. queue.accept joins it to an equal one that waits, or gives it a place.
 //  3. agent.runChange calls updater.install, which takes the steps of a change.
 //  4. begin opens the directories and locks them; settle finishes an earlier change.
@@ -104,6 +104,7 @@ const (
 	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
 	reloadTries = 10               // before a file that does not rest is refused
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
+	helloTime   = 5 * time.Second  // to see whether a peer speaks TLS
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
 	logLines = 256 // lines of the log that wait to be written
@@ -128,11 +129,10 @@ const (
 	exitUsage  = 2 // or configuration
 )
 
-// The linker writes these into the binary. Without it the Go toolchain's own
-// stamp is used.
+// The linker writes these into the binary that make builds.
 var (
-	release string // as git describes the source
-	built   string // when the source was committed, in seconds since 1970
+	release = "(devel)" // as git describes the source
+	built   string      // when the source was committed, in seconds since 1970
 )
 
 func main() {
@@ -142,22 +142,18 @@ func main() {
 	defer stop()
 	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
 	log.SetFlags(0)
-	log.SetOutput(plainLog{os.Stderr})
+	log.SetOutput(plainLog{w: os.Stderr})
 	closeOnExec()
 	time.Local = localZone()
 	out := &output{w: os.Stdout}
-	err := execute(ctx, signals, os.Args[1:], out)
-	if err == nil {
-		err = out.err
+	code, err := execute(ctx, signals, os.Args[1:], out)
+	if code == 0 && out.err != nil {
+		code, err = exitFailed, out.err
 	}
-	if err == nil {
-		return
+	if err != nil {
+		log.Print(err)
 	}
-	coded := &exitError{exitFailed, err}
-	if errors.As(err, &coded); coded.err != nil {
-		log.Print(coded.err)
-	}
-	os.Exit(coded.code)
+	os.Exit(code)
 }
 
 // closeOnExec marks every file above 2 that picket's parent left open to be
@@ -179,7 +175,8 @@ func closeOnExec() {
 // leaveTerminal gives up the controlling terminal, so that no sensor can open
 // /dev/tty, read what is typed there or type into it. ^C still arrives, unless
 // picket leads the session of the terminal. Then the kernel also sends SIGHUP,
-// which is ignored for this moment.
+// which is ignored for this moment. A session for each sensor would be simpler,
+// but a sensor that leads one hangs up each modem that it opens.
 func leaveTerminal(signals chan<- os.Signal) {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -215,16 +212,29 @@ type exitError struct {
 func (e *exitError) Error() string { return fmt.Sprint(e.err) }
 func (e *exitError) Unwrap() error { return e.err }
 
+// exitCode returns the exit code for an error, and the message, if there is one.
+func exitCode(err error) (int, error) {
+	coded := &exitError{exitFailed, err}
+	switch {
+	case err == nil:
+		return 0, nil
+	case errors.As(err, &coded) && coded.err == nil:
+		return coded.code, nil
+	}
+	return coded.code, err
+}
+
 func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
 
 // A subcommand is a command of the command line.
 type subcommand struct {
-	name, args, help string
-	least, most      int // arguments; most < 0: any number
-	needs            int // what execute does before
-	run              func(context.Context, invocation) error
+	name, args  string
+	least, most int // arguments; most < 0: any number
+	needs       int // what execute does before
+	run         func(context.Context, invocation) error
+	page        string // the first line is its line of "picket help"
 }
 
 // What a subcommand needs.
@@ -235,53 +245,92 @@ const (
 	needsSettings // all of these, and the settings
 )
 
-func subcommands() []subcommand {
-	const tlsArgs = "[-ca FILE] [-cert FILE -key FILE]"
-	return []subcommand{
-		{"", "", "run the agent until SIGTERM or SIGINT", 0, 0, needsNoTTY, runUnderInit},
-		{"check", "SENSOR [ARG...]", "run one sensor as the agent would", 1, -1, needsSettings, runCheck},
-		{"list", "", "the sensors, what they can be asked", 0, 0, needsSettings, runList},
-		{"config", "", "check client.cfg, print every option", 0, 0, needsFile, runConfig},
-		{"config get", "SECTION OPTION", "print one value", 2, 2, needsFile, runConfigGet},
-		{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "change values in place",
-			3, -1, needsFile, runConfigSet},
-		{"config unset", "SECTION [OPTION]", "remove an option or a section", 1, 2, needsFile, runConfigUnset},
-		{"update", "SENSOR", "fetch a package and install it", 1, 1, needsSettings, runUpdate},
-		{"rollback", "SENSOR", "put the newest backup back in place", 1, 1, needsSettings, runRollback},
-		{"install", "FILE.tar.bz2", "install a package that lies here", 1, 1, needsSettings, runInstall},
-		{"call", tlsArgs + " URL METHOD [ARG...]", "call an XML-RPC method", 2, -1, needsNothing, runCall},
-		{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
-			" [-agent-ca, -agent-cert, -agent-key FILE]",
-			"a stand-in that prints readings", 0, -1, needsNothing, runMonitor},
-		{"selftest", "", "prove that all works on this box", 0, 0, needsNoTTY, runSelftest},
-		{"version", "", "version, commit, Go, architecture", 0, 0, needsNothing, runVersion},
-		{"help", "", "this page", 0, -1, needsNothing, runHelp},
-	}
+const (
+	helpUsage = "picket help"
+	tlsArgs   = "[-ca FILE] [-cert FILE -key FILE]"
+	exitCodes = "Exit codes: 0; 1 it went wrong; 2 usage or configuration"
+)
+
+// Subcommands are all that picket can be told, each with its page of the help.
+var subcommands = []subcommand{
+	{"", "", 0, 0, needsNoTTY, runUnderInit, "run the agent until SIGTERM or SIGINT"},
+	{"check", "SENSOR [ARG...]", 1, -1, needsSettings, runCheck, `run one sensor as the agent would
+It prints the value or, asked for its options alone, the help text.
+  picket check disk percent /
+  picket check disk options
+Exit codes: the sensor's; 128 + S where signal S ended it; 65 no number;
+126 not started; 127 no such sensor; 2 usage or configuration.`},
+	{"list", "", 0, 0, needsSettings, runList, `the sensors, what they can be asked
+  picket list`},
+	{"config", "", 0, 0, needsFile, runConfig, `check client.cfg, print every option
+Each with its value or default. A password is shown as xxxxx.
+  picket config
+  picket -c /etc/picket.cfg config`},
+	{"config get", "SECTION OPTION", 2, 2, needsFile, runConfigGet, `print one value
+Or its default. A password is shown as xxxxx.
+  picket config get monitor url`},
+	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", 3, -1, needsFile, runConfigSet,
+		`change values in place
+Every other byte of client.cfg stays. A change that makes it wrong is refused.
+  picket config set monitor url http://monitor:8081/xmlrpc/`},
+	{"config unset", "SECTION [OPTION]", 1, 2, needsFile, runConfigUnset, `remove an option or a section
+Comments stay.
+  picket config unset monitor spool`},
+	{"update", "SENSOR", 1, 1, needsSettings, runUpdate, `fetch a package and install it
+It comes from the monitor of client.cfg.
+  picket update disk`},
+	{"rollback", "SENSOR", 1, 1, needsSettings, runRollback, `put the newest backup back in place
+The version replaced becomes a backup.
+  picket rollback disk`},
+	{"install", "FILE.tar.bz2", 1, 1, needsSettings, runInstall, `install a package that lies here
+Its name is the sensor's. With a public_key it needs FILE.tar.bz2.sig beside it.
+  picket install packages/disk.tar.bz2`},
+	{"call", tlsArgs + " URL METHOD [ARG...]", 2, -1, needsNothing, runCall, `call an XML-RPC method
+It prints the result. A whole number is sent as int, anything else as string.
+  -ca FILE    the CA of an https URL, else the system's list
+  -cert FILE -key FILE    the certificate to show
+  picket call http://127.0.0.1:8080/ cmd_submit_reading 7 disk "percent /"`},
+	{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
+		" [-agent-ca, -agent-cert, -agent-key FILE]", 0, -1, needsNothing, runMonitor,
+		`print readings, answer Prometheus
+  -listen ADDRESS    where it serves agents, else 127.0.0.1:8081
+  -probe ADDRESS    where it serves Prometheus; who asks can command any agent
+  -packages DIR    the directory of SENSOR.tar.bz2 that it serves
+  -next URL    where agents move to
+  -cert FILE -key FILE    it serves https
+  -ca FILE    only callers with a certificate of this CA are served
+  -agent-ca, -agent-cert, -agent-key FILE    for probes of agents with TLS
+  picket monitor -listen :8081 -packages packages`},
+	{"selftest", "", 0, 0, needsNoTTY, runSelftest, `prove that all works on this box
+It runs sensors of its own, in TMPDIR or /tmp, then each one that is installed.
+  TMPDIR=/opt/picket picket selftest`},
+	{"version", "", 0, 0, needsNothing, runVersion, `version, commit, Go, architecture
+  picket version`},
+	{"help", "[COMMAND]", 0, 2, needsNothing, nil, `this page, or that of a command
+  picket help config set`},
 }
 
 // An invocation is one call of the program.
 type invocation struct {
 	config   string // the -c of the command line
 	signals  <-chan os.Signal
-	usage    string
+	usage    string // the line to type
 	args     []string
 	out      io.Writer
 	file     string // client.cfg, where it is needed
 	settings settings
 }
 
-func (in invocation) usageError() error { return usagef("usage: %s", in.usage) }
+// usageError returns an error that ends with the line to type.
+func (in invocation) usageError(format string, args ...any) error {
+	return usagef(format+"; type: %s", append(args, in.usage)...)
+}
 
-// execute runs the program with the arguments of its command line. Its error
-// shows no password.
-func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) error {
-	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
-	in := invocation{signals: signals, out: out}
-	flags.StringVar(&in.config, "c", "", "")
-	if err := in.parse(flags, args); err != nil {
-		return err
-	}
-	c, err := in.findSubcommand()
+// execute runs the program with the arguments of its command line, and returns
+// its exit code and what there is to say. Its error shows no password.
+func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) (int, error) {
+	in := invocation{signals: signals, out: out, usage: helpUsage}
+	c, err := in.findSubcommand(args)
 	if err == nil && c.needs >= needsNoTTY {
 		leaveTerminal(signals)
 	} else if err == nil { // signals that mean something to an agent only
@@ -293,73 +342,100 @@ func execute(ctx context.Context, signals chan os.Signal, args []string, out io.
 	if err == nil && c.needs == needsSettings {
 		in.settings, err = readSettings(in.file)
 	}
-	if err == nil {
+	if err == nil && c.run != nil {
 		err = c.run(ctx, in)
 	}
-	coded := &exitError{exitFailed, err}
-	if errors.As(err, &coded); coded.err != nil {
-		return &exitError{coded.code, maskedError{err}}
+	if err == nil && c.run == nil || errors.Is(err, flag.ErrHelp) {
+		err = in.help(c)
+	}
+	code, err := exitCode(err)
+	if err != nil {
+		err = maskedError{err}
+	}
+	return code, err
+}
+
+// parse parses flags and keeps the other arguments. It returns flag.ErrHelp where
+// they ask for help.
+func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
+	flags.SetOutput(io.Discard)
+	err := flags.Parse(args)
+	if in.args = flags.Args(); err != nil && !errors.Is(err, flag.ErrHelp) {
+		return in.usageError("%w", err)
 	}
 	return err
 }
 
-// parse parses flags and keeps the other arguments. What there is to print is
-// printed by picket, not by the flag package.
-func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
-	flags.SetOutput(io.Discard)
-	err := flags.Parse(args)
-	in.args = flags.Args()
-	if errors.Is(err, flag.ErrHelp) {
-		runHelp(context.Background(), *in)
-		return &exitError{}
+// findSubcommand returns the subcommand that a command line names, keeps the
+// arguments behind its name and checks their number.
+func (in *invocation) findSubcommand(args []string) (c subcommand, err error) {
+	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
+	flags.StringVar(&in.config, "c", "", "")
+	version := flags.Bool("version", false, "")
+	if err := in.parse(flags, args); err != nil {
+		return c, err
 	}
-	if err != nil {
-		return usagef("%v; see picket help", err)
+	if *version {
+		in.args = []string{"version"}
 	}
-	return nil
-}
-
-// findSubcommand returns the subcommand that the arguments begin with, keeps
-// those behind its name and checks their number.
-func (in *invocation) findSubcommand() (subcommand, error) {
-	all := subcommands()
-	found := -1
-	for n := min(len(in.args), 2); n > 0 && found < 0; n-- {
-		name := strings.Join(in.args[:n], " ")
-		if found = slices.IndexFunc(all, func(c subcommand) bool { return c.name == name }); found >= 0 {
-			in.args = in.args[n:]
+	words := 0
+	for _, candidate := range subcommands {
+		name := strings.Fields(candidate.name)
+		if n := len(name); n >= words && n <= len(in.args) && slices.Equal(name, in.args[:n]) {
+			c, words = candidate, n
 		}
 	}
-	if found < 0 && len(in.args) > 0 {
-		return subcommand{}, usagef("unknown command %q; see picket help", in.args[0])
-	}
-	c := all[max(found, 0)]
-	if c.name == "config" && len(in.args) > 0 {
-		return c, usagef("unknown command %q; see picket help", "config "+in.args[0])
-	}
-	in.usage = strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
-	if n := len(in.args); n < c.least || c.most >= 0 && n > c.most {
-		return c, in.usageError()
+	in.args = in.args[words:]
+	asked := len(in.args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, in.args[0])
+	if n := len(in.args); asked {
+		in.args = in.args[1:]
+		return c, flag.ErrHelp
+	} else if n > 0 && (c.name == "" || c.name == "config") {
+		return c, in.usageError("unknown command %q", strings.TrimSpace(c.name+" "+in.args[0]))
+	} else if in.usage = c.usage(); n < c.least || c.most >= 0 && n > c.most {
+		return c, in.usageError("%s: arguments missing or too many", c.name)
 	}
 	return c, nil
 }
 
-func runHelp(_ context.Context, in invocation) error {
-	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [command]\n\n")
-	for _, c := range subcommands() {
-		words := strings.TrimSpace(c.name + " " + c.args)
-		if words == "" {
-			words = "(none)"
-		}
-		gap := " "
-		if len(words) > 33 {
-			gap = "\n" + strings.Repeat(" ", 36)
-		}
-		fmt.Fprintf(in.out, "  %-33s%s%s\n", words, gap, c.help)
+func (c subcommand) usage() string {
+	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
+}
+
+// help prints the page of a subcommand and of those whose names begin with its
+// name, or a line of each. The subcommand help is asked for others.
+func (in invocation) help(asked subcommand) error {
+	name := asked.name
+	if asked.run == nil {
+		name = strings.Join(in.args, " ")
 	}
-	fmt.Fprint(in.out, "\nclient.cfg is looked for in the working directory, then beside the program.\n"+
-		"Exit codes: 0; 1 it went wrong; 2 usage or configuration; check: the sensor's.\n")
+	var pages []string
+	for _, c := range subcommands {
+		if !strings.Contains(c.page, "Exit codes") {
+			c.page += "\n" + exitCodes + "."
+		}
+		if name != "" && (c.name == name || strings.HasPrefix(c.name, name+" ")) {
+			pages = append(pages, fmt.Sprintf("usage: %s\n%s\n", c.usage(), c.page))
+		}
+	}
+	switch {
+	case name == "":
+		in.helpAll()
+	case len(pages) == 0:
+		return usagef("unknown command %q; type: %s", name, helpUsage)
+	}
+	fmt.Fprint(in.out, strings.Join(pages, "\n"))
 	return nil
+}
+
+func (in invocation) helpAll() {
+	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [COMMAND]\n\n")
+	for _, c := range subcommands {
+		summary, _, _ := strings.Cut(c.page, "\n")
+		fmt.Fprintf(in.out, "  picket %-13s %s\n", c.name, summary)
+	}
+	fmt.Fprintf(in.out, "\nclient.cfg is looked for in the working directory, then beside the program.\n"+
+		"%s; check: the sensor's.\n", exitCodes)
 }
 
 func runVersion(_ context.Context, in invocation) error {
@@ -367,67 +443,35 @@ func runVersion(_ context.Context, in invocation) error {
 	return nil
 }
 
-// version describes the binary by what the linker or the toolchain wrote into it.
+// version describes the binary.
 func version() string {
-	name, arch := release, runtime.GOARCH
-	if name == "" {
-		name = strings.TrimSpace("(devel) " + stamp("vcs.revision"))
-	}
-	for _, key := range []string{"GOARM", "GO386", "GOMIPS", "GOMIPS64"} {
-		if value := stamp(key); value != "" {
-			arch += "," + value
-		}
-	}
-	return fmt.Sprintf("%s %s %s/%s", name, runtime.Version(), runtime.GOOS, arch)
+	return fmt.Sprintf("%s %s %s/%s", release, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
-// buildTime returns when the program was built or, by the toolchain's stamp,
-// when its source was committed; zero where neither is known.
+// buildTime returns when the source was committed, or 1970 in a binary that make
+// has not built.
 func buildTime() time.Time {
-	if n, err := strconv.ParseInt(built, 10, 64); err == nil {
-		return time.Unix(n, 0)
-	}
-	t, _ := time.Parse(time.RFC3339, stamp("vcs.time"))
-	return t
-}
-
-// stamp returns what the toolchain noted of the build under a key, "" for nothing.
-func stamp(key string) string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == key {
-				return s.Value
-			}
-		}
-	}
-	return ""
+	n, _ := strconv.ParseInt(built, 10, 64)
+	return time.Unix(n, 0)
 }
 
 // findConfig returns the path of client.cfg: the one that was named, else the
 // one in the working directory, else the one beside the program, links followed.
 func findConfig(named string) (string, error) {
 	if named != "" {
-		if _, err := os.Stat(named); err != nil {
-			return "", &exitError{exitUsage, err}
-		}
 		return filepath.Abs(named)
 	}
-	var tried []string
-	here, _ := os.Getwd() // "" where there is none, as for the program
-	program, err := os.Executable()
-	if err == nil {
-		program, _ = filepath.EvalSymlinks(program)
-	}
-	for _, dir := range []string{here, filepath.Dir(program)} {
-		file := filepath.Join(dir, "client.cfg")
-		if _, err := os.Lstat(file); filepath.IsAbs(file) && err == nil {
+	here, _ := os.Getwd() // "" where it is gone, and then nothing is found there
+	program, _ := os.Executable()
+	program, _ = filepath.EvalSymlinks(program)
+	files := []string{filepath.Join(here, "client.cfg"), filepath.Join(filepath.Dir(program), "client.cfg")}
+	for _, file := range files {
+		if exists(file) {
 			return file, nil
 		}
-		if !slices.Contains(tried, file) {
-			tried = append(tried, file)
-		}
 	}
-	return "", usagef("no client.cfg: looked for %s; -c names another", strings.Join(tried, ", then "))
+	return "", usagef("no client.cfg: looked for %s; type: picket -c FILE ...",
+		strings.Join(slices.Compact(files), ", then "))
 }
 
 // readSettings returns the settings of a file.
@@ -478,10 +522,7 @@ func runUnderInit(ctx context.Context, in invocation) error {
 	case <-in.signals:
 	case <-ctx.Done():
 	}
-	code := exitFailed
-	if coded := (*exitError)(nil); errors.As(err, &coded) {
-		code = coded.code
-	}
+	code, _ := exitCode(err)
 	return &exitError{code: code}
 }
 
@@ -528,20 +569,27 @@ func limitMemory(s settings) {
 }
 
 // splitSeverity returns a line of the log without its mark of severity, and
-// that mark, "" for information.
-func splitSeverity(line string) (mark, text string) {
-	if len(line) > len(severe) && slices.Contains([]string{severe, warning, notice}, line[:len(severe)]) {
-		return line[:len(severe)], line[len(severe):]
+// that severity.
+func splitSeverity(line string) (syslog.Priority, string) {
+	if len(line) > len(severe) && line[0] == severe[0] && line[2] == severe[2] {
+		return syslog.Priority(line[1] - '0'), line[len(severe):]
 	}
-	return "", line
+	return syslog.LOG_INFO, line
 }
 
 // A plainLog writes lines of the log for people.
-type plainLog struct{ w io.Writer }
+type plainLog struct {
+	w     io.Writer
+	timed bool // lines begin with the local time
+}
 
 func (p plainLog) Write(line []byte) (int, error) {
 	_, text := splitSeverity(string(line))
-	_, err := io.WriteString(p.w, "picket: "+text)
+	text = "picket: " + text
+	if p.timed {
+		text = time.Now().Format("2006-01-02T15:04:05 ") + text
+	}
+	_, err := io.WriteString(p.w, text)
 	return len(line), err
 }
 
@@ -550,19 +598,20 @@ func (p plainLog) Write(line []byte) (int, error) {
 // nothing, 256 lines wait; further ones are counted and lost. Where there is no
 // syslog, lines go to standard error.
 type logWriter struct {
-	stderr    io.Writer
+	plain     plainLog
 	lines     chan string
 	lost      atomic.Int64
 	useSyslog atomic.Bool
 	done      chan struct{}
-
-	// Only the goroutine uses these.
-	syslog *syslog.Writer
-	absent bool // syslog is
 }
 
-func newLogWriter(stderr io.Writer) *logWriter {
-	w := &logWriter{stderr: stderr, lines: make(chan string, logLines), done: make(chan struct{})}
+// newLogWriter returns the writer of an agent's log. Lines have a time where
+// nothing else adds one: on a terminal and in a plain file.
+func newLogWriter(stderr *os.File) *logWriter {
+	w := &logWriter{lines: make(chan string, logLines), done: make(chan struct{})}
+	info, err := stderr.Stat()
+	timed := err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0)
+	w.plain = plainLog{stderr, timed}
 	go w.run()
 	return w
 }
@@ -579,7 +628,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 // close writes what waits, but takes a second at most. Later lines are written
 // straight to standard error.
 func (w *logWriter) close() {
-	log.SetOutput(plainLog{w.stderr})
+	log.SetOutput(w.plain)
 	close(w.lines)
 	select {
 	case <-w.done:
@@ -591,40 +640,25 @@ func (w *logWriter) run() {
 	defer close(w.done)
 	for line := range w.lines {
 		if n := w.lost.Swap(0); n > 0 {
-			w.print(fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")))
+			line = fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")) + line
 		}
-		w.print(line)
+		for _, line := range strings.SplitAfter(strings.TrimSuffix(line, "\n"), "\n") {
+			if !w.useSyslog.Load() || toSyslog(line) != nil {
+				w.plain.Write([]byte(strings.TrimSuffix(line, "\n") + "\n"))
+			}
+		}
 	}
 }
 
-func (w *logWriter) print(line string) {
-	var err error
-	if w.useSyslog.Load() {
-		if err = w.printSyslog(line); err == nil {
-			w.absent = false
-			return
-		}
-		if !w.absent {
-			fmt.Fprintf(plainLog{w.stderr}, "log to syslog: %v; standard error instead\n", err)
-		}
+// toSyslog connects for each line: so it finds a syslogd that is started anew.
+func toSyslog(line string) error {
+	severity, text := splitSeverity(line)
+	w, err := syslog.New(syslog.LOG_DAEMON|severity, "picket")
+	if err != nil {
+		return err
 	}
-	w.absent = err != nil
-	plainLog{w.stderr}.Write([]byte(line))
-}
-
-func (w *logWriter) printSyslog(line string) (err error) {
-	if w.syslog == nil {
-		if w.syslog, err = syslog.New(syslog.LOG_DAEMON, "picket"); err != nil {
-			return err
-		}
-	}
-	mark, text := splitSeverity(line)
-	print := map[string]func(string) error{
-		severe: w.syslog.Err, warning: w.syslog.Warning, notice: w.syslog.Notice, "": w.syslog.Info,
-	}[mark]
-	for _, text := range strings.Split(strings.TrimSuffix(text, "\n"), "\n") {
-		err = errors.Join(err, print(text))
-	}
+	defer w.Close()
+	_, err = io.WriteString(w, text)
 	return err
 }
 
@@ -646,12 +680,12 @@ type agent struct {
 	signals  <-chan os.Signal // SIGHUP and SIGUSR1
 	applied  func(settings)   // is called with new settings
 
+	beside sync.WaitGroup  // what runs beside the queue
 	ctx    context.Context // for work that has no place in the queue
 	cancel context.CancelFunc
 
 	changing sync.Mutex // held while new settings are applied or client.cfg is written
 	listener net.Listener
-	served   chan error // why a listener is no longer served
 }
 
 // newAgent returns an agent that listens but does not answer yet: run does.
@@ -662,7 +696,7 @@ func newAgent(s settings) (*agent, error) {
 	}
 	a := &agent{
 		listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(),
-		served: make(chan error, 1), applied: func(settings) {},
+		applied: func(settings) {},
 	}
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
@@ -745,33 +779,94 @@ func (a *agent) run(ctx context.Context) (err error) {
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
 		version(), a.listener.Addr(), s.path, s.monitor.Redacted())
 	a.logWarnings()
-	var beside sync.WaitGroup
-	beside.Add(1)
-	go func() { defer beside.Done(); a.handleSignals(ctx) }()
+	a.goBeside(func() { a.handleSignals(ctx) })
+	a.goBeside(func() { a.greet(ctx) })
 	if os.Getpid() == 1 {
-		beside.Add(1)
-		go func() { defer beside.Done(); a.active.Load().sensors.reapOrphans(ctx) }()
+		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
 	}
-	a.serve(a.listener)
+	served := make(chan error, 1)
+	go func() { served <- a.handler.serve(a.listener) }()
 	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads) // before a sensor can use them all up
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")
-	case err = <-a.served:
+	case err = <-served:
+		err = fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
 		cancel()
 	}
 	a.cancel()
 	a.delivery.putLast()
+	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
 	within(sensorsTime, a.queue.close)
-	beside.Wait()
+	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
 	within(time.Second, func(ctx context.Context) {
 		if a.handler.http.Shutdown(ctx) != nil {
 			a.handler.http.Close()
 		}
 	})
+	if n := a.delivery.count().undelivered; n > 0 {
+		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
+	}
 	within(deliverTime, a.delivery.close)
 	return err
+}
+
+// goBeside starts a goroutine that run waits for.
+func (a *agent) goBeside(f func()) {
+	a.beside.Add(1)
+	go func() { defer a.beside.Done(); f() }()
+}
+
+// greet calls the monitor's healthcheck and logs what comes of it. Nothing else
+// follows: whether readings arrive is seen when there are some.
+func (a *agent) greet(ctx context.Context) {
+	monitor := a.delivery.monitor()
+	v, err := monitor.call(ctx, "healthcheck")
+	if err == nil && v != "OK" {
+		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
+	}
+	switch err = wrongScheme(ctx, monitor.url, err); {
+	case ctx.Err() != nil: // the agent ends
+	case err != nil:
+		log.Printf(warning+"monitor %s: healthcheck: %s", monitor.url.Redacted(), oneLine(err.Error()))
+	default:
+		log.Printf("monitor %s: answers", monitor.url.Redacted())
+	}
+}
+
+// wrongScheme returns the error of a call, or a better one: that the peer speaks
+// TLS where the URL is http, or the other way round. To a peer that has answered
+// plain HTTP with nothing that makes sense it says hello over TLS, and no more.
+func wrongScheme(ctx context.Context, u *url.URL, err error) error {
+	var answered *fault
+	var failed *net.OpError
+	switch {
+	case errors.Is(err, http.ErrSchemeMismatch):
+		return errors.New("it speaks plain HTTP there, no TLS: its URL begins with http://")
+	case err == nil || u.Scheme != "http" || errors.As(err, &answered) || errors.As(err, &failed) && failed.Op == "dial":
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
+	port := u.Port()
+	if port == "" {
+		port = u.Scheme
+	}
+	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} // whoever it is
+	conn, errHello := dialer.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
+	if errHello != nil {
+		return err
+	}
+	conn.Close()
+	return errors.New("it speaks TLS there, no plain HTTP: its URL begins with https://")
+}
+
+// logWaiting says what the agent waits for before it ends, if there is anything.
+func logWaiting(most time.Duration, what string) {
+	if what != "" {
+		log.Printf(notice+"ending: waits for %s, at most %v", what, most)
+	}
 }
 
 // within calls f with a context that ends after d.
@@ -787,9 +882,6 @@ func (a *agent) logWarnings() {
 	if text := noSensors(now.sensors); text != "" {
 		log.Print(warning + text)
 	}
-	if _, err := os.Stat(filepath.Join(now.settings.path, ownSensor)); err == nil {
-		log.Printf(warning+"sensor %s: its directory is not used: the agent itself answers to that name", ownSensor)
-	}
 	if text := now.updater.ownerWarning(); text != "" {
 		log.Print(warning + text)
 	}
@@ -803,15 +895,6 @@ func (a *agent) logWarnings() {
 	}
 }
 
-// serve answers calls to a listener until it is closed.
-func (a *agent) serve(l net.Listener) {
-	go func() {
-		if err := a.handler.serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			a.served <- fmt.Errorf("serve %s: %w", l.Addr(), err)
-		}
-	}()
-}
-
 // handleSignals does what signals ask until ctx ends.
 func (a *agent) handleSignals(ctx context.Context) {
 	for {
@@ -819,10 +902,9 @@ func (a *agent) handleSignals(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case s := <-a.signals:
-			switch s {
-			case syscall.SIGHUP:
+			if s == syscall.SIGHUP {
 				a.reload(ctx)
-			case syscall.SIGUSR1:
+			} else {
 				log.Print(notice + a.healthLine())
 			}
 		}
@@ -840,15 +922,17 @@ func (a *agent) reload(ctx context.Context) {
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
-	if err == nil && s.listen != before.settings.listen {
-		err = a.relisten(s.listen)
-	}
 	if err != nil {
 		for _, line := range strings.Split(maskedError{err}.Error(), "\n") {
 			log.Printf(severe+"reload: %s", line)
 		}
 		log.Print(severe + "reload: the settings before stay in force")
 		return
+	}
+	was := before.settings
+	if s.listen != was.listen || s.spool != was.spool || s.spoolSize != was.spoolSize {
+		log.Print(notice + "reload: [agent] listen, [monitor] spool and spool_size are in force at the next start")
+		s.listen, s.spool, s.spoolSize = was.listen, was.spool, was.spoolSize
 	}
 	now := activate(s)
 	now.sensors.runState = before.sensors.runState
@@ -860,12 +944,10 @@ func (a *agent) reload(ctx context.Context) {
 	}
 	a.handler.setAccess(access)
 	a.delivery.configure(monitorClient(s), readingZone(s), s.noValue)
-	if s.spool != before.settings.spool || s.spoolSize != before.settings.spoolSize {
-		log.Print(notice + "reload: [monitor] spool and spool_size are in force at the next start")
-	}
 	a.applied(s)
-	log.Printf(notice+"reload: %s is in force; on %s, monitor %s", s.file, a.listener.Addr(), s.monitor.Redacted())
+	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, s.monitor.Redacted())
 	a.logWarnings()
+	a.goBeside(func() { a.greet(ctx) })
 }
 
 // rereadSettings returns the settings of client.cfg as soon as two reads of it,
@@ -900,35 +982,6 @@ func rereadSettings(ctx context.Context, before *settings) (s settings, err erro
 	return s, err
 }
 
-// relisten takes commands at another address. Where the old listener may be in
-// the way it is closed first, and opened again if that did not help.
-func (a *agent) relisten(address string) error {
-	old := a.listener.Addr().String()
-	l, err := net.Listen("tcp", address)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		a.listener.Close()
-		if l, err = net.Listen("tcp", address); err != nil {
-			again, errAgain := net.Listen("tcp", old)
-			if errAgain != nil {
-				select {
-				case a.served <- fmt.Errorf("listen: %w", errors.Join(err, errAgain)):
-				default: // there is a reason to end already
-				}
-				return err
-			}
-			a.listener = again
-			a.serve(again)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("[agent] listen: %w", err)
-	}
-	a.listener.Close()
-	a.listener = l
-	a.serve(l)
-	return nil
-}
-
 // ownSensor is the name of the sensor that is the agent itself.
 const ownSensor = "picket"
 
@@ -938,51 +991,40 @@ type vitals struct {
 	deliveryTotals
 }
 
-// health lists what it can be asked. A value is "" where there is none yet.
+// health lists what it can be asked.
 var health = []struct {
 	name, help string
-	value      func(vitals) any
+	value      func(vitals) int
 }{
-	{"uptime", "seconds since the agent started", func(v vitals) any { return seconds(v.started) }},
-	{"queued", "commands that wait", func(v vitals) any { return v.queue.count() }},
-	{"running", "sensors that run", func(v vitals) any { return v.active.Load().sensors.running() }},
-	{"undelivered", "readings that the monitor does not have yet", func(v vitals) any { return v.undelivered }},
-	{"delivered", "readings delivered since the start", func(v vitals) any { return v.delivered }},
-	{"dropped", "readings given up since the start", func(v vitals) any { return v.dropped }},
-	{"refused", "calls refused since the start", func(v vitals) any { return v.handler.count.Load() }},
-	{"rss_kb", "resident memory in KiB", func(vitals) any { return residentKiB() }},
-	{"spool_bytes", "size of the spool", func(v vitals) any { return v.spoolBytes }},
-	{"last_delivery_age", "seconds since the latest delivery", func(v vitals) any { return seconds(v.latest) }},
+	{"uptime", "seconds since the agent started", func(v vitals) int { return seconds(v.started) }},
+	{"queued", "commands that wait", func(v vitals) int { return v.queue.count() }},
+	{"running", "sensors that run", func(v vitals) int { return v.active.Load().sensors.running() }},
+	{"undelivered", "readings that the monitor does not have yet", func(v vitals) int { return v.undelivered }},
+	{"delivered", "readings delivered since the start", func(v vitals) int { return v.delivered }},
+	{"dropped", "readings given up since the start", func(v vitals) int { return v.dropped }},
+	{"refused", "calls refused since the start", func(v vitals) int { return int(v.handler.count.Load()) }},
+	{"rss_kb", "resident memory in KiB", func(vitals) int { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(v vitals) int { return int(v.spoolBytes) }},
+	{"last_delivery_age", "seconds since the latest delivery, or the start",
+		func(v vitals) int { return seconds(v.latest) }},
 }
 
-// seconds returns how many have passed since t, "" for the zero time.
-func seconds(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return strconv.FormatFloat(time.Since(t).Seconds(), 'f', 0, 64)
-}
+func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
 
-// residentKiB returns the resident memory of this process, "" without a /proc.
-func residentKiB() string {
+// residentKiB returns the resident memory of this process, 0 without a /proc.
+func residentKiB() int {
 	var all, resident int
 	text, _ := os.ReadFile("/proc/self/statm")
-	if _, err := fmt.Sscan(string(text), &all, &resident); err != nil {
-		return ""
-	}
-	return fmt.Sprint(resident * (os.Getpagesize() >> 10))
+	fmt.Sscan(string(text), &all, &resident)
+	return resident * (os.Getpagesize() >> 10)
 }
 
 // ownReading returns a reading of the agent itself.
 func (a *agent) ownReading(args []string) reading {
 	for _, h := range health {
-		if len(args) != 1 || args[0] != h.name {
-			continue
+		if len(args) == 1 && args[0] == h.name {
+			return reading{value: fmt.Sprint(h.value(vitals{a, a.delivery.count()})), taken: time.Now()}
 		}
-		if value := fmt.Sprint(h.value(vitals{a, a.delivery.count()})); value != "" {
-			return reading{value: value, taken: time.Now()}
-		}
-		return reading{code: exitFailed, taken: time.Now(), reason: h.name + ": there is none yet"}
 	}
 	reason := fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))
 	return reading{code: exitUsage, taken: time.Now(), reason: reason}
@@ -1001,11 +1043,7 @@ func ownHelp() string {
 func (a *agent) healthLine() string {
 	line, now := "health:", vitals{a, a.delivery.count()}
 	for _, h := range health {
-		value := h.value(now)
-		if value == "" {
-			value = "-"
-		}
-		line += fmt.Sprint(" ", h.name, " ", value)
+		line += fmt.Sprint(" ", h.name, " ", h.value(now))
 	}
 	return line
 }
@@ -1035,80 +1073,65 @@ func (a *agent) commands() []method {
 				"string string string, string string string array, string string string string",
 			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor " +
 				"with cmd_store_probe_data. Returns OK at once.",
-			a.submitReading,
+			a.submit("cmd_submit_reading", "", "ticket sensor [arguments]"),
 		}, {
 			"cmd_update_sensor_code", "string string, string string int, string string string",
 			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, " +
 				"tries it and installs it." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_update_sensor_code", "update", params)
-			},
+			a.submit("cmd_update_sensor_code", "update", "sensor [ticket]"),
 		}, {
 			"cmd_rollback_sensor_code", "string string, string string int, string string string",
 			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_rollback_sensor_code", "rollback", params)
-			},
+			a.submit("cmd_rollback_sensor_code", "rollback", "sensor [ticket]"),
 		}, {
 			"cmd_register_new_server", "string, string int, string string",
 			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, " +
 				"and moves there if its healthcheck answers OK." + done,
-			func(r request, params []any) (any, error) {
-				return a.submitChange(r, "cmd_register_new_server", "move", params)
-			},
+			a.submit("cmd_register_new_server", "move", "[ticket]"),
 		},
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
 	}
 }
 
-func (a *agent) submitReading(r request, params []any) (any, error) {
-	const name = "cmd_submit_reading"
-	if len(params) < 2 || len(params) > 3 {
-		return nil, faultf(faultParams, "%s takes ticket, sensor, [arguments]; got %s",
-			name, plural(len(params), "parameter"))
-	}
-	var c command
-	var err error
-	if c.ticket, err = ticketOf(params[0]); err == nil {
-		c.sensor, err = sensorName(params[1])
-	}
-	if err == nil && len(params) == 3 {
-		c.args, err = arguments(params[2])
-	}
-	return a.accept(r, name, c, err)
-}
-
-// submitChange takes the parameters sensor, [ticket]; of a move, [ticket] alone.
-func (a *agent) submitChange(r request, name, change string, params []any) (any, error) {
-	c := command{change: change}
-	var err error
-	if change != "move" {
-		if len(params) == 0 {
-			return nil, faultf(faultParams, "%s takes sensor, [ticket]", name)
+// submit returns the method that makes a command of its parameters. They are named
+// in order; those that may be missing have brackets.
+func (a *agent) submit(name, change, takes string) func(request, []any) (any, error) {
+	names := strings.Fields(takes)
+	least := len(names) - strings.Count(takes, "[")
+	return func(r request, params []any) (any, error) {
+		if len(params) < least || len(params) > len(names) {
+			return nil, faultf(faultParams, "%s takes %s; got %s", name, takes, plural(len(params), "parameter"))
 		}
-		c.sensor, err = sensorName(params[0])
-		params = params[1:]
+		c, err := command{change: change}, error(nil)
+		for i := 0; i < len(params) && err == nil; i++ {
+			switch v := params[i]; names[i] {
+			case "sensor":
+				c.sensor, err = sensorName(v)
+			case "[arguments]":
+				c.args, err = arguments(v)
+			default:
+				if v != nil || i < least {
+					c.ticket, err = ticketOf(v)
+				}
+			}
+		}
+		if err != nil {
+			return nil, faultf(faultParams, "%s: %v", name, err)
+		}
+		return a.accept(r, name, c)
 	}
-	if len(params) > 1 {
-		return nil, faultf(faultParams, "%s: %s too many", name, plural(len(params)-1, "parameter"))
-	}
-	if err == nil && len(params) == 1 && params[0] != nil {
-		c.ticket, err = ticketOf(params[0])
-	}
-	return a.accept(r, name, c, err)
 }
 
-// accept puts a command into the queue, unless err says what is wrong with it.
-// Where the queue is full it waits for room, as long as one run can take, or until
-// the monitor has taken no reading for so long.
-func (a *agent) accept(r request, name string, c command, err error) (any, error) {
-	if err != nil {
-		return nil, faultf(faultParams, "%s: %v", name, err)
+// accept puts a command into the queue. Where that is full it waits for room, as
+// long as one run can take, or until the monitor has taken no reading for so long.
+func (a *agent) accept(r request, name string, c command) (any, error) {
+	now := a.active.Load().settings
+	if now.verbose {
+		a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
 	}
-	a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
 	c.from = limitKey(r.peer)
-	longest, waits := a.active.Load().settings.timeout+2*killTime, r.received
+	longest, waits := now.timeout+2*killTime, r.received
 	if since := a.delivery.stalledSince(); !since.IsZero() && since.Before(waits) {
 		waits = since
 	}
@@ -1124,15 +1147,17 @@ func (a *agent) runCommand(ctx context.Context, c command) reading {
 	if c.change != "" {
 		return a.runChange(ctx, c)
 	}
-	begun := time.Now()
+	begun, now := time.Now(), a.active.Load()
 	var r reading
 	if c.sensor == ownSensor {
 		r = a.ownReading(c.args)
 	} else {
-		r = a.active.Load().sensors.read(ctx, c.sensor, c.args, nil)
+		r = now.sensors.read(ctx, c.sensor, c.args, nil)
 	}
-	line := fmt.Sprintf("%s: exit %d in %v: %s", c, r.code, time.Since(begun).Round(time.Millisecond), r.reason)
-	a.events.printf("%s", strings.TrimSuffix(line, ": "))
+	if r.code != 0 || now.settings.verbose {
+		line := fmt.Sprintf("%s: exit %d in %v: %s", c, r.code, time.Since(begun).Round(time.Millisecond), r.reason)
+		a.events.printf("%s", strings.TrimSuffix(line, ": "))
+	}
 	return r
 }
 
@@ -1217,26 +1242,33 @@ func healthcheck(_ request, params []any) (any, error) {
 }
 
 func runCheck(ctx context.Context, in invocation) error {
+	asksHelp := len(in.args) == 2 && in.args[1] == in.settings.help
+	if in.args[0] == ownSensor && asksHelp {
+		fmt.Fprintln(in.out, ownHelp())
+		return nil
+	}
 	name, err := sensorOnDisk(in.args[0])
 	if err != nil {
 		return err
 	}
-	r := activate(in.settings).sensors.read(ctx, name, in.args[1:], os.Stderr)
-	value, code := r.value, r.code
-	if value == "" {
-		value = in.settings.noValue
+	s := activate(in.settings).sensors
+	var r reading
+	if asksHelp {
+		r = s.runIn(ctx, filepath.Join(s.path, name), name, in.args[1:], os.Stderr)
+	} else if r = s.read(ctx, name, in.args[1:], os.Stderr); r.value == "" {
+		r.value = in.settings.noValue
 	}
-	if code < 0 {
-		code = 128 - code // as a shell shows a signal
+	fmt.Fprintln(in.out, strings.TrimSpace(r.value))
+	if r.code < 0 {
+		r.code = 128 - r.code // as a shell shows a signal
 	}
-	fmt.Fprintln(in.out, value)
 	switch {
-	case code == 0:
+	case r.code == 0:
 		return nil
 	case r.reason == "":
-		return &exitError{code, nil}
+		return &exitError{r.code, nil}
 	}
-	return &exitError{code, fmt.Errorf("sensor %s: %s", name, r.reason)}
+	return &exitError{r.code, fmt.Errorf("sensor %s: %s", name, r.reason)}
 }
 
 func runList(ctx context.Context, in invocation) error {
@@ -1263,8 +1295,10 @@ func runList(ctx context.Context, in invocation) error {
 func sensorOnDisk(v string) (string, error) {
 	name, err := sensorName(v)
 	if name == ownSensor {
-		err = fmt.Errorf("the sensor %s is the agent itself: only a running one answers to that name, "+
-			"and no other sensor can have it", ownSensor)
+		err = fmt.Errorf("the sensor %s is the agent itself: the monitor asks the running one for its health "+
+			"with cmd_submit_reading; to have it in the log, type: kill -USR1 $(pidof picket)", ownSensor)
+	} else if err != nil {
+		err = fmt.Errorf("%w; type: picket list", err)
 	}
 	if err != nil {
 		return "", &exitError{exitUsage, err}
@@ -1368,7 +1402,7 @@ func runConfigGet(_ context.Context, in invocation) error {
 
 func runConfigSet(ctx context.Context, in invocation) error {
 	if len(in.args)%3 != 0 {
-		return in.usageError()
+		return in.usageError("config set: arguments missing or too many")
 	}
 	return editConfig(ctx, in.file, true, func(c *ini) (err error) {
 		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
@@ -1438,14 +1472,14 @@ func tlsFlags(flags *flag.FlagSet, prefix string) *tlsFiles {
 	return t
 }
 
-// loadTLSFlags reads the certificates that flags name. Its error names the flag.
-func loadTLSFlags(t *tlsFiles, prefix string) error {
+// loadTLS reads the certificates that flags with a prefix name. Its error names the flag.
+func (in invocation) loadTLS(t *tlsFiles, prefix string) error {
 	option, err := t.load()
 	if option == "certificate" {
 		option = "cert"
 	}
 	if err != nil {
-		return usagef("-%s%s: %w", prefix, option, err)
+		return in.usageError("-%s%s: %w", prefix, option, err)
 	}
 	return nil
 }
@@ -1457,13 +1491,13 @@ func runCall(ctx context.Context, in invocation) error {
 		return err
 	}
 	if len(in.args) < 2 {
-		return in.usageError()
+		return in.usageError("call: arguments missing")
 	}
 	u, err := httpURL(in.args[0])
 	if err != nil {
-		return &exitError{exitUsage, err}
+		return in.usageError("%w", err)
 	}
-	if err := loadTLSFlags(files, ""); err != nil {
+	if err := in.loadTLS(files, ""); err != nil {
 		return err
 	}
 	var params []any
@@ -1474,7 +1508,7 @@ func runCall(ctx context.Context, in invocation) error {
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
 	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-		err = fmt.Errorf("call %s: %w", u.Redacted(), err)
+		err = fmt.Errorf("call %s: %w", u.Redacted(), wrongScheme(ctx, u, err))
 	}
 	if err == nil {
 		fmt.Fprintln(in.out, readable(v))
@@ -1483,42 +1517,27 @@ func runCall(ctx context.Context, in invocation) error {
 }
 
 // wireValue returns an argument of the command line as a value: a whole number
-// as int, or as i8 where an int is too small, anything else as a string.
+// as int, anything else as a string.
 func wireValue(arg string) any {
-	n, err := strconv.ParseInt(arg, 10, 64)
-	switch {
-	case err != nil:
-		return arg
-	case n != int64(int32(n)):
-		return n
+	if n, err := strconv.ParseInt(arg, 10, 32); err == nil {
+		return int(n)
 	}
-	return int(n)
+	return arg
 }
 
-// readable returns a value for people: one line for each element or member.
+// readable returns a value for people: a struct as one line for each member.
 func readable(v any) string {
-	var lines []string
 	switch v := v.(type) {
-	case nil:
-		return "nil"
 	case []byte:
 		return base64.StdEncoding.EncodeToString(v)
-	case []any:
-		for _, e := range v {
-			lines = append(lines, "- "+strings.ReplaceAll(readable(e), "\n", "\n  "))
-		}
 	case map[string]any:
+		var lines []string
 		for _, name := range sortedKeys(v) {
-			text := " " + readable(v[name])
-			if strings.Contains(text, "\n") {
-				text = strings.ReplaceAll("\n"+text[1:], "\n", "\n  ")
-			}
-			lines = append(lines, name+":"+text)
+			lines = append(lines, strings.ReplaceAll(name+": "+readable(v[name]), "\n", "\n  "))
 		}
-	default:
-		return fmt.Sprint(v)
+		return strings.Join(lines, "\n")
 	}
-	return strings.Join(lines, "\n")
+	return fmt.Sprint(v)
 }
 
 func runMonitor(ctx context.Context, in invocation) error {
@@ -1533,15 +1552,15 @@ func runMonitor(ctx context.Context, in invocation) error {
 		return err
 	}
 	if len(in.args) > 0 {
-		return usagef("monitor takes no argument %q", in.args[0])
+		return in.usageError("monitor takes no argument %q", in.args[0])
 	}
 	if _, err := httpURL(m.next); m.next != "" && err != nil {
-		return usagef("-next: %w", err)
+		return in.usageError("-next: %w", err)
 	}
 	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
-		return usagef("-packages: %w", err)
+		return in.usageError("-packages: %w", err)
 	}
-	if err := errors.Join(loadTLSFlags(files, ""), loadTLSFlags(agentFiles, "agent-")); err != nil {
+	if err := errors.Join(in.loadTLS(files, ""), in.loadTLS(agentFiles, "agent-")); err != nil {
 		return err
 	}
 	scheme := "http"
@@ -1963,7 +1982,7 @@ func family(name, kind, help string, samples ...string) string {
 // selfFiles is what the selftest's agent and monitor have: sensors that behave
 // and misbehave, and packages of newer versions of two of them.
 var selfFiles = map[string]string{
-	"client.cfg":               "",
+	"client.cfg":               "[sensor]\ntimeout = 2\n[agent]\nlisten = 127.0.0.1:0\n",
 	"sensors/good/check":       "#!/bin/sh\necho 42\n",
 	"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
 	"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
@@ -1982,63 +2001,65 @@ func tarOf(name, content string) string {
 	return b.String()
 }
 
-// selfCommands lists what the selftest asks of its own sensors, and what must
-// come of it.
-var selfCommands = []struct {
-	command, sensor string
-	code            int
-	value           string
-}{
-	{"cmd_submit_reading", "good", 0, "42"},
-	{"cmd_submit_reading", "failing", 3, "nan"},
-	{"cmd_submit_reading", "hanging", -15, "nan"},
-	{"cmd_submit_reading", "garbage", 65, "nan"},
-	{"cmd_update_sensor_code", "good", 0, "1"},
-	{"cmd_submit_reading", "good", 0, "43"},
-	{"cmd_update_sensor_code", "garbage", 1, "nan"}, // a package whose trial fails
-	{"cmd_submit_reading", "garbage", 65, "nan"},
-	{"cmd_rollback_sensor_code", "good", 0, "1"},
-	{"cmd_submit_reading", "good", 0, "42"},
-	{"cmd_register_new_server", "", 0, "1"},
-	{"cmd_submit_reading", "good", 0, "42"},
+// selfSteps lists what the selftest asks its agent for, and what must come of it.
+var selfSteps = []struct{ method, sensor, want string }{
+	{"cmd_submit_reading", "good", "exit 0, value 42"},
+	{"cmd_submit_reading", "failing", "exit 3, value nan"},
+	{"cmd_submit_reading", "hanging", "exit -15, value nan"},
+	{"cmd_submit_reading", "garbage", "exit 65, value nan"},
+	{"cmd_update_sensor_code", "good", "exit 0, value 1"},
+	{"cmd_submit_reading", "good", "exit 0, value 43"},
+	{"cmd_update_sensor_code", "garbage", "exit 1, value nan"}, // a package whose trial fails
+	{"cmd_submit_reading", "garbage", "exit 65, value nan"},
+	{"cmd_rollback_sensor_code", "good", "exit 0, value 1"},
+	{"cmd_submit_reading", "good", "exit 0, value 42"},
+	{"cmd_register_new_server", "", "exit 0, value 1"},
+	{"cmd_submit_reading", "good", "exit 0, value 42"},
 }
 
-// A selftest runs agents against a stand-in monitor, all on loopback.
+// A selftest prints a row for each thing that it tries.
 type selftest struct {
-	out     io.Writer
-	monitor *url.URL
-	stored  chan storedReading
-	reasons chan string // of the reading that is stored next
-	tickets int
-	failed  int
+	out    io.Writer
+	failed int
 }
 
+const failed = "FAILED"
+
+func (t *selftest) row(verdict, what, outcome string) {
+	if verdict == failed {
+		t.failed++
+	}
+	fmt.Fprintf(t.out, "%-7s %-24s %s\n", verdict, what, outcome)
+}
+
+// runSelftest has an agent and a stand-in monitor go through selfSteps, and then
+// takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in invocation) error {
-	s, installed := settings{}, true
-	file, err := findConfig(in.config)
-	if err == nil {
+	s, err := settings{}, error(nil)
+	file, absent := findConfig(in.config)
+	if absent == nil {
 		s, err = readSettings(file)
-	} else if in.config == "" {
-		installed = false
-		s, _, err = (&ini{}).settings("")
 	}
 	if err != nil {
 		return err
 	}
-	dir, err := selfDir(s)
+	dir, err := os.MkdirTemp("", "picket-selftest-")
 	if err != nil {
-		return fmt.Errorf("selftest: no directory to run a shell script in: %w", err)
+		return fmt.Errorf("selftest: %w; set TMPDIR to a directory that is there", err)
 	}
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, shown only where something failed
 	before := log.Writer()
-	log.SetOutput(plainLog{&lines})
+	log.SetOutput(plainLog{w: &lines})
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
-	t := &selftest{out: in.out, stored: make(chan storedReading, 1), reasons: make(chan string, 1)}
-	if err = t.run(ctx, dir, s, installed); err == nil && t.failed > 0 {
-		err = fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
+	t := &selftest{out: in.out}
+	if err = t.testAgent(ctx, dir, s.user); err == nil && absent == nil {
+		err = t.testInstalled(ctx, activate(s).sensors)
 	}
 	log.SetOutput(before)
+	if err == nil && t.failed > 0 {
+		err = fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
+	}
 	if err != nil {
 		fmt.Fprintf(in.out, "\nlog:\n%s", indent(strings.TrimSpace(lines.String()), "  "))
 		return fmt.Errorf("selftest: %w", err)
@@ -2047,135 +2068,109 @@ func runSelftest(ctx context.Context, in invocation) error {
 	return nil
 }
 
-// selfDir makes a directory with selfFiles in which scripts can be run: a box
-// may have /tmp mounted noexec, or none.
-func selfDir(s settings) (string, error) {
-	var errs []error
-	for _, parent := range []string{os.TempDir(), "/var/tmp", "/dev/shm", filepath.Dir(s.path), "."} {
-		dir, err := os.MkdirTemp(parent, "picket-selftest-")
-		if err == nil {
-			dir, err = filepath.Abs(dir)
-		}
-		if err == nil {
-			if err = makeFiles(dir, selfFiles); err == nil {
-				r := activate(selfSettings(s, dir, time.Minute)).sensors.read(context.Background(), "good", nil, nil)
-				if r.code == 0 {
-					return dir, nil
-				}
-				err = fmt.Errorf("%s: exit %d: %s", dir, r.code, r.reason)
-			}
-			os.RemoveAll(dir)
-		}
-		errs = append(errs, err)
-	}
-	return "", errors.Join(errs...)
-}
-
-// makeFiles makes files, by their paths in dir, that every user can run
-// whatever the umask.
-func makeFiles(dir string, files map[string]string) error {
-	for name, content := range files {
+// testAgent runs an agent with selfFiles and a stand-in for its monitor, both on
+// loopback, and gives the agent the commands of selfSteps.
+func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) error {
+	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
+	err := os.Chmod(dir, 0o755)
+	for name, text := range selfFiles {
 		file := filepath.Join(dir, name)
-		err := os.MkdirAll(filepath.Dir(file), 0o755)
-		if err == nil {
-			err = os.WriteFile(file, []byte(content), 0o755)
-		}
-		for at := file; err == nil && len(at) >= len(dir); at = filepath.Dir(at) {
-			err = os.Chmod(at, 0o755)
-		}
-		if err != nil {
-			return err
-		}
+		err = errors.Join(err, os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o755))
 	}
-	return nil
-}
-
-// selfSettings returns s with the paths of the selftest's own sensors.
-func selfSettings(s settings, dir string, timeout time.Duration) settings {
-	s.file, s.path = filepath.Join(dir, "client.cfg"), filepath.Join(dir, "sensors")
-	s.backup = filepath.Join(dir, "backup")
-	s.executable, s.help, s.timeout, s.update, s.publicKey = "check", "options", timeout, true, ""
-	return s
-}
-
-// run runs a stand-in for the monitor, and against it an agent with the sensors
-// in dir and, where sensors are installed, one with those.
-func (t *selftest) run(ctx context.Context, dir string, s settings, installed bool) error {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, errListen := net.Listen("tcp", "127.0.0.1:0")
+	if err = errors.Join(err, errListen); err != nil {
+		return err
+	}
+	defer listener.Close()
+	s, err := readSettings(dir + "/client.cfg")
 	if err != nil {
 		return err
 	}
-	t.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
+	s.user = user
+	s.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
+	stored := make(chan storedReading, 1)
 	m := &monitor{
-		packages: filepath.Join(dir, "packages"),
-		next:     t.monitor.JoinPath("../RPC2").String(), // the same monitor by another URL
-		stored:   func(r storedReading) error { t.stored <- r; return nil },
+		packages: dir + "/packages",
+		next:     s.monitor.JoinPath("../RPC2").String(), // the same monitor by another URL
+		stored:   func(r storedReading) error { stored <- r; return nil },
 	}
-	monitored, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- m.serve(monitored, listener) }()
-	fmt.Fprintf(t.out, "%-12s %-16s %4s  %s\n", "sensor", "arguments", "exit", "value")
-	err = t.withAgent(ctx, selfSettings(s, dir, time.Second), t.testOwn)
-	if err == nil && installed {
-		if text := noSensors(activate(s).sensors); text != "" {
-			fmt.Fprintln(t.out, text)
-		}
-		err = t.withAgent(ctx, s, t.testInstalled)
+	a, err := newAgent(s)
+	if err != nil {
+		return err
+	}
+	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String()}, time.Minute, nil)
+	defer c.close()
+	ended := make(chan error, 2)
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { ended <- m.serve(ctx, listener) }()
+	go func() { ended <- a.run(ctx) }()
+	for ticket := 1; ticket <= len(selfSteps) && err == nil; ticket++ {
+		err = t.step(ctx, c, ticket, stored)
 	}
 	cancel()
-	return errors.Join(err, <-ended)
+	return errors.Join(err, <-ended, <-ended)
 }
 
-// testOwn does with the selftest's own sensors all that a monitor can ask.
-func (t *selftest) testOwn(ctx context.Context, c *client) error {
-	for _, step := range selfCommands {
-		got, _, err := t.command(ctx, c, step.command, step.sensor, nil)
-		if err != nil {
-			return err
+// step gives a command and waits for what the monitor gets under its ticket.
+func (t *selftest) step(ctx context.Context, c *client, ticket int, stored <-chan storedReading) error {
+	step := selfSteps[ticket-1]
+	params := []any{step.sensor, ticket}
+	switch {
+	case step.method == "cmd_submit_reading":
+		params = []any{ticket, step.sensor}
+	case step.sensor == "":
+		params = params[1:]
+	}
+	_, err := c.call(ctx, step.method, params...)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", step.method, step.sensor, err)
+	}
+	what := strings.Split(step.method, "_")[1] + " " + step.sensor
+	select {
+	case got := <-stored:
+		_, outcome, _ := strings.Cut(got.String(), fmt.Sprintf(" ticket %d: ", ticket))
+		verdict := "ok"
+		if outcome != step.want {
+			verdict, outcome = failed, outcome+"; should be "+step.want
 		}
-		remark := "as it should be"
-		if got.code != step.code || got.value != step.value {
-			remark = fmt.Sprintf("FAILED: should be exit %d, value %s", step.code, step.value)
-			t.failed++
-		}
-		if step.command == "cmd_submit_reading" {
-			t.print(step.sensor, "", got, remark)
-		} else {
-			t.print(strings.Split(step.command, "_")[1], step.sensor, got, remark)
-		}
+		t.row(verdict, what, outcome)
+	case <-time.After(c.timeout):
+		return fmt.Errorf("%s: nothing has arrived at the monitor in %v", what, c.timeout)
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 	return nil
 }
 
-// testInstalled takes a reading from every sensor of the configured directory:
-// the first thing that its help says it can be asked.
-func (t *selftest) testInstalled(ctx context.Context, c *client) error {
-	v, err := c.call(ctx, "cmd_list_sensors")
-	if err != nil {
-		return fmt.Errorf("cmd_list_sensors: %w", err)
+// testInstalled takes a reading from every sensor: the first thing that its help
+// says it can be asked. Where the sensor says why not, the box has no such thing.
+func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
+	texts, err := s.helpTexts(ctx)
+	if text := noSensors(s); err != nil || text != "" {
+		fmt.Fprintln(t.out, text)
+		return ctx.Err()
 	}
-	texts, _ := v.(map[string]any)
 	for _, name := range sortedKeys(texts) {
-		help := fmt.Sprint(texts[name])
-		if strings.HasPrefix(help, noHelp) {
-			fmt.Fprintf(t.out, "%-12s FAILED: %s\n", name, help)
-			t.failed++
+		if strings.HasPrefix(texts[name], noHelp) {
+			t.row(failed, name, texts[name])
 			continue
 		}
-		args := firstOption(help)
-		got, reason, err := t.command(ctx, c, "cmd_submit_reading", name, args)
+		args, err := arguments(firstOption(texts[name]))
 		if err != nil {
 			return err
 		}
-		remark, agentsOwn := "", []int{codeNoNumber, codeNotStarted, codeNotFound}
-		switch {
-		case got.code > 0 && reason != "" && !slices.Contains(agentsOwn, got.code):
-			remark = "not counted: " + reason // the sensor says why the box has no such thing
-		case got.code != 0:
-			remark = "FAILED: " + reason
-			t.failed++
+		r, verdict := s.read(ctx, name, args, nil), failed
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
-		t.print(name, strings.Trim(fmt.Sprint(args), "[]"), got, remark)
+		outcome := fmt.Sprint(r)
+		switch agentsOwn := []int{codeNoNumber, codeNotStarted, codeNotFound}; {
+		case r.code == 0:
+			verdict, outcome = "ok", "exit 0, value "+r.value
+		case r.code > 0 && r.reason != "" && !slices.Contains(agentsOwn, r.code):
+			verdict = "skipped"
+		}
+		t.row(verdict, strings.TrimSpace(name+" "+strings.Join(args, " ")), outcome)
 	}
 	return nil
 }
@@ -2196,61 +2191,4 @@ func firstOption(help string) []any {
 		args = append(args, word)
 	}
 	return args
-}
-
-func (t *selftest) print(name, args string, got storedReading, remark string) {
-	line := fmt.Sprintf("%-12s %-16s %4d  %-12s %s", name, args, got.code, got.value, remark)
-	fmt.Fprintln(t.out, strings.TrimSpace(line))
-}
-
-// withAgent calls test while an agent with these settings runs; its address,
-// its monitor and its log are the selftest's own.
-func (t *selftest) withAgent(ctx context.Context, s settings, test func(context.Context, *client) error) error {
-	s.listen, s.monitor, s.noValue, s.spool = "127.0.0.1:0", t.monitor, "nan", ""
-	s.allow, s.agentTLS, s.monitorTLS = nil, tlsFiles{}, tlsFiles{}
-	a, err := newAgent(s)
-	if err != nil {
-		return err
-	}
-	a.queue.deliver = func(ticket any, r reading) {
-		t.reasons <- r.reason
-		a.delivery.put(ticket, r)
-	}
-	u := &url.URL{Scheme: "http", Host: a.listener.Addr().String(), Path: "/xmlrpc"}
-	c := newClient(u, time.Minute+s.timeout, nil)
-	defer c.close()
-	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan error, 1)
-	go func() { ended <- a.run(ctx) }()
-	err = test(ctx, c)
-	cancel()
-	return errors.Join(err, <-ended)
-}
-
-// command gives the agent a command, waits for its reading at the monitor and
-// returns that, and the reason that the agent has for it.
-func (t *selftest) command(ctx context.Context, c *client, command, sensor string, args []any) (
-	got storedReading, reason string, err error) {
-	t.tickets++
-	params := []any{t.tickets, sensor, args}
-	switch command {
-	case "cmd_register_new_server":
-		params = []any{t.tickets}
-	case "cmd_update_sensor_code", "cmd_rollback_sensor_code":
-		params = []any{sensor, t.tickets}
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	if _, err = c.call(ctx, command, params...); err == nil {
-		select {
-		case got = <-t.stored:
-			if got.ticket == any(t.tickets) {
-				return got, <-t.reasons, nil
-			}
-			err = fmt.Errorf("the monitor got %v for ticket %d", got, t.tickets)
-		case <-ctx.Done():
-			err = fmt.Errorf("nothing has arrived at the monitor: %w", ctx.Err())
-		}
-	}
-	return got, "", fmt.Errorf("%s %s: %w", command, sensor, err)
 }

@@ -588,10 +588,44 @@ func notStarted(file string, err error) reading {
 			if !exists(file) {
 				return reading{code: codeNotFound, reason: "no such sensor"}
 			}
-			err = errors.New("interpreter not found: does the file have Windows line ends?")
+		}
+		if why := whyNotStarted(file, err); why != "" {
+			err = errors.New(why)
 		}
 	}
 	return reading{code: codeNotStarted, reason: fmt.Sprintf("start %s: %v", file, err)}
+}
+
+// whyNotStarted names what the kernel does not like about an executable, or
+// returns "" where that is not known.
+func whyNotStarted(file string, err error) string {
+	var head [256]byte // more than the kernel reads
+	f, errOpen := openRegular(file)
+	if errOpen != nil {
+		return ""
+	}
+	defer f.Close()
+	info, errStat := f.Stat()
+	n, _ := io.ReadFull(f, head[:]) // of a shorter file what there is
+	line, _, _ := strings.Cut(string(head[:n]), "\n")
+	interpreter, isScript := strings.CutPrefix(line, "#!")
+	switch {
+	case errStat == nil && info.Mode()&0o111 == 0:
+		return "no run bit (chmod +x sets it)"
+	case errors.Is(err, syscall.EACCES):
+		return "permission denied: is it mounted noexec?"
+	case isScript && strings.HasSuffix(line, "\r"):
+		return "Windows line ends"
+	case isScript && errors.Is(err, syscall.ENOENT):
+		return fmt.Sprintf("no interpreter %s", cut(strings.TrimSpace(interpreter)))
+	case strings.HasPrefix(line, "\x7fELF") && errors.Is(err, syscall.ENOENT):
+		return "its dynamic loader is missing: is it made for another system?"
+	case strings.HasPrefix(line, "\x7fELF"):
+		return "wrong architecture, or a damaged binary"
+	case !isScript && errors.Is(err, syscall.ENOEXEC):
+		return `neither a binary nor a script: no "#!" at its beginning`
+	}
+	return ""
 }
 
 // await waits until a process ends, and ends it at the time-out or when ctx does.
@@ -941,6 +975,16 @@ func (q *queue) count() int {
 	return n
 }
 
+// running lists what runs.
+func (q *queue) running() (names []string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, j := range append(slices.Clone(q.readings.running), q.changes.running...) {
+		names = append(names, j.command.String())
+	}
+	return names
+}
+
 // accept takes a command on, and waits for room until the deadline or the end of
 // ctx, first come, first served. Its error is a fault.
 //
@@ -1193,7 +1237,7 @@ type delivery struct {
 type deliveryTotals struct {
 	undelivered        int // at present
 	delivered, dropped int
-	latest             time.Time // the latest delivery; zero before the first
+	latest             time.Time // the latest delivery, or the start
 	spoolBytes         int64     // at present
 }
 
@@ -1203,7 +1247,7 @@ type deliveryTotals struct {
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
-		spool: s, client: c, zone: zone, noValue: noValue,
+		spool: s, client: c, zone: zone, noValue: noValue, totals: deliveryTotals{latest: time.Now()},
 	}
 	if s != nil {
 		d.reused = make(map[any]bool)
