@@ -1289,19 +1289,13 @@ func runInstall(ctx context.Context, in invocation) error {
 	})
 }
 
-// changeSensor makes a change of a sensor by hand. On a terminal it shows each step.
+// changeSensor makes a change of a sensor by hand.
 func changeSensor(in invocation, verb, name string, change func(u *updater, name string) error) error {
 	name, err := sensorOnDisk(name)
 	if err != nil {
 		return err
 	}
-	u := activate(in.settings).updater
-	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s", step) }
-	}
-	err = change(u, name)
-	u.progress("") // leaves the line empty
-	if err != nil {
+	if err := change(activate(in.settings).updater, name); err != nil {
 		return fmt.Errorf("%s %s: %w", verb, name, err)
 	}
 	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)

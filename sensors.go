@@ -25,7 +25,6 @@ import (
 	"hash/crc32"
 	"io"
 	"log"
-	"maps"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -108,9 +107,8 @@ type runState struct {
 // A process runs a sensor.
 type process struct {
 	sensor string
-	pid    int           // 0 while it starts
-	stuck  bool          // SIGKILL did not end it
-	ended  chan struct{} // closed when its run is over
+	pid    int  // 0 while it starts
+	stuck  bool // SIGKILL did not end it
 }
 
 // A helpEntry is a help text that was asked for.
@@ -460,7 +458,6 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if p == nil {
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
-	defer close(p.ended)
 	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, tail: true, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
@@ -498,7 +495,7 @@ func (r *runState) add(name string) *process {
 			return nil
 		}
 	}
-	p := &process{sensor: name, ended: make(chan struct{})}
+	p := &process{sensor: name}
 	r.processes[p] = true
 	return p
 }
@@ -514,23 +511,6 @@ func (r *runState) running() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.processes)
-}
-
-// retire returns a channel that is closed when those runs of a sensor have ended
-// that are under way now. Runs that begin later are not waited for.
-func (r *runState) retire(name string) <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	runs, retired := maps.Clone(r.processes), make(chan struct{})
-	go func() {
-		defer close(retired)
-		for p := range runs {
-			if p.sensor == name {
-				<-p.ended
-			}
-		}
-	}()
-	return retired
 }
 
 // start starts the executable in dir. It is named relative to dir, so that it

@@ -4,7 +4,7 @@ package main
 // move to another monitor.
 //
 // A package is SENSOR.tar.bz2 (gzip and plain tar are taken, too) with one directory at the top, the
-// sensor's name:
+// sensor's name, and nothing else but what git archive and macOS add:
 //
 //	disk/                disk/check alone is enough
 //	disk/check
@@ -23,11 +23,12 @@ package main
 //	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
 //	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
 //	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
-//	sensors/.picket-gone-disk                  the installed version, out of the way; runs may still be in it
+//	sensors/.picket-gone-disk                  the installed version, out of the way
 //	sensors/disk                               the new version
 //
-// recover removes every other hidden name: nothing in it is needed. It also finishes or undoes what
-// older versions of picket left, .picket-lock and .picket-old-disk.
+// The last but one stays until the next change or start, as runs may still be in it. recover removes
+// it, and every other hidden name: nothing in it is needed. It also finishes or undoes what older
+// versions of picket left, .picket-lock and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -58,27 +59,26 @@ import (
 )
 
 const (
-	maxEntries   = 1024            // files and directories in a package
-	maxPath      = 255             // bytes of an entry's name
-	maxNesting   = 200             // directories in each other: maxPath allows for 128
-	maxPadding   = 1 << 20         // bytes behind the last entry: tar pads to 10 KiB
-	maxKeyFile   = 4 << 10         // bytes of a public key or signature: they have about 150
-	maxVersion   = 256             // bytes that are read of a file named version
-	spaceReserve = 256 << 10       // bytes of a file system that an update leaves free
-	dirSpace     = 4 << 10         // bytes that a directory is taken to need
-	lockTime     = time.Minute     // to wait for another process that changes sensors
-	otherRuns    = 5 * time.Second // to wait for runs of other processes in the replaced version
+	maxEntries   = 1024        // files and directories in a package
+	maxPath      = 255         // bytes of an entry's name
+	maxNesting   = 200         // directories in each other: maxPath allows for 128
+	maxKeyFile   = 4 << 10     // bytes of a public key or signature: they have about 150
+	maxVersion   = 256         // bytes that are read of a file named version
+	spaceReserve = 256 << 10   // bytes of a file system that an update leaves free
+	dirSpace     = 4 << 10     // bytes that a directory is taken to need
+	lockTime     = time.Minute // to wait for another process that changes sensors
 
 	lockName     = ".picket-lock"  // of older versions
 	oldPrefix    = ".picket-old-"  // of older versions: the replaced version of a sensor
-	gonePrefix   = ".picket-gone-" // to be removed
+	gonePrefix   = ".picket-gone-" // the version that was replaced: runs may be in it
 	backupLayout = "2006-01-02T15:04:05"
 )
 
 // An updater replaces sensors by packages, and by their backups.
 //
 // Whatever fails, power included, at every moment the old version or the new one is complete on the
-// disk, and after recover it is in its place and nothing else is left.
+// disk, and after recover it is in its place and nothing else is left. After a change only the version
+// that it replaced is left, for runs that are under way.
 type updater struct {
 	sensors     *sensors
 	backup      string // the directory of backups
@@ -87,15 +87,14 @@ type updater struct {
 	maxUnpacked int64  // bytes
 	keep        int    // backups of a sensor; 0 keeps all
 
-	progress func(step string)       // is told what is being done
-	step     func(what string) error // is asked before each change of the file system
+	step func(what string) error // is asked before each change of the file system
 }
 
-// newUpdater returns an updater that reports to nobody.
+// newUpdater returns an updater that asks nobody before a change.
 func newUpdater(s *sensors, backup, keys string, maxPackage, maxUnpacked int64, keep int) *updater {
 	return &updater{
 		sensors: s, backup: backup, keys: keys, maxPackage: maxPackage, maxUnpacked: maxUnpacked, keep: keep,
-		progress: func(string) {}, step: func(string) error { return nil },
+		step: func(string) error { return nil },
 	}
 }
 
@@ -160,7 +159,6 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 		if len(backups) == 0 {
 			return errors.New("there is no backup")
 		}
-		c.progress("copy")
 		newest = backups[len(backups)-1]
 		return c.copy(c.backups, newest, c.staging, name)
 	}, c.replace, func() error {
@@ -217,12 +215,12 @@ type change struct {
 	staging   dir
 	archive   *os.File // the package
 	tooLate   bool     // to call it off: the installed version is half removed
-	keepGone  bool     // runs are still in the version that was replaced
+	keepGone  bool     // runs may be in the version that it replaces
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
-// sensors. Before, it settles what an interrupted change left. Afterwards it removes all that is
-// left of this one.
+// sensors. Before, it removes what earlier changes left. Afterwards it removes what is left of this
+// one, but not the version that was replaced.
 func (c *change) make(steps ...func() error) error {
 	defer c.close()
 	if err := c.begin(lockTime); err != nil {
@@ -233,6 +231,7 @@ func (c *change) make(steps ...func() error) error {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
+	c.keepGone = true
 	err = c.stage()
 	for _, step := range steps {
 		if err == nil {
@@ -365,7 +364,6 @@ func (c *change) stagingPrefix() string {
 // try runs the staged version once, with the help argument. It must exit 0 within the sensors'
 // time-out.
 func (c *change) try() error {
-	c.progress("try")
 	s, dir := c.sensors, c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
 	case 0:
@@ -378,45 +376,57 @@ func (c *change) try() error {
 }
 
 // giveAway gives the staged version to the owner of the directory of sensors, so that an agent that
-// runs as him can replace it. It works from the inside out: what he could already exchange is not
-// touched any more.
-func (c *change) giveAway() error {
-	if os.Geteuid() != 0 || c.owner.Uid == 0 {
+// runs as him can replace it, and syncs it.
+func (c *change) giveAway() error { return c.give(c.staging, c.name) }
+
+// give is giveAway for a file, or a directory with all that is in it. It works from the inside out:
+// what the owner could already exchange is not touched any more. It skips links, which a trial may
+// have made.
+func (c *change) give(in dir, name string) error {
+	f, err := in.open(name, 0)
+	if errors.Is(err, syscall.ELOOP) {
 		return nil
+	} else if err != nil {
+		return err
 	}
-	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), syncFile(f)) })
+	defer f.Close()
+	names, err := f.names()
+	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
+		return err
+	}
+	for _, name := range names {
+		if err := c.give(f, name); err != nil {
+			return err
+		}
+	}
+	return errors.Join(chown(f.File, c.owner), syncFile(f.File))
 }
 
 // replace puts the staged version in the place of the sensor, and the installed one among the
 // backups. One rename decides: before it nothing has changed, after it settle can do the rest at
 // any time. If the rest fails twice, the change is called off, as long as the installed version is
 // whole.
-func (c *change) replace() error {
-	c.progress("swap")
-	backup, newName, isNew := "", newPrefix+c.name, !c.installed.has(c.name)
-	var err error
-	if !isNew {
-		backup, err = c.backUp(c.name, c.name)
+func (c *change) replace() (err error) {
+	backup, newName := "", newPrefix+c.name
+	if c.installed.has(c.name) {
+		if backup, err = c.backUp(c.name, c.name); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		err = c.staging.rename(c.name, c.installed, newName)
-	}
-	if err != nil && !c.installed.has(newName) {
+	if err = c.staging.rename(c.name, c.installed, newName); err != nil && !c.installed.has(newName) {
 		return err
 	}
-	err = c.finish(c.name)
-	if err != nil { // perhaps what failed once works now
+	if err = c.finish(c.name); err != nil { // perhaps what failed once works now
 		err = c.finish(c.name)
 	}
-	if err != nil && c.installed.has(newName) {
-		if !c.tooLate {
-			c.tidy(c.undo(backup))
-		}
-		return err
+	if err == nil || !c.installed.has(newName) {
+		c.tidy(err) // of the last sync: the new version is in its place, as all can see
+		return nil
 	}
-	c.tidy(err) // of the last sync: the new version is in its place, as all can see
-	c.keepGone = !isNew && !c.awaitRuns()
-	return nil
+	if !c.tooLate {
+		c.tidy(c.undo(backup))
+	}
+	return err
 }
 
 // undo takes back a change that was decided but could not be finished. The backup, "" if there was
@@ -487,36 +497,6 @@ func (c *change) finish(name string) error {
 	return c.installed.rename(newPrefix+name, c.installed, name)
 }
 
-// awaitRuns waits until no run is in the version that was replaced, because that is removed next. It
-// waits for runs of other processes for otherRuns at most, and reports false if the change has to end
-// before the runs do.
-func (c *change) awaitRuns() bool {
-	select {
-	case <-c.sensors.retire(c.name):
-	case <-c.ctx.Done():
-		return false
-	}
-	for end := time.Now().Add(otherRuns); c.inUse(gonePrefix+c.name) && time.Now().Before(end); {
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-c.ctx.Done():
-			return false
-		}
-	}
-	return true
-}
-
-// inUse reports whether any process works in a directory among the sensors. A run of the agent does
-// so while picket install changes its sensor. Without /proc it reports false.
-func (c *change) inUse(name string) bool {
-	sensors, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", c.installed.Fd()))
-	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
-	return err == nil && slices.ContainsFunc(links, func(link string) bool {
-		cwd, _ := os.Readlink(link) // a stat could hang on a dead disk or network
-		return strings.HasPrefix(cwd+"/", filepath.Join(sensors, name)+"/")
-	})
-}
-
 // settle finishes the changes that were decided, and removes what is left of all others. If that
 // fails for one sensor, settle goes on with the next.
 //
@@ -569,8 +549,8 @@ func (c *change) settleOld(name string) error {
 	return err
 }
 
-// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later:
-// a version that is half removed must not be taken for a whole one.
+// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later: runs
+// may be in it, and a version that is half removed must not be taken for a whole one.
 func (c *change) discard(file, name string) error {
 	if err := c.installed.remove(gonePrefix + name); err != nil {
 		return err
@@ -587,13 +567,13 @@ func versionOf(file, prefix string) (name string, ok bool) {
 }
 
 // removeRubbish removes staging directories and all hidden names of picket among the sensors, except
-// those of versions that settle still needs and a directory that runs are still in.
+// those of versions that settle still needs or that this change has replaced.
 func (c *change) removeRubbish() error {
 	isStaging := func(file string) bool { return strings.HasPrefix(file, c.stagingPrefix()) }
 	return errors.Join(c.beside.removeWhere(isStaging), c.installed.removeWhere(func(file string) bool {
 		_, isNew := versionOf(file, newPrefix)
 		_, isOld := versionOf(file, oldPrefix)
-		keep := isNew || isOld || file == lockName || c.keepGone && file == gonePrefix+c.name
+		keep := isNew || isOld || file == lockName || c.keepGone && strings.HasPrefix(file, gonePrefix)
 		return !keep && (strings.HasPrefix(file, ".picket-") || isStaging(file))
 	}))
 }
@@ -610,10 +590,7 @@ func (c *change) removeHiddenBackups(all bool) error {
 // isUnsettled reports whether something is left of an earlier change of this sensor.
 func (c *change) isUnsettled() bool {
 	made, err := c.backupsOf(c.name, true)
-	return err != nil || len(made) > 0 ||
-		slices.ContainsFunc([]string{newPrefix, oldPrefix, gonePrefix}, func(prefix string) bool {
-			return c.installed.has(prefix + c.name)
-		})
+	return err != nil || len(made) > 0 || c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name)
 }
 
 // backupsOf lists the published or the hidden backups of a sensor, the oldest first.
@@ -637,7 +614,8 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// prune removes the oldest backups of each sensor, so that keep of them remain; 0 removes none.
+// prune removes the oldest backups of each sensor, so that keep of them remain; 0 removes none. It logs
+// each that it removes.
 func (c *change) prune() error {
 	files, err := c.backups.names()
 	errs, count := []error{err}, make(map[string]int)
@@ -647,7 +625,10 @@ func (c *change) prune() error {
 			continue
 		}
 		if count[name]++; count[name] > c.keep {
-			errs = append(errs, c.removeBackup(files[i]))
+			err := c.removeBackup(files[i])
+			if errs = append(errs, err); err == nil {
+				log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", files[i], c.keep)
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -669,58 +650,52 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	if err != nil {
 		return err
 	}
-	link := func(string) error { return os.Link(from.at(name), to.at(as)) }
-	switch kind := info.Mode().Type(); {
-	case kind.IsDir():
-	case kind == fs.ModeSymlink: // of an administrator's own sensor
+	switch info.Mode().Type() {
+	case fs.ModeDir:
+	case fs.ModeSymlink: // of an administrator's own sensor
 		target, err := os.Readlink(from.at(name))
 		if err != nil {
 			return err
 		}
 		return to.do("link", as, func(path string) error { return os.Symlink(target, path) })
-	case !kind.IsRegular():
+	case 0:
+		if to.do("link", as, func(path string) error { return os.Link(from.at(name), path) }) == nil {
+			return nil
+		}
+	default:
 		return fmt.Errorf("copy %s: neither a file nor a directory", from.path(name))
-	case to.do("link", as, link) == nil:
-		return nil
 	}
 	f, err := from.open(name, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if info, err = f.Stat(); err != nil {
+	if info, err = f.Stat(); err != nil { // of what is there now
 		return err
 	}
-	if info.IsDir() {
-		return c.copyDir(f, info, to, as)
+	if !info.IsDir() {
+		if err := to.enoughSpace(info.Size()); err != nil {
+			return err
+		}
+		// A pipe that somebody has put in its place has the size 0, so that it is not read.
+		return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 	}
-	if err := to.enoughSpace(info.Size()); err != nil {
-		return err
-	}
-	// A pipe that somebody has put in its place has the size 0, so that it is not read.
-	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
-}
-
-// copyDir copies an open directory, as copy does.
-func (c *change) copyDir(from dir, info fs.FileInfo, to dir, as string) error {
 	target, err := to.mkdir(as, info.Mode().Perm()|0o700)
 	if err != nil {
 		return err
 	}
 	defer target.Close()
-	names, err := from.names()
+	names, err := f.names()
 	for _, name := range names {
 		if err == nil {
-			err = c.copy(from, name, target, name)
+			err = c.copy(f, name, target, name)
 		}
 	}
-	if err == nil {
-		err = chown(target.File, ownerOf(info)) // last: until here he cannot change it
+	if err != nil {
+		return err
 	}
-	if err == nil {
-		err = syncFile(target.File)
-	}
-	return err
+	// He gets it last: until here he cannot change it.
+	return errors.Join(chown(target.File, ownerOf(info)), syncFile(target.File))
 }
 
 // A dir is an open directory. All its methods work in that directory and nowhere else, whatever its
@@ -763,12 +738,8 @@ func (d dir) open(name string, flags int) (dir, error) {
 	if d.depth == maxNesting {
 		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
 	}
-	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
-	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
-	if err != nil {
-		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
-	}
-	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
+	f, err := openIn(d.File, name, flags|syscall.O_NOFOLLOW)
+	return dir{f, d.depth + 1, d.step}, err
 }
 
 // do asks step and then makes a change at the path of a name. Its error shows the usual path, not
@@ -837,30 +808,7 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 	if _, err := io.Copy(f, from); err != nil {
 		return err
 	}
-	if err := d.step("sync " + f.Name()); err != nil {
-		return err
-	}
 	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
-}
-
-// each calls visit for a file, or for all that is in a directory, however deep, and then for the
-// directory itself. It skips links, which a trial may have made.
-func (d dir) each(name string, visit func(*os.File) error) error {
-	f, err := d.open(name, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	names, err := f.names()
-	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
-		return err
-	}
-	for _, name := range names {
-		if err := f.each(name, visit); err != nil && !errors.Is(err, syscall.ELOOP) {
-			return err
-		}
-	}
-	return visit(f.File)
 }
 
 // remove removes a name, with all that is in it. A name that does not exist is no error.
@@ -927,9 +875,10 @@ func (d dir) enoughSpace(size int64) error {
 	return nil
 }
 
-// fetch writes the package to the staging directory, and no more of it than is allowed.
+// fetch writes the package to the staging directory, and no more of it than is allowed. No sensor can
+// have the name of the file.
 func (c *change) fetch() error {
-	f, err := c.staging.create("package")
+	f, err := c.staging.create(".package")
 	if err != nil {
 		return err
 	}
@@ -942,7 +891,6 @@ func (c *change) fetch() error {
 		if err := c.staging.enoughSpace(int64(len(p))); err != nil {
 			return 0, err
 		}
-		c.progress(fmt.Sprintf("fetch %d bytes", written))
 		return f.Write(p)
 	})
 	if err := c.from.archive(c.ctx, to); err != nil {
@@ -957,7 +905,6 @@ func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
 	}
-	c.progress("verify")
 	if err := c.checkSignature(); err != nil {
 		return fmt.Errorf("verify: %w", err)
 	}
@@ -1006,22 +953,25 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, names := filepath.Dir(file), []string{filepath.Base(file)}
+	names := []string{file}
 	if info.IsDir() {
-		dir = file
-		if names, err = fs.Glob(os.DirFS(dir), "*.pub"); err != nil || len(names) == 0 {
-			return nil, fmt.Errorf("no *.pub in %s", dir)
+		names, err = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
+		if err != nil || len(names) == 0 {
+			return nil, fmt.Errorf("no *.pub in %s", file)
+		}
+		for i := range names {
+			names[i] = filepath.Join(file, names[i])
 		}
 	}
 	keys := make(map[string]ed25519.PublicKey)
 	for _, name := range names {
-		text, err := readSmall(filepath.Join(dir, name), maxKeyFile)
+		text, err := readSmall(name, maxKeyFile)
 		if err != nil {
 			return nil, err
 		}
 		number, key, err := parseSignify(text, ed25519.PublicKeySize)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		keys[number] = key
 	}
@@ -1029,7 +979,8 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 }
 
 // parseSignify reads a key or a signature of signify: a line of comment, and a line of base64 with
-// "Ed", 8 bytes of key number and size bytes of data. Nothing else may be in it.
+// "Ed", 8 bytes of key number and size bytes of data. Blanks and empty lines may follow, as an editor or
+// Windows leaves them; nothing else may be in it.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
 	comment, rest, ok := strings.Cut(string(text), "\n")
 	switch {
@@ -1038,7 +989,7 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	case !ok:
 		return "", nil, errors.New("it has one line only")
 	}
-	line := strings.TrimSuffix(rest, "\n")
+	line := strings.TrimRight(rest, " \t\r\n")
 	if strings.ContainsAny(line, "\r\n") {
 		return "", nil, errors.New("it has more than two lines")
 	}
@@ -1054,11 +1005,9 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	return string(data[2:10]), data[10:], nil
 }
 
-// unpack unpacks the package into the staging directory. When it returns nil, the directory of the
-// sensor is complete there and on the disk. An archive that is cut off, even between two entries, is
+// unpack unpacks the package into the staging directory. An archive that is cut off, even between two entries, is
 // an error; what follows the end of an archive is ignored.
 func (c *change) unpack() error {
-	c.progress("unpack")
 	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
@@ -1066,11 +1015,8 @@ func (c *change) unpack() error {
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	// Besides its content an entry takes up to 2 KiB: header, long name, padding.
-	most := c.maxUnpacked + maxEntries*2048 + maxPadding
-	limited := &limitedReader{r: contents, left: most, limit: c.maxUnpacked}
-	p := &unpacking{change: c, left: c.maxUnpacked, seen: make(map[string]bool)}
-	for r := tar.NewReader(limited); ; {
+	p := &unpacking{change: c, contents: contents, left: c.maxUnpacked}
+	for r := tar.NewReader(p); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			break
@@ -1082,17 +1028,16 @@ func (c *change) unpack() error {
 			return fmt.Errorf("unpack %s: %w", cut(h.Name), err)
 		}
 	}
-	if limited.ended { // before the two blocks of zeros that end an archive
+	if p.ended { // before the two blocks of zeros that end an archive
 		return errors.New("unpack: the archive is cut off")
 	}
-	if _, err := io.Copy(io.Discard, limited); err != nil { // at the very end checksums are compared
+	if _, err := io.Copy(io.Discard, p); err != nil { // at the very end checksums are compared
 		return fmt.Errorf("unpack: %w", err)
 	}
-	err = c.staging.each(c.name, syncFile)
-	if errors.Is(err, fs.ErrNotExist) {
+	if !c.staging.has(c.name) {
 		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
-	return err
+	return nil
 }
 
 // uncompressed recognises bzip2, gzip and plain tar by what they begin with.
@@ -1111,39 +1056,38 @@ func uncompressed(r *bufio.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// A limitedReader fails when more comes than it may read: a package of 785 bytes can unpack to 1 GiB.
-type limitedReader struct {
-	r           io.Reader
-	left, limit int64
-	ended       bool // the latest Read found nothing more
+// An unpacking is the state of one unpack. It reads the archive, and fails when more comes than it may
+// read: a package of 785 bytes can unpack to 1 GiB.
+type unpacking struct {
+	*change
+	contents io.Reader
+	left     int64 // bytes that may still come
+	ended    bool  // the latest Read found nothing more
+	entries  int   // files and directories so far
 }
 
-func (l *limitedReader) Read(p []byte) (int, error) {
-	if l.left <= 0 {
-		return 0, fmt.Errorf("unpacks to more than max_unpacked, %d bytes", l.limit)
+func (p *unpacking) Read(b []byte) (int, error) {
+	if p.left <= 0 {
+		return 0, p.tooLarge()
 	}
-	n, err := l.r.Read(p[:min(int64(len(p)), l.left)])
-	l.left -= int64(n)
-	l.ended = n == 0 && errors.Is(err, io.EOF)
+	n, err := p.contents.Read(b[:min(int64(len(b)), p.left)])
+	p.left -= int64(n)
+	p.ended = n == 0 && errors.Is(err, io.EOF)
 	return n, err
 }
 
-// An unpacking is the state of one unpack.
-type unpacking struct {
-	*change
-	left int64           // bytes of content that may still come
-	seen map[string]bool // the names so far; false: a directory without an entry of its own until now
+func (p *unpacking) tooLarge() error {
+	return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
 }
 
 // entry unpacks one entry of the package, or returns why it does not belong there.
 func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
-	name, err := p.entryName(h)
-	if err != nil || name == "." {
+	name, err := entryName(h)
+	if err != nil || name == "" {
 		return err
 	}
-	own, known := p.seen[name]
-	if own || known && h.Typeflag != tar.TypeDir {
-		return errors.New("twice in the package")
+	if top, _, _ := strings.Cut(name, "/"); top != p.name {
+		return fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
 	}
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
 	if h.Typeflag == tar.TypeDir {
@@ -1152,7 +1096,6 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 			return err
 		}
 		defer d.Close()
-		p.seen[name] = true
 		return d.Chmod(mode | 0o700)
 	}
 	parent, err := p.directory(path.Dir(name))
@@ -1160,24 +1103,35 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 		return err
 	}
 	defer parent.Close()
-	if err := p.count(name, h.Size, parent); err != nil {
+	if parent.has(path.Base(name)) {
+		return errors.New("twice in the package")
+	}
+	if err := p.count(h.Size, parent); err != nil {
 		return err
 	}
-	p.seen[name] = true
 	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
-// entryName returns the name of an entry that may be unpacked: a plain path in the sensor's
-// directory.
-func (p *unpacking) entryName(h *tar.Header) (string, error) {
-	name := strings.TrimPrefix(h.Name, "./")
+// entryName returns the name of an entry, a plain path, or "" for an entry that is left out. It refuses
+// what no sensor needs.
+func entryName(h *tar.Header) (string, error) {
+	name := strings.TrimSuffix(strings.TrimPrefix(h.Name, "./"), "/")
 	switch h.Typeflag {
 	case tar.TypeReg:
-	case tar.TypeDir:
-		name = strings.TrimSuffix(name, "/")
-		if name == "" || name == "." {
-			return ".", nil // the directory that tar was called in
+		if strings.HasPrefix(path.Base(name), "._") { // macOS keeps attributes of a file there
+			return "", nil
 		}
+	case tar.TypeDir:
+		if name == "" || name == "." { // the directory that tar was called in
+			return "", nil
+		}
+	case tar.TypeXGlobalHeader: // git archive writes the commit there
+		for record := range h.PAXRecords {
+			if record != "comment" && !strings.HasSuffix(record, "time") {
+				return "", fmt.Errorf("a header that sets %s of all entries", cut(record))
+			}
+		}
+		return "", nil
 	case tar.TypeSymlink, tar.TypeLink:
 		return "", errors.New("links are refused")
 	default:
@@ -1188,22 +1142,13 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 			return "", errors.New("sparse files are refused")
 		}
 	}
-	top, _, _ := strings.Cut(name, "/")
 	switch {
-	case strings.HasPrefix(name, "/"):
-		return "", errors.New("an absolute path")
 	case slices.Contains(strings.Split(name, "/"), ".."):
 		return "", errors.New("path escapes the package")
 	case len(name) > maxPath:
 		return "", fmt.Errorf("a name of more than %d bytes", maxPath)
-	case oneLine(name) != name || strings.ToValidUTF8(name, "") != name:
-		return "", errors.New("a name with control characters")
-	case path.Clean(name) != name:
+	case oneLine(name) != name || !fs.ValidPath(name):
 		return "", errors.New("not a plain path")
-	case top != p.name:
-		return "", fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
-	case name == p.name && h.Typeflag != tar.TypeDir:
-		return "", errors.New("not a directory")
 	}
 	return name, nil
 }
@@ -1219,23 +1164,23 @@ func (p *unpacking) directory(name string) (dir, error) {
 		return dir{}, err
 	}
 	defer parent.Close()
-	if _, known := p.seen[name]; known {
+	if parent.has(path.Base(name)) {
 		return parent.open(path.Base(name), syscall.O_DIRECTORY)
 	}
-	if err := p.count(name, 0, parent); err != nil {
+	if err := p.count(0, parent); err != nil {
 		return dir{}, err
 	}
 	return parent.mkdir(path.Base(name), 0o755)
 }
 
 // count counts a file or directory of the package, including one that appears only in the path of a
-// file. It fails if there are too many, or if size bytes of content more are too much.
-func (p *unpacking) count(name string, size int64, in dir) error {
-	if p.seen[name] = false; len(p.seen) > maxEntries {
+// file. It fails if there are too many, or if size bytes of content are too much.
+func (p *unpacking) count(size int64, in dir) error {
+	if p.entries++; p.entries > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
 	}
-	if p.left -= size; p.left < 0 {
-		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
+	if size > p.left {
+		return p.tooLarge()
 	}
 	return in.enoughSpace(size + dirSpace)
 }
@@ -1283,11 +1228,10 @@ func (d dir) version(name string) (version []uint64, err error) {
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err != nil {
-		return nil, err
+	var text []byte
+	if err == nil && info.Mode().IsRegular() { // a pipe may keep its reader waiting for ever
+		text, err = io.ReadAll(io.LimitReader(f, maxVersion+1))
 	}
-	// The size of a pipe is 0, so that it is not read: that could take for ever.
-	text, err := io.ReadAll(io.LimitReader(f, min(info.Size(), maxVersion+1)))
 	if err != nil {
 		return nil, err
 	}
