@@ -1785,24 +1785,51 @@ func TestHelpTexts(t *testing.T) {
 	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
 	tooLong := strings.Repeat("x", maxName+1)
 	for name, script := range map[string]string{
-		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1",
+		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1", "still": "",
 	} {
 		writeSensor(t, s.path, name, script)
 	}
-	writeTree(t, s.path, files{"empty/": ""})
+	writeTree(t, s.path, files{"empty/": "", "deep/check/check": "", "script/check.sh": "", "README": ""})
+	must(t, errors.Join(os.Chmod(filepath.Join(s.path, "still/check"), 0o644), os.Symlink("x", s.path+"/empty/check")))
 	got, err := s.helpTexts(ctx)
 	must(t, err)
+	has(t, "one without the run bit", got["still"], "no help: still options: exit 126: …permission denied")
+	delete(got, "still")
 	equal(t, "the texts", got, files{
 		"silent": "no help: silent options: nothing said",
 		"s":      "x <vol>  one\ny      two",
 		"mute":   `no help: mute options: exit 7: "why not"`,
 	})
-	names, unusable, err := s.names()
+	names, missing, err := s.names()
 	must(t, err)
-	equal(t, "names", [][]string{names, unusable}, [][]string{{"mute", "s", "silent"}, {tooLong}})
+	equal(t, "names", names, []string{"mute", "s", "silent", "still"})
+	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory sensor "empty": there is …`+
+		`sensor "script": there is … sensor "still": check may not be run: chmod 755 …/still/check sensor "xx…`+
+		`: its name is not plain text of at most 234 bytes]`)
 	s.path += "/none"
 	if _, err := s.helpTexts(ctx); err == nil {
 		t.Error("got no error; want one where there is no directory")
+	}
+}
+
+// TestFitHelps: names come first, then why changes failed, then what else there is room for.
+func TestFitHelps(t *testing.T) {
+	for _, count := range []int{2, 300, 2000} {
+		texts, failed, last := make(files), make(files), 0
+		for i := 0; i < count; i++ {
+			name := fmt.Sprint("sensor", i)
+			texts[name], failed[name] = strings.Repeat("<é>\n", 500), strings.Repeat(`"é`, i)
+		}
+		listed, left := fitHelps(texts, failed)
+		size := 0
+		for name, text := range listed {
+			_, line, _ := strings.Cut(text.(string), "\nlast change failed: ")
+			expect(t, encodedLen(line) <= 200 && strings.HasPrefix(failed[name], line), "got %q; want 200 bytes", line)
+			size += nameCost + encodedLen(name) + encodedLen(text.(string))
+			last += min(len(line), 1)
+		}
+		expect(t, size <= maxHelps && len(listed)+left == count && (last > 150 || count != 300),
+			"%d: got %d bytes, %d with a last line, %d left out", count, size, last, left)
 	}
 }
 
@@ -4877,7 +4904,9 @@ func crashChild(spec string) {
 func TestReplacedRun(t *testing.T) {
 	for _, remove := range []func(*updater) error{
 		func(u *updater) error { return u.recover(ctx) },
-		func(u *updater) error { return u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), "")) },
+		func(u *updater) error {
+			return u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), ""))
+		},
 	} {
 		open := gate(filepath.Join(t.TempDir(), "gate"))
 		u := testUpdater(t, t.TempDir(), files{"sensors/demo/lib/n": "7",
@@ -5763,6 +5792,35 @@ func TestStoryUpdate(t *testing.T) {
 	wants(t, receive(t, "the outcome", b.readings), "ticket 14: exit 0, value 1")
 	n := b.tries.Load()
 	expect(t, n <= 5, "got %d calls of the monitor; want 5 at most, to store 3 readings", n)
+}
+
+// TestStoryChangeFailed: the list of sensors says why the latest change failed of those that are
+// installed, without passwords, until one succeeds.
+func TestStoryChangeFailed(t *testing.T) {
+	broken := packageOf(t, entry("demo/check", "#!/bin/sh\necho 'no ftp://u:secret@h\nhere' >&2; exit 3"))
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"sensors/demo/check": printing(1), "sensors/s/check": printing(1), "packages/demo.tar.bz2": broken,
+	})
+	a := b.run(t)
+	change := func(method, sensor, outcome, want string) {
+		t.Helper()
+		wants(t, b.ask(t, "cmd_"+method+"_sensor_code", sensor, 1), "ticket 1: "+outcome)
+		listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
+		got := fmt.Sprint(listed["demo"])
+		expect(t, like(got, want) && !strings.Contains(got, "secret"), "got %q; want %q", got, want)
+		equal(t, "the others", []any{listed["s"], listed["picket"], len(listed)}, []any{"1", ownHelp(), 3})
+	}
+	const tried = "1\nlast change failed: try check options: exit 3: …xxxxx@h here…"
+	change("update", "demo", "exit 1", tried)
+	change("update", "none", "exit 1", tried)
+	change("update", "picket", "exit 1", tried)
+	a.reload(ctx)
+	change("update", "demo", "exit 1", tried)
+	change("rollback", "demo", "exit 1", "1\nlast change failed: there is no backup")
+	writeTree(t, b.packages, files{"demo.tar.bz2": demoPackage(t, 2)})
+	change("update", "demo", "exit 0", "2")
+	change("rollback", "demo", "exit 0", "1")
+	equal(t, "kept", len(a.failed), 0)
 }
 
 // TestStoryMove: the agent moves when, and only when, all is well.

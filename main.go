@@ -77,6 +77,7 @@ import (
 	"io"
 	"log"
 	"log/syslog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -634,6 +635,9 @@ type agent struct {
 	ctx    context.Context // for work that has no place in the queue
 	cancel context.CancelFunc
 
+	failedMu sync.Mutex
+	failed   map[string]string // why the latest change of a sensor failed; failedMu guards it
+
 	changing sync.Mutex // held while new settings are applied or client.cfg is written
 	listener net.Listener
 	served   chan error // why a listener is no longer served
@@ -647,7 +651,7 @@ func newAgent(s settings) (*agent, error) {
 	}
 	a := &agent{
 		listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(),
-		served: make(chan error, 1), applied: func(settings) {},
+		served: make(chan error, 1), applied: func(settings) {}, failed: make(map[string]string),
 	}
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
@@ -1124,13 +1128,31 @@ func (a *agent) runCommand(ctx context.Context, c command) reading {
 // runChange makes a change and returns its outcome as a reading.
 func (a *agent) runChange(ctx context.Context, c command) reading {
 	begun := time.Now()
-	if err := a.change(ctx, c); err != nil {
-		a.events.printf(warning+"%s: %s", c, oneLine(err.Error()))
+	err := a.change(ctx, c)
+	a.noteChange(c, err)
+	if err != nil {
+		a.events.printf(warning+"%s: %s", c, oneLine(maskedError{err}.Error()))
 		return reading{code: exitFailed, taken: time.Now(), reason: err.Error()}
 	}
 	log.Printf(notice+"%s: done in %v", c, time.Since(begun).Round(time.Millisecond))
 	debug.FreeOSMemory() // decompression took more than anything else does
 	return reading{value: "1", taken: time.Now()}
+}
+
+// noteChange keeps, for cmd_list_sensors, why the latest change of a sensor
+// failed. Only sensors that are installed are kept.
+func (a *agent) noteChange(c command, err error) {
+	if c.change == "move" {
+		return
+	}
+	a.failedMu.Lock()
+	defer a.failedMu.Unlock()
+	delete(a.failed, c.sensor)
+	if err != nil {
+		a.failed[c.sensor] = oneLine(maskedError{err}.Error())
+	}
+	path := a.active.Load().sensors.path
+	maps.DeleteFunc(a.failed, func(name, _ string) bool { return !exists(filepath.Join(path, name)) })
 }
 
 // change changes a sensor, or the monitor that the agent belongs to. An error
@@ -1190,7 +1212,9 @@ func (a *agent) listSensors(_ request, params []any) (any, error) {
 		texts = make(map[string]string)
 	}
 	texts[ownSensor] = ownHelp()
-	listed, left := fitHelps(texts)
+	a.failedMu.Lock()
+	listed, left := fitHelps(texts, a.failed)
+	a.failedMu.Unlock()
 	if left > 0 {
 		a.handler.refused.printf(warning+"cmd_list_sensors: %s left out: the answer is full", plural(left, "sensor"))
 	}
@@ -1230,14 +1254,14 @@ func runList(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
+	_, missing, _ := sensors.names()
+	for _, line := range missing {
+		log.Print(warning + line)
+	}
 	if len(texts) == 0 {
 		return errors.New(noSensors(sensors))
 	}
 	texts[ownSensor] = ownHelp()
-	_, unusable, _ := sensors.names()
-	for _, name := range unusable {
-		log.Printf(warning+"sensor %s: its name is not plain text of at most %d bytes", cut(name), maxName)
-	}
 	for _, name := range sortedKeys(texts) {
 		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
 	}
