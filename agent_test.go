@@ -4111,25 +4111,36 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// TestInstallModes: whatever the umask, the first sensor has the modes of its
-// package without the dangerous ones, and the user of the sensors reaches it.
+// TestInstallModes: whatever the umask, the first sensor has the modes of its package without the
+// dangerous ones, and the user of the sensors, whoever that is, can run it.
 func TestInstallModes(t *testing.T) {
-	defer syscall.Umask(syscall.Umask(0o077))
-	dir := t.TempDir()
-	s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, nil)
-	u := newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+	defer syscall.Umask(syscall.Umask(0))
 	archive := packageOf(t, packed{Header: tar.Header{Name: "demo/", Mode: 0o7777}},
-		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: printing(1)},
-		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", ""))
-	must(t, u.plainInstall(fromText(archive, "")))
-	for name, want := range map[string]string{
-		"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "backup": "drwx------",
-		"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
-		"new/sensors/demo/secret": "-rw-------",
-		"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
-	} {
-		info := get(os.Stat(filepath.Join(dir, name)))
-		equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
+		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: "#!/bin/sh\n. ./lib/data\n"},
+		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", "echo 1"))
+	users := []*sensorUser{nil, {credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}}
+	if os.Geteuid() != 0 {
+		users = users[:1]
+	}
+	for i, umask := range []int{0o022, 0o027, 0o077, 0o027, 0o077} {
+		dir := t.TempDir()
+		forEverybody(t, dir)
+		syscall.Umask(umask)
+		s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, users[i%len(users)])
+		u := newUpdater(s, filepath.Join(dir, "other/backup"), "", 1<<20, 2<<20, 3)
+		must(t, u.plainInstall(fromText(archive, "")))
+		for name, want := range map[string]string{
+			"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "other": "drwxr-xr-x", "other/backup": "drwx------",
+			"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
+			"new/sensors/demo/secret": "-rw-------",
+			"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
+		} {
+			info := get(os.Stat(filepath.Join(dir, name)))
+			equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
+		}
+		must(t, errors.Join(u.plainInstall(fromText(archive, "")), u.rollback(ctx, "demo")))
+		equal(t, "the reading", summaryOf(s, "demo"), "0 1")
+		syscall.Umask(0)
 	}
 }
 
@@ -5383,13 +5394,42 @@ func (s syslogSocket) has(t testing.TB, severity, text string) {
 	}
 }
 
+// zoneAhead is a zone as OpenWrt has it in TZ, which is five and a half hours ahead.
+const zoneAhead = "TZ=XST-5:30"
+
+// isAhead wants a time to be the present one in zoneAhead.
+func isAhead(t *testing.T, what, layout, text string) {
+	t.Helper()
+	at, err := time.Parse(layout, text)
+	must(t, err)
+	now := time.Now().UTC().Add(5*time.Hour + 30*time.Minute)
+	age := now.Sub(at.AddDate(max(now.Year()-at.Year(), 0), 0, 0)) // the times of syslog have no year
+	expect(t, age > -time.Second && age < patience, "%s: got %s; want %s", what, text, now.Format(layout))
+}
+
+// TestOneZone: readings and backups have the time of the box's zone.
+func TestOneZone(t *testing.T) {
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1),
+	})
+	cmd := self(t, b.dir)
+	cmd.Env = append(cmd.Env, zoneAhead)
+	b.startAs(t, cmd)
+	got := b.ask(t, "cmd_update_sensor_code", "demo", 1)
+	isAhead(t, "the reading", dateTimeLayout, fmt.Sprint(got.time))
+	_, name, _ := strings.Cut(filepath.Base(glob(t, filepath.Join(b.dir, "backup/*"))[0]), "_")
+	isAhead(t, "the backup", backupLayout, name)
+}
+
 // TestSyslog: each line goes to the local syslog with its severity, and to standard
 // error while there is no syslog. The agent does not wait for one that takes nothing.
 func TestSyslog(t *testing.T) {
 	needsRoot(t)
 	b := newBox(t, "log = syslog\n", files{"dev/null": "", "sensors/s/check": printing(1)})
 	script := `mount --bind /dev/null dev/null && mount --rbind dev /dev && exec "$1"` // a /dev/log of its own
-	p := b.startAs(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh"))
+	cmd := wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh")
+	cmd.Env = append(cmd.Env, zoneAhead)
+	p := b.startAs(t, cmd)
 	wantLog(t, &p.log, "syslog: ")
 	b.read(t, 1, "s")
 	wantLog(t, &p.log, "picket: command cmd_submit_reading … ticket 1")
@@ -5397,11 +5437,13 @@ func TestSyslog(t *testing.T) {
 	must(t, err)
 	defer l.Close()
 	s := syslogSocket{l}
+	var line string
 	await(t, "a line in syslog", func() bool { // syslog may be looked for only now and then
 		p.signal(t, syscall.SIGUSR1)
-		_, err := s.next(100 * time.Millisecond)
+		line, err = s.next(100 * time.Millisecond)
 		return err == nil
 	})
+	isAhead(t, "the line", time.Stamp, line[len("<29>"):][:len(time.Stamp)])
 	b.read(t, 2, "s")
 	s.has(t, "30", " picket[…]: command cmd_submit_reading …ticket 2")
 	p.signal(t, syscall.SIGUSR1)
