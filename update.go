@@ -40,7 +40,6 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -153,11 +152,11 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
 	return c.make(func() error {
 		backups, err := c.backupsOf(name, false)
+		if err == nil && len(backups) == 0 {
+			err = errors.New("there is no backup")
+		}
 		if err != nil {
 			return err
-		}
-		if len(backups) == 0 {
-			return errors.New("there is no backup")
 		}
 		newest = backups[len(backups)-1]
 		return c.copy(c.backups, newest, c.staging, name)
@@ -195,10 +194,8 @@ func (u *updater) ownerWarning() string {
 	if err != nil || err2 != nil || os.Geteuid() != 0 || ownerOf(sensors).Uid == 0 || ownerOf(backups).Uid != 0 {
 		return ""
 	}
-	uid, gid := ownerOf(sensors).Uid, ownerOf(sensors).Gid
-	return fmt.Sprintf("%s belongs to user %d, who can change what the agent runs, but %s to root: "+
-		"give both to root with chown -R 0:0 %s, or both to him with chown -R %d:%d %s",
-		u.sensors.path, uid, u.backup, u.sensors.path, uid, gid, u.backup)
+	return fmt.Sprintf("%s belongs to user %d, who can change what the agent runs: "+
+		"give it to root with chown -R 0:0 %s", u.sensors.path, ownerOf(sensors).Uid, u.sensors.path)
 }
 
 // A change is the state of one change of a sensor, or of recovery. Its directories are open, and
@@ -334,15 +331,11 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// stage makes the staging directory, with a name that nobody can guess. It lies beside the
-// directory of sensors, so that the owner of that cannot exchange it. If nothing can be renamed from
-// there into the directory of sensors, for instance because that is a mount, it lies among them.
+// stage makes the staging directory. It lies beside the directory of sensors, so that the owner of that
+// cannot exchange it. If nothing can be renamed from there into the directory of sensors, for instance
+// because that is a mount, it lies among them.
 func (c *change) stage() (err error) {
-	random := make([]byte, 8)
-	if _, err := rand.Read(random); err != nil {
-		return err
-	}
-	name := fmt.Sprintf("%s%x", c.stagingPrefix(), random)
+	name := c.stagingPrefix() + strconv.FormatInt(time.Now().UnixNano(), 36)
 	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
 		probe, err := c.staging.mkdir(name, 0o700) // two mounts may be of one device: only trying tells
 		probe.Close()
@@ -774,11 +767,9 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 		return dir{}, err
 	}
 	info, err := made.Stat()
-	if err == nil {
-		var names []string
-		if names, err = made.names(); len(names) > 0 || int(ownerOf(info).Uid) != os.Geteuid() {
-			err = fmt.Errorf("mkdir %s: somebody has exchanged it", made.Name())
-		}
+	names, err2 := made.names()
+	if err = errors.Join(err, err2); err == nil && (len(names) > 0 || int(ownerOf(info).Uid) != os.Geteuid()) {
+		err = fmt.Errorf("mkdir %s: somebody has exchanged it", made.Name())
 	}
 	if err == nil {
 		err = made.Chmod(mode)
@@ -899,50 +890,41 @@ func (c *change) fetch() error {
 	return nil
 }
 
-// verify checks the signature of the package, before any byte of it is parsed. If no key is set, it
-// takes every package.
+// verify checks the signature of the package with the key whose number it names, before any byte of the
+// package is parsed. If no key is set, it takes every package.
 func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
 	}
-	if err := c.checkSignature(); err != nil {
-		return fmt.Errorf("verify: %w", err)
-	}
-	return nil
-}
-
-// checkSignature checks the signature of the package with the key whose number it names.
-func (c *change) checkSignature() error {
 	keys, err := readKeys(c.keys)
 	if err != nil {
-		return fmt.Errorf("public key: %w", err)
+		return fmt.Errorf("verify: public key: %w", err)
 	}
+	var number string
+	var signature []byte
 	text, err := c.from.signature(c.ctx)
-	if err != nil {
-		return fmt.Errorf("signature: %w", err)
+	if err == nil {
+		number, signature, err = parseSignify(text, ed25519.SignatureSize)
 	}
-	number, signature, err := parseSignify(text, ed25519.SignatureSize)
 	if err != nil {
-		return fmt.Errorf("signature: %w", err)
+		return fmt.Errorf("verify: signature: %w", err)
 	}
 	key, ok := keys[number]
 	if !ok {
-		return fmt.Errorf("signed with key %x, which is not known", number)
+		return fmt.Errorf("verify: signed with key %x, which is not known", number)
 	}
 	info, err := c.archive.Stat()
 	if err != nil {
 		return err
 	}
-	var message []byte
-	if info.Size() > 0 { // mapped, the package takes no memory of the heap
-		message, err = syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
-		if err != nil {
-			return &os.PathError{Op: "mmap", Path: c.archive.Name(), Err: err}
-		}
-		defer syscall.Munmap(message)
+	// Mapped, the package takes no memory of the heap. An empty one cannot be mapped.
+	message, err := syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("verify: map %d bytes: %w", info.Size(), err)
 	}
+	defer syscall.Munmap(message)
 	if !ed25519.Verify(key, message, signature) {
-		return errors.New("the signature does not fit the package")
+		return errors.New("verify: the signature does not fit the package")
 	}
 	return nil
 }
@@ -979,39 +961,28 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 }
 
 // parseSignify reads a key or a signature of signify: a line of comment, and a line of base64 with
-// "Ed", 8 bytes of key number and size bytes of data. Blanks and empty lines may follow, as an editor or
-// Windows leaves them; nothing else may be in it.
+// "Ed", 8 bytes of key number and size bytes of data. Nothing else may be in it, but lines may end as
+// editors and Windows end them.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
-	comment, rest, ok := strings.Cut(string(text), "\n")
+	comment, rest, _ := strings.Cut(string(text), "\n")
+	data, err = base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(rest)) // it skips ends of lines
 	switch {
 	case !strings.HasPrefix(comment, "untrusted comment: "):
-		return "", nil, errors.New("its first line is no untrusted comment")
-	case !ok:
-		return "", nil, errors.New("it has one line only")
-	}
-	line := strings.TrimRight(rest, " \t\r\n")
-	if strings.ContainsAny(line, "\r\n") {
-		return "", nil, errors.New("it has more than two lines")
-	}
-	data, err = base64.StdEncoding.Strict().DecodeString(line)
-	switch {
+		err = errors.New("its first line is no untrusted comment")
 	case err != nil:
-		return "", nil, fmt.Errorf("its second line is not base64: %w", err)
-	case len(data) != 2+8+size:
-		return "", nil, fmt.Errorf("its second line holds %d bytes; want %d", len(data), 2+8+size)
-	case string(data[:2]) != "Ed":
-		return "", nil, fmt.Errorf("its algorithm is %q; want \"Ed\"", data[:2])
+		err = fmt.Errorf("its second line is not base64: %w", err)
+	case len(data) != 2+8+size || string(data[:2]) != "Ed":
+		err = fmt.Errorf("its second line is not \"Ed\" and %d bytes", 8+size)
+	default:
+		return string(data[2:10]), data[10:], nil
 	}
-	return string(data[2:10]), data[10:], nil
+	return "", nil, err
 }
 
 // unpack unpacks the package into the staging directory. An archive that is cut off, even between two entries, is
 // an error; what follows the end of an archive is ignored.
 func (c *change) unpack() error {
-	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	contents, err := uncompressed(bufio.NewReader(c.archive))
+	contents, err := uncompressed(bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage)))
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
