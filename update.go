@@ -373,26 +373,25 @@ func (c *change) try() error {
 func (c *change) giveAway() error { return c.give(c.staging, c.name) }
 
 // give is giveAway for a file, or a directory with all that is in it. It works from the inside out:
-// what the owner could already exchange is not touched any more. It skips links, which a trial may
-// have made.
+// what the owner could already exchange is not touched any more. A trial may have made links, sockets
+// and files that cannot be read; they stay as they are.
 func (c *change) give(in dir, name string) error {
 	f, err := in.open(name, 0)
-	if errors.Is(err, syscall.ELOOP) {
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) || errors.Is(err, fs.ErrPermission) {
 		return nil
 	} else if err != nil {
 		return err
 	}
 	defer f.Close()
-	names, err := f.names()
-	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
-		return err
+	var names []string
+	info, err := f.Stat()
+	if err == nil && info.IsDir() {
+		names, err = f.names()
 	}
 	for _, name := range names {
-		if err := c.give(f, name); err != nil {
-			return err
-		}
+		err = errors.Join(err, c.give(f, name))
 	}
-	return errors.Join(chown(f.File, c.owner), syncFile(f.File))
+	return errors.Join(err, chown(f.File, c.owner), syncFile(f.File))
 }
 
 // replace puts the staged version in the place of the sensor, and the installed one among the
