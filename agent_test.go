@@ -833,7 +833,9 @@ func testUpdater(t testing.TB, dir string, before files) *updater {
 	writeTree(t, dir, before)
 	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
 	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
-	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+	return &updater{
+		sensors: s, backup: filepath.Join(dir, "backup"), maxPackage: 1 << 20, maxUnpacked: 2 << 20, keep: 3,
+	}
 }
 
 // at is a path among the sensors.
@@ -4126,8 +4128,9 @@ func TestInstallModes(t *testing.T) {
 		dir := t.TempDir()
 		forEverybody(t, dir)
 		syscall.Umask(umask)
-		s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, users[i%len(users)])
-		u := newUpdater(s, filepath.Join(dir, "other/backup"), "", 1<<20, 2<<20, 3)
+		u := testUpdater(t, t.TempDir(), nil)
+		u.backup = filepath.Join(dir, "other/backup")
+		u.sensors = newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, users[i%len(users)])
 		must(t, u.plainInstall(fromText(archive, "")))
 		for name, want := range map[string]string{
 			"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "other": "drwxr-xr-x", "other/backup": "drwx------",
@@ -4139,14 +4142,14 @@ func TestInstallModes(t *testing.T) {
 			equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
 		}
 		must(t, errors.Join(u.plainInstall(fromText(archive, "")), u.rollback(ctx, "demo")))
-		equal(t, "the reading", summaryOf(s, "demo"), "0 1")
+		equal(t, "the reading", summaryOf(u.sensors, "demo"), "0 1")
 		syscall.Umask(0)
 	}
 }
 
 // dirs are the directories in which an updater may leave something.
 func (u *updater) dirs() []string {
-	return []string{filepath.Dir(u.sensors.path), u.sensors.path, u.backup}
+	return []string{u.sensors.path, u.backup}
 }
 
 // removeGone removes what changes may leave: the versions that they replaced.
@@ -4810,7 +4813,7 @@ func TestUnsettled(t *testing.T) {
 	has(t, "a change", u.plainInstall(demo(t, 3)), "not settled…broken disk")
 	equal(t, "after it", readTree(t, dir), before)
 	must(t, u.install(ctx, "other", fromText(packageOf(t, entry("other/check", printing(3))), "")))
-	u.step = func(string) error { return nil }
+	u.step = nil
 	must(t, u.plainInstall(demo(t, 3)))
 	equal(t, "the new version", string(readFile(t, u.at("demo", "check"))), printing(3))
 	equal(t, "versions before", len(demoBackups(t, u)), 2)
@@ -4833,7 +4836,7 @@ func TestOneStepFails(t *testing.T) {
 				return nil
 			})
 			err := c.run(u)
-			u.step = func(string) error { return nil }
+			u.step = nil
 			must(t, u.recover(ctx))
 			done, where := c, fmt.Sprintf("%s, step %d, %v", c.name, n, err)
 			if done.outcome = c.outcome[1:]; err != nil {
@@ -6794,7 +6797,7 @@ func FuzzUnpack(f *testing.F) {
 		c := &change{updater: u, ctx: ctx, name: "demo", from: fromText(string(archive), "")}
 		look := func() error {
 			err := c.unpack()
-			size, in := 0, filepath.Join("in", filepath.Base(c.staging.Name()))
+			size, in := 0, filepath.Join("in/sensors", filepath.Base(c.staging.Name()))
 			for name, text := range readTree(t, dir) {
 				if name == filepath.Join(in, ".package") {
 					continue

@@ -666,7 +666,10 @@ func newAgent(s settings) (*agent, error) {
 // activate builds what settings describe.
 func activate(s settings) *active {
 	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
-	return &active{s, sensors, newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)}
+	return &active{s, sensors, &updater{
+		sensors: sensors, backup: s.backup, keys: s.publicKey,
+		maxPackage: s.maxPackage, maxUnpacked: s.maxUnpacked, keep: s.keep,
+	}}
 }
 
 // readingZone returns the zone in which the times of readings are sent.

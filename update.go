@@ -19,7 +19,7 @@ package main
 // A change makes these names one after the other. They tell recover how far it had come when the
 // power went:
 //
-//	.sensors.picket-staging-4f2a...            the package, unpacked and tried here
+//	sensors/.picket-staging-dlk3...            the package, unpacked and tried here
 //	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
 //	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
 //	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
@@ -67,10 +67,12 @@ const (
 	dirSpace     = 4 << 10     // bytes that a directory is taken to need
 	lockTime     = time.Minute // to wait for another process that changes sensors
 
-	lockName     = ".picket-lock"  // of older versions
-	oldPrefix    = ".picket-old-"  // of older versions: the replaced version of a sensor
-	gonePrefix   = ".picket-gone-" // the version that was replaced: runs may be in it
-	backupLayout = "2006-01-02T15:04:05"
+	hidden        = ".picket-"         // begins all names that picket makes among the sensors
+	stagingPrefix = ".picket-staging-" // the package, unpacked
+	gonePrefix    = ".picket-gone-"    // the version that was replaced: runs may be in it
+	lockName      = ".picket-lock"     // of older versions
+	oldPrefix     = ".picket-old-"     // of older versions: the replaced version of a sensor
+	backupLayout  = "2006-01-02T15:04:05"
 )
 
 // An updater replaces sensors by packages, and by their backups.
@@ -86,15 +88,7 @@ type updater struct {
 	maxUnpacked int64  // bytes
 	keep        int    // backups of a sensor; 0 keeps all
 
-	step func(what string) error // is asked before each change of the file system
-}
-
-// newUpdater returns an updater that asks nobody before a change.
-func newUpdater(s *sensors, backup, keys string, maxPackage, maxUnpacked int64, keep int) *updater {
-	return &updater{
-		sensors: s, backup: backup, keys: keys, maxPackage: maxPackage, maxUnpacked: maxUnpacked, keep: keep,
-		step: func(string) error { return nil },
-	}
+	step func(what string) error // a test's: is asked before each change of the file system
 }
 
 // A source provides a package and its signature. The signature is read only if a key is set.
@@ -171,7 +165,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 // recovered already. If nothing was interrupted, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
 	entries, err := os.ReadDir(u.sensors.path)
-	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".picket-") }
+	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), hidden) }
 	if err != nil || !exists(u.backup) && !slices.ContainsFunc(entries, isHidden) {
 		return nil
 	}
@@ -208,7 +202,6 @@ type change struct {
 	installed dir             // the sensors
 	owner     *syscall.Stat_t // of that directory
 	backups   dir
-	beside    dir // the directory that holds the one of the sensors
 	staging   dir
 	archive   *os.File // the package
 	tooLate   bool     // to call it off: the installed version is half removed
@@ -229,7 +222,7 @@ func (c *change) make(steps ...func() error) error {
 	}
 	c.tidy(err)
 	c.keepGone = true
-	err = c.stage()
+	c.staging, err = c.installed.mkdir(stagingPrefix+strconv.FormatInt(time.Now().UnixNano(), 36), 0o711)
 	for _, step := range steps {
 		if err == nil {
 			err = step()
@@ -257,12 +250,6 @@ func (c *change) begin(wait time.Duration) (err error) {
 	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
 		return err
 	}
-	c.beside = c.installed
-	if real, err := filepath.EvalSymlinks(c.sensors.path); err == nil {
-		if f, err := os.OpenFile(filepath.Dir(real), syscall.O_DIRECTORY, 0); err == nil {
-			c.beside = dir{File: f, step: c.step}
-		}
-	}
 	isNew := !exists(c.backup)
 	if c.backups, err = c.openBase(c.backup, 0o700); err != nil {
 		return err
@@ -276,13 +263,12 @@ func (c *change) begin(wait time.Duration) (err error) {
 		return fmt.Errorf("%s and %s are the same directory", c.sensors.path, c.backup)
 	}
 	c.owner = ownerOf(sensors)
-	if mode := backups.Mode().Perm(); isNew {
-		err = chown(c.backups.File, c.owner)
-	} else if c.name != "" && mode&0o077 != 0 {
-		c.backups.Chmod(mode &^ 0o077) // older versions made it open; only its owner can close it
-	}
-	if err != nil {
-		return err
+	if isNew {
+		if err := chown(c.backups.File, c.owner); err != nil {
+			return err
+		}
+	} else if c.name != "" {
+		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
 	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
 		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
@@ -293,7 +279,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 // close closes the directories and the package, and so unlocks the backups. Closing what was never
 // opened does nothing.
 func (c *change) close() {
-	for _, f := range []*os.File{c.installed.File, c.backups.File, c.beside.File, c.staging.File, c.archive} {
+	for _, f := range []*os.File{c.installed.File, c.backups.File, c.staging.File, c.archive} {
 		f.Close()
 	}
 }
@@ -331,34 +317,11 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// stage makes the staging directory. It lies beside the directory of sensors, so that the owner of that
-// cannot exchange it. If nothing can be renamed from there into the directory of sensors, for instance
-// because that is a mount, it lies among them.
-func (c *change) stage() (err error) {
-	name := c.stagingPrefix() + strconv.FormatInt(time.Now().UnixNano(), 36)
-	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
-		probe, err := c.staging.mkdir(name, 0o700) // two mounts may be of one device: only trying tells
-		probe.Close()
-		if err == nil && c.staging.rename(name, c.installed, name) == nil {
-			return c.installed.remove(name)
-		}
-		c.staging.Close()
-	}
-	c.staging, err = c.installed.mkdir(name, 0o711)
-	return err
-}
-
-// stagingPrefix begins the name of each staging directory. It holds the name of the directory of
-// sensors, because another one may lie beside it, with changes of its own.
-func (c *change) stagingPrefix() string {
-	return "." + filepath.Base(c.sensors.path) + ".picket-staging-"
-}
-
 // try runs the staged version once, with the help argument. It must exit 0 within the sensors'
 // time-out.
 func (c *change) try() error {
 	s, dir := c.sensors, c.staging.path(c.name)
-	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
+	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
 	case 0:
 		return nil
 	case codeNotFound:
@@ -558,16 +521,15 @@ func versionOf(file, prefix string) (name string, ok bool) {
 	return name, ok && err == nil
 }
 
-// removeRubbish removes staging directories and all hidden names of picket among the sensors, except
-// those of versions that settle still needs or that this change has replaced.
+// removeRubbish removes all hidden names of picket among the sensors, except those of versions that
+// settle still needs or that this change has replaced.
 func (c *change) removeRubbish() error {
-	isStaging := func(file string) bool { return strings.HasPrefix(file, c.stagingPrefix()) }
-	return errors.Join(c.beside.removeWhere(isStaging), c.installed.removeWhere(func(file string) bool {
+	return c.installed.removeWhere(func(file string) bool {
 		_, isNew := versionOf(file, newPrefix)
 		_, isOld := versionOf(file, oldPrefix)
 		keep := isNew || isOld || file == lockName || c.keepGone && strings.HasPrefix(file, gonePrefix)
-		return !keep && (strings.HasPrefix(file, ".picket-") || isStaging(file))
-	}))
+		return !keep && strings.HasPrefix(file, hidden)
+	})
 }
 
 // removeHiddenBackups removes the backups that are half made or half removed. A backup that finish
@@ -586,11 +548,11 @@ func (c *change) isUnsettled() bool {
 }
 
 // backupsOf lists the published or the hidden backups of a sensor, the oldest first.
-func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
+func (c *change) backupsOf(name string, wantHidden bool) ([]string, error) {
 	files, err := c.backups.names()
 	return slices.DeleteFunc(files, func(file string) bool {
 		of, isHidden, ok := parseBackup(file)
-		return !ok || of != name || isHidden != hidden
+		return !ok || of != name || isHidden != wantHidden
 	}), err
 }
 
@@ -734,10 +696,18 @@ func (d dir) open(name string, flags int) (dir, error) {
 	return dir{f, d.depth + 1, d.step}, err
 }
 
+// ask asks step before a change.
+func (d dir) ask(what, name string) error {
+	if d.step == nil {
+		return nil
+	}
+	return d.step(what + " " + d.path(name))
+}
+
 // do asks step and then makes a change at the path of a name. Its error shows the usual path, not
 // the one through /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
-	if err := d.step(what + " " + d.path(name)); err != nil {
+	if err := d.ask(what, name); err != nil {
 		return err
 	}
 	if err := change(d.at(name)); err != nil {
@@ -781,7 +751,7 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 
 // create makes a file and opens it for reading and writing. It fails if the name exists.
 func (d dir) create(name string) (dir, error) {
-	if err := d.step("create " + d.path(name)); err != nil {
+	if err := d.ask("create", name); err != nil {
 		return dir{}, err
 	}
 	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
@@ -803,7 +773,7 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 
 // remove removes a name, with all that is in it. A name that does not exist is no error.
 func (d dir) remove(name string) error {
-	if err := d.step("remove " + d.path(name)); err != nil {
+	if err := d.ask("remove", name); err != nil {
 		return err
 	}
 	return d.removeAll(name)
