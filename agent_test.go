@@ -4361,7 +4361,7 @@ func TestDir(t *testing.T) {
 	writeTree(t, top, files{"d/": "", "elsewhere/file": "x", "elsewhere/lib/file": "x"})
 	f := get(os.Open(path("d")))
 	defer f.Close()
-	d := dir{File: f, step: func(string) error { return nil }}
+	d := dir{File: f}
 	must(t, d.enoughSpace(1))
 	has(t, "an exbibyte", d.enoughSpace(1<<60), "no space: ")
 	before := describeTree(t, path("elsewhere"))
@@ -4540,7 +4540,7 @@ func demoBackups(t testing.TB, u *updater) []string {
 // TestRollback makes one change after the other and looks at what is in place,
 // and at the backups, oldest first.
 func TestRollback(t *testing.T) {
-	dir := t.TempDir()
+	dir, lines := t.TempDir(), logged(t)
 	u := testUpdater(t, dir, files{"sensors/demo/check": printing(1)})
 	state := func() (state string) {
 		for _, version := range append([]string{u.at("demo")}, demoBackups(t, u)...) {
@@ -4568,6 +4568,8 @@ func TestRollback(t *testing.T) {
 	u.keep = 2
 	must(t, u.plainInstall(demo(t, 9)))
 	equal(t, "the state", state(), "978")
+	equal(t, "removals logged", strings.Count(lines.String(), "removed, as [sensor] keep is "), 7)
+	has(t, "the last one", lines, "backup demo_…: removed, as [sensor] keep is 1\n")
 	equal(t, "a backup of 3000", exists(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")), true)
 }
 

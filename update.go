@@ -461,10 +461,7 @@ func (c *change) finish(name string) error {
 func (c *change) settle() error {
 	files, err := c.installed.names()
 	isOlder := slices.Contains(files, lockName)
-	if isOlder {
-		err = errors.Join(err, c.removeHiddenBackups(true))
-	}
-	if err != nil {
+	if err = errors.Join(err, c.removeHiddenBackups(isOlder)); err != nil {
 		return err
 	}
 	var errs []error
@@ -480,7 +477,7 @@ func (c *change) settle() error {
 			errs = append(errs, c.settleOld(name))
 		}
 	}
-	errs = append(errs, c.removeHiddenBackups(false), c.removeRubbish())
+	errs = append(errs, c.removeRubbish())
 	if isOlder && errors.Join(errs...) == nil {
 		return c.installed.remove(lockName)
 	}
@@ -900,12 +897,8 @@ func (c *change) verify() error {
 
 // readKeys reads a public key, or each NAME.pub of a directory. It returns at least one, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	names := []string{file}
-	if info.IsDir() {
+	names, keys := []string{file}, make(map[string]ed25519.PublicKey)
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
 		names, err = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
 		if err != nil || len(names) == 0 {
 			return nil, fmt.Errorf("no *.pub in %s", file)
@@ -914,7 +907,6 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 			names[i] = filepath.Join(file, names[i])
 		}
 	}
-	keys := make(map[string]ed25519.PublicKey)
 	for _, name := range names {
 		text, err := readSmall(name, maxKeyFile)
 		if err != nil {
@@ -982,15 +974,11 @@ func (c *change) unpack() error {
 
 // uncompressed recognises bzip2, gzip and plain tar by what they begin with.
 func uncompressed(r *bufio.Reader) (io.Reader, error) {
-	magic, err := r.Peek(3)
+	magic, _ := r.Peek(3) // an error comes again
 	switch {
-	case errors.Is(err, io.EOF):
-		return nil, errors.New("the package is empty")
-	case err != nil:
-		return nil, err
 	case string(magic) == "BZh":
 		return bzip2.NewReader(r), nil
-	case string(magic[:2]) == "\x1f\x8b":
+	case strings.HasPrefix(string(magic), "\x1f\x8b"):
 		return gzip.NewReader(r)
 	}
 	return r, nil
