@@ -26,8 +26,8 @@ package main
 //	sensors/.picket-gone-disk                  the installed version, out of the way
 //	sensors/disk                               the new version
 //
-// The last but one stays until the next change or start, as runs may still be in it. recover removes
-// it, and every other hidden name: nothing in it is needed. It also finishes or undoes what older
+// The last but one stays until the next change of the sensor or the next start, as runs may still be in
+// it. recover removes it, and every other hidden name: nothing in it is needed. It also finishes or undoes what older
 // versions of picket left, .picket-lock and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
@@ -205,11 +205,10 @@ type change struct {
 	staging   dir
 	archive   *os.File // the package
 	tooLate   bool     // to call it off: the installed version is half removed
-	keepGone  bool     // runs may be in the version that it replaces
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
-// sensors. Before, it removes what earlier changes left. Afterwards it removes what is left of this
+// sensors. Before, it settles what earlier changes left. Afterwards it removes what is left of this
 // one, but not the version that was replaced.
 func (c *change) make(steps ...func() error) error {
 	defer c.close()
@@ -221,7 +220,7 @@ func (c *change) make(steps ...func() error) error {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
-	c.keepGone = true
+	c.tidy(c.installed.remove(gonePrefix + c.name))
 	c.staging, err = c.installed.mkdir(stagingPrefix+strconv.FormatInt(time.Now().UnixNano(), 36), 0o711)
 	for _, step := range steps {
 		if err == nil {
@@ -519,12 +518,12 @@ func versionOf(file, prefix string) (name string, ok bool) {
 }
 
 // removeRubbish removes all hidden names of picket among the sensors, except those of versions that
-// settle still needs or that this change has replaced.
+// settle still needs and, unless this is recovery, of versions that were replaced.
 func (c *change) removeRubbish() error {
 	return c.installed.removeWhere(func(file string) bool {
 		_, isNew := versionOf(file, newPrefix)
 		_, isOld := versionOf(file, oldPrefix)
-		keep := isNew || isOld || file == lockName || c.keepGone && strings.HasPrefix(file, gonePrefix)
+		keep := isNew || isOld || file == lockName || c.name != "" && strings.HasPrefix(file, gonePrefix)
 		return !keep && strings.HasPrefix(file, hidden)
 	})
 }
