@@ -4930,7 +4930,7 @@ func TestReplacedRun(t *testing.T) {
 	must(t, u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), "")))
 	open.open(t)
 	equal(t, "the run in the old version", receive(t, "the run", run), "0 7")
-	equal(t, "links", fmt.Sprint(ownerOf(get(os.Stat(gone + "/check"))).Nlink), "2") // the backup is the other
+	equal(t, "links", fmt.Sprint(ownerOf(get(os.Stat(gone+"/check"))).Nlink), "2") // the backup is the other
 	has(t, "a change that fails", u.plainInstall(fromText("", "")), "cut off")
 	equal(t, "it is kept", exists(gone), false)
 	must(t, u.plainInstall(demo(t, 3)))
