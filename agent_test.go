@@ -5846,6 +5846,7 @@ func TestStoryChangeFailed(t *testing.T) {
 	broken := packageOf(t, entry("demo/check", "#!/bin/sh\necho 'no ftp://u:secret@h\nhere' >&2; exit 3"))
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
 		"sensors/demo/check": printing(1), "sensors/s/check": printing(1), "packages/demo.tar.bz2": broken,
+		"sensors/picket/check": "", // which is not used
 	})
 	a := b.run(t)
 	change := func(method, sensor, outcome, want string) {

@@ -1145,7 +1145,7 @@ func (a *agent) runChange(ctx context.Context, c command) reading {
 // noteChange keeps, for cmd_list_sensors, why the latest change of a sensor
 // failed. Only sensors that are installed are kept.
 func (a *agent) noteChange(c command, err error) {
-	if c.change == "move" {
+	if c.change == "move" || c.sensor == ownSensor {
 		return
 	}
 	a.failedMu.Lock()
