@@ -176,7 +176,7 @@ func (u *updater) recover(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
-	return errors.Join(c.settle(), c.prune())
+	return c.settle()
 }
 
 // ownerWarning returns a line for the log, or "" if there is nothing to warn of. It warns an agent
@@ -564,24 +564,16 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// prune removes the oldest backups of each sensor, so that keep of them remain; 0 removes none. It logs
+// prune removes the oldest backups of the sensor, so that keep of them remain; 0 removes none. It logs
 // each that it removes.
 func (c *change) prune() error {
-	files, err := c.backups.names()
-	errs, count := []error{err}, make(map[string]int)
-	for i := len(files) - 1; i >= 0 && c.keep > 0; i-- {
-		name, isHidden, ok := parseBackup(files[i])
-		if !ok || isHidden {
-			continue
-		}
-		if count[name]++; count[name] > c.keep {
-			err := c.removeBackup(files[i])
-			if errs = append(errs, err); err == nil {
-				log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", files[i], c.keep)
-			}
+	backups, err := c.backupsOf(c.name, false)
+	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
+		if err = c.removeBackup(backups[0]); err == nil {
+			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
 		}
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 // removeBackup removes a backup. It hides the backup first: nobody can take it for one while half of
@@ -682,11 +674,19 @@ func (d dir) names() ([]string, error) {
 // path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
+// createNew are the flags to make a file, and to open it for reading and writing. It must not exist.
+const createNew = syscall.O_RDWR | syscall.O_CREAT | syscall.O_EXCL
+
 // open opens a file or directory for reading, or with these flags in addition. It does not follow a
 // link, and does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if d.depth == maxNesting {
 		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
+	}
+	if flags&syscall.O_CREAT != 0 {
+		if err := d.ask("create", name); err != nil {
+			return dir{}, err
+		}
 	}
 	f, err := openIn(d.File, name, flags|syscall.O_NOFOLLOW)
 	return dir{f, d.depth + 1, d.step}, err
@@ -745,18 +745,10 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	return made, err
 }
 
-// create makes a file and opens it for reading and writing. It fails if the name exists.
-func (d dir) create(name string) (dir, error) {
-	if err := d.ask("create", name); err != nil {
-		return dir{}, err
-	}
-	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
-}
-
 // write makes a file with this content and mode, and syncs it. Root gives it to the owner, unless
 // that is nil.
 func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
-	f, err := d.create(name)
+	f, err := d.open(name, createNew)
 	if err != nil {
 		return err
 	}
@@ -834,7 +826,7 @@ func (d dir) enoughSpace(size int64) error {
 // fetch writes the package to the staging directory, and no more of it than is allowed. No sensor can
 // have the name of the file.
 func (c *change) fetch() error {
-	f, err := c.staging.create(".package")
+	f, err := c.staging.open(".package", createNew)
 	if err != nil {
 		return err
 	}
