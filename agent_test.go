@@ -1805,8 +1805,8 @@ func TestHelpTexts(t *testing.T) {
 	names, missing, err := s.names()
 	must(t, err)
 	equal(t, "names", names, []string{"mute", "s", "silent", "still"})
-	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory sensor "empty": there is …`+
-		`sensor "script": there is … sensor "still": check may not be run: chmod 755 …/still/check sensor "xx…`+
+	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory `+
+		`sensor "empty": there is … sensor "script": there is … sensor "still": check may not be run: chmod 755 …/still/check sensor "xx…`+
 		`: its name is not plain text of at most 234 bytes]`)
 	s.path += "/none"
 	if _, err := s.helpTexts(ctx); err == nil {
