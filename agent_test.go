@@ -837,7 +837,9 @@ func testUpdater(t testing.TB, dir string, before files) *updater {
 	writeTree(t, dir, before)
 	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
 	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
-	return newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+	return &updater{
+		sensors: s, backup: filepath.Join(dir, "backup"), maxPackage: 1 << 20, maxUnpacked: 2 << 20, keep: 3,
+	}
 }
 
 // at is a path among the sensors.
@@ -1616,31 +1618,6 @@ func TestReadingOneVersion(t *testing.T) {
 	equal(t, "the first version", summaryOf(s, "s"), "0 1")
 }
 
-// TestRetire: an update waits for the runs of the version before, and for no others.
-func TestRetire(t *testing.T) {
-	s := testSensors(t, "until [ -e $1 ]; do sleep 0.01; done; echo 1")
-	receive(t, "nothing runs", s.retire("s"))
-	read := func(gate string) <-chan string {
-		before, done := s.running(), make(chan string, 1)
-		go func() { done <- summaryOf(s, "s", gate) }()
-		await(t, "it runs", func() bool { return s.running() > before })
-		return done
-	}
-	first := read("1")
-	over := s.retire("s")
-	second := read("2")
-	writeTree(t, s.path, files{"s/2": ""})
-	receive(t, "the second", second)
-	select {
-	case <-over:
-		t.Error("the version is over; want it to wait for the first run")
-	default:
-	}
-	writeTree(t, s.path, files{"s/1": ""})
-	receive(t, "the first", first)
-	receive(t, "the end of the version", over)
-}
-
 // TestReadingLeavesNothing: whatever a sensor of testdata/sensors/leavings.txt starts,
 // its reading does not wait for it, and what stays in the process group is killed.
 func TestReadingLeavesNothing(t *testing.T) {
@@ -1813,24 +1790,51 @@ func TestHelpTexts(t *testing.T) {
 	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
 	tooLong := strings.Repeat("x", maxName+1)
 	for name, script := range map[string]string{
-		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1",
+		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1", "still": "",
 	} {
 		writeSensor(t, s.path, name, script)
 	}
-	writeTree(t, s.path, files{"empty/": ""})
+	writeTree(t, s.path, files{"empty/": "", "deep/check/check": "", "script/check.sh": "", "README": ""})
+	must(t, errors.Join(os.Chmod(filepath.Join(s.path, "still/check"), 0o644), os.Symlink("x", s.path+"/empty/check")))
 	got, err := s.helpTexts(ctx)
 	must(t, err)
+	has(t, "one without the run bit", got["still"], "no help: still options: exit 126: …no run bit …")
+	delete(got, "still")
 	equal(t, "the texts", got, files{
 		"silent": "no help: silent options: nothing said",
 		"s":      "x <vol>  one\ny      two",
 		"mute":   `no help: mute options: exit 7: "why not"`,
 	})
-	names, unusable, err := s.names()
+	names, missing, err := s.names()
 	must(t, err)
-	equal(t, "names", [][]string{names, unusable}, [][]string{{"mute", "s", "silent"}, {tooLong}})
+	equal(t, "names", names, []string{"mute", "s", "silent", "still"})
+	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory `+
+		`sensor "empty": there is … sensor "script": there is … sensor "still": check may not be run: chmod 755 …/still/check sensor "xx…`+
+		`: its name is not plain text of at most 234 bytes]`)
 	s.path += "/none"
 	if _, err := s.helpTexts(ctx); err == nil {
 		t.Error("got no error; want one where there is no directory")
+	}
+}
+
+// TestFitHelps: names come first, then why changes failed, then what else there is room for.
+func TestFitHelps(t *testing.T) {
+	for _, count := range []int{2, 300, 2000} {
+		texts, failed, last := make(files), make(files), 0
+		for i := 0; i < count; i++ {
+			name := fmt.Sprint("sensor", i)
+			texts[name], failed[name] = strings.Repeat("<é>\n", 500), strings.Repeat(`"é`, i)
+		}
+		listed, left := fitHelps(texts, failed)
+		size := 0
+		for name, text := range listed {
+			_, line, _ := strings.Cut(text.(string), "\nlast change failed: ")
+			expect(t, encodedLen(line) <= 200 && strings.HasPrefix(failed[name], line), "got %q; want 200 bytes", line)
+			size += nameCost + encodedLen(name) + encodedLen(text.(string))
+			last += min(len(line), 1)
+		}
+		expect(t, size <= maxHelps && len(listed)+left == count && (last > 150 || count != 300),
+			"%d: got %d bytes, %d with a last line, %d left out", count, size, last, left)
 	}
 }
 
@@ -4241,31 +4245,51 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// TestInstallModes: whatever the umask, the first sensor has the modes of its
-// package without the dangerous ones, and the user of the sensors reaches it.
+// TestInstallModes: whatever the umask, the first sensor has the modes of its package without the
+// dangerous ones, and the user of the sensors, whoever that is, can run it.
 func TestInstallModes(t *testing.T) {
-	defer syscall.Umask(syscall.Umask(0o077))
-	dir := t.TempDir()
-	s := newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, nil)
-	u := newUpdater(s, filepath.Join(dir, "backup"), "", 1<<20, 2<<20, 3)
+	defer syscall.Umask(syscall.Umask(0))
 	archive := packageOf(t, packed{Header: tar.Header{Name: "demo/", Mode: 0o7777}},
-		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: printing(1)},
-		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", ""))
-	must(t, u.plainInstall(fromText(archive, "")))
-	for name, want := range map[string]string{
-		"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "backup": "drwx------",
-		"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
-		"new/sensors/demo/secret": "-rw-------",
-		"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
-	} {
-		info := get(os.Stat(filepath.Join(dir, name)))
-		equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
+		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: "#!/bin/sh\n. ./lib/data\n"},
+		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", "echo 1"))
+	users := []*sensorUser{nil, {credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}}
+	if os.Geteuid() != 0 {
+		users = users[:1]
+	}
+	for i, umask := range []int{0o022, 0o027, 0o077, 0o027, 0o077} {
+		dir := t.TempDir()
+		forEverybody(t, dir)
+		syscall.Umask(umask)
+		u := testUpdater(t, t.TempDir(), nil)
+		u.backup = filepath.Join(dir, "other/backup")
+		u.sensors = newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, users[i%len(users)])
+		must(t, u.plainInstall(fromText(archive, "")))
+		for name, want := range map[string]string{
+			"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "other": "drwxr-xr-x", "other/backup": "drwx------",
+			"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
+			"new/sensors/demo/secret": "-rw-------",
+			"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
+		} {
+			info := get(os.Stat(filepath.Join(dir, name)))
+			equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
+		}
+		must(t, errors.Join(u.plainInstall(fromText(archive, "")), u.rollback(ctx, "demo")))
+		equal(t, "the reading", summaryOf(u.sensors, "demo"), "0 1")
+		syscall.Umask(0)
 	}
 }
 
 // dirs are the directories in which an updater may leave something.
 func (u *updater) dirs() []string {
-	return []string{filepath.Dir(u.sensors.path), u.sensors.path, u.backup}
+	return []string{u.sensors.path, u.backup}
+}
+
+// removeGone removes what changes may leave: the versions that they replaced.
+func (u *updater) removeGone(t testing.TB) {
+	t.Helper()
+	for _, file := range get(filepath.Glob(u.at(gonePrefix + "*"))) {
+		must(t, os.RemoveAll(file))
+	}
 }
 
 // TestInstallRefused: whatever is wrong with a package, nothing changes.
@@ -4469,7 +4493,7 @@ func TestDir(t *testing.T) {
 	writeTree(t, top, files{"d/": "", "elsewhere/file": "x", "elsewhere/lib/file": "x"})
 	f := get(os.Open(path("d")))
 	defer f.Close()
-	d := dir{File: f, step: func(string) error { return nil }}
+	d := dir{File: f}
 	must(t, d.enoughSpace(1))
 	has(t, "an exbibyte", d.enoughSpace(1<<60), "no space: ")
 	before := describeTree(t, path("elsewhere"))
@@ -4508,6 +4532,7 @@ func TestOwner(t *testing.T) {
 		must(t, u.install(ctx, name, fromText(archive, "")))
 	}
 	equal(t, "elsewhere", describeTree(t, elsewhere), before)
+	u.removeGone(t)
 	leavesNothing(t, "installed", u.dirs()...)
 	his := describeTree(t, u.sensors.path) + describeTree(t, u.backup)
 	his = regexp.MustCompile(`.* L.*\n`).ReplaceAllString(his, "") // links are nobody's
@@ -4536,6 +4561,9 @@ func TestVerify(t *testing.T) {
 	_, stranger := signify(t, "keynum_3")
 	writeTree(t, dir, files{
 		"keys/a.pub": public, "keys/b.pub": public2, "keys/README": "no key", "bad/a.pub": "rubbish", "none/": "",
+		"edited/a.pub": strings.ReplaceAll(public, "\n", "\r\n"), "edited/b.pub": public2 + " \r\n\n",
+		"edited/._a.pub": "\x00\x05\x16\x07", "edited/.b.pub": "", "hidden/._a.pub": public,
+		"two.pub": public + public2, "gap.pub": strings.Replace(public, "\n", "\n\n", 1),
 	})
 	good := strings.TrimSuffix(sign(archive), "\n")
 	_, line, _ := strings.Cut(good, "\n")
@@ -4606,21 +4634,32 @@ func TestVerifySignify(t *testing.T) {
 	has(t, "a changed package", u.plainInstall(fromFile(filepath.Join(dir, "demo.tar.bz2"))), "does not fit")
 }
 
-// TestInstallRealTools takes what tar and bzip2 of this machine make of the
-// shipped sensors.
+// TestInstallRealTools takes what the tools of this machine make of a shipped sensor.
 func TestInstallRealTools(t *testing.T) {
-	tool := needs(t, "tar")
 	needs(t, "bzip2")
-	dir, source := t.TempDir(), t.TempDir()
+	source := t.TempDir()
 	writeTree(t, source, shipped(t, "sensors/"))
 	source = filepath.Join(source, "sensors")
-	u := testUpdater(t, dir, nil)
-	for _, name := range []string{"disk", "uptime"} {
-		file := filepath.Join(dir, name+".tar.bz2")
-		runTool(t, source, tool, "-cjf", file, name)
-		must(t, u.install(ctx, name, fromFile(file)))
-		equal(t, name, readTree(t, u.at(name)), readTree(t, filepath.Join(source, name)))
+	for _, line := range []string{
+		"tar -cjf $1 disk", "tar -cjf $1 disk/check", "tar -cjf $1 ./disk/check", "tar -czf $1 --format=ustar disk",
+		"tar -cjf $1 --format=pax --pax-option=comment=x,mtime='2026-01-01 00:00:00' disk",
+		"git init -q . && git add disk && git -c user.name=a -c user.email=a@b commit -qm x && " +
+			"git archive HEAD disk | bzip2 >$1",
+		"printf '\\0\\5' >._disk; cp ._disk disk/._check; tar -cjf $1 ./._disk disk; rm ._disk disk/._check",
+	} {
+		tool, _, _ := strings.Cut(line, " ")
+		if _, err := exec.LookPath(tool); err != nil {
+			continue
+		}
+		dir := t.TempDir()
+		u, file := testUpdater(t, dir, nil), filepath.Join(dir, "disk.tar.bz2")
+		runTool(t, source, "sh", "-c", line, "sh", file)
+		err := u.install(ctx, "disk", fromFile(file))
+		expect(t, err == nil, "%s: got %v; want no error", line, err)
+		equal(t, line, readTree(t, u.at("disk")), readTree(t, filepath.Join(source, "disk")))
 	}
+	u := testUpdater(t, t.TempDir(), nil) // its name is that of a file that fetch could make
+	must(t, u.install(ctx, "package", fromText(packageOf(t, entry("package/check", printing(1))), "")))
 }
 
 // demoBackups lists the backups of demo, oldest first.
@@ -4633,7 +4672,7 @@ func demoBackups(t testing.TB, u *updater) []string {
 // TestRollback makes one change after the other and looks at what is in place,
 // and at the backups, oldest first.
 func TestRollback(t *testing.T) {
-	dir := t.TempDir()
+	dir, lines := t.TempDir(), logged(t)
 	u := testUpdater(t, dir, files{"sensors/demo/check": printing(1)})
 	state := func() (state string) {
 		for _, version := range append([]string{u.at("demo")}, demoBackups(t, u)...) {
@@ -4661,6 +4700,8 @@ func TestRollback(t *testing.T) {
 	u.keep = 2
 	must(t, u.plainInstall(demo(t, 9)))
 	equal(t, "the state", state(), "978")
+	equal(t, "removals logged", strings.Count(lines.String(), "removed, as [sensor] keep is "), 7)
+	has(t, "the last one", lines, "backup demo_…: removed, as [sensor] keep is 1\n")
 	equal(t, "a backup of 3000", exists(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")), true)
 }
 
@@ -4775,7 +4816,8 @@ func (c crash) intact(t *testing.T, u *updater, where string) {
 		expect(t, !strings.HasSuffix(name, "/data") || kept[text],
 			"%s: got versions %v; want %s kept, too", where, kept, text)
 	}
-	expect(t, len(backups) <= u.keep, "%s: got %d backups; want %d", where, len(backups), u.keep)
+	expect(t, len(backups) <= u.keep+2, "%s: got %d backups; want %d, and two more before the next change at most",
+		where, len(backups), u.keep)
 }
 
 // recovered stops the recovery dead at each of its steps, recovers again, and returns how
@@ -4811,6 +4853,7 @@ func TestCrash(t *testing.T) {
 			u := c.updater(t, other)
 			steps := c.deadAt(u, 1<<30)
 			must(t, c.run(u))
+			u.removeGone(t)
 			done := c
 			done.outcome = c.outcome[1:]
 			done.intact(t, u, c.name)
@@ -4905,7 +4948,7 @@ func TestUnsettled(t *testing.T) {
 	has(t, "a change", u.plainInstall(demo(t, 3)), "not settled…broken disk")
 	equal(t, "after it", readTree(t, dir), before)
 	must(t, u.install(ctx, "other", fromText(packageOf(t, entry("other/check", printing(3))), "")))
-	u.step = func(string) error { return nil }
+	u.step = nil
 	must(t, u.plainInstall(demo(t, 3)))
 	equal(t, "the new version", string(readFile(t, u.at("demo", "check"))), printing(3))
 	equal(t, "versions before", len(demoBackups(t, u)), 2)
@@ -4928,7 +4971,7 @@ func TestOneStepFails(t *testing.T) {
 				return nil
 			})
 			err := c.run(u)
-			u.step = func(string) error { return nil }
+			u.step = nil
 			must(t, u.recover(ctx))
 			done, where := c, fmt.Sprintf("%s, step %d, %v", c.name, n, err)
 			if done.outcome = c.outcome[1:]; err != nil {
@@ -5005,8 +5048,46 @@ func crashChild(spec string) {
 	}
 }
 
-// TestUpdateUnderLoad: readings at full rate while their sensor is replaced, a
-// hundred times by its agent, and ten times by another process; none fails.
+// TestReplacedRun: a change does not wait for a run in the version that it replaces. Its directory
+// stays, whatever other sensors are changed, until the next change of the sensor or the next start.
+func TestReplacedRun(t *testing.T) {
+	open := gate(filepath.Join(t.TempDir(), "gate"))
+	script := "#!/bin/sh\n: >began; until [ -e '" + string(open) + "' ]; do sleep 0.01; done; cat lib/n\n"
+	u := testUpdater(t, t.TempDir(), files{"sensors/demo/lib/n": "7", "sensors/demo/check": script})
+	gone := u.at(gonePrefix + "demo")
+	run := make(chan string, 1)
+	go func() { run <- summaryOf(u.sensors, "demo") }()
+	await(t, "the run", func() bool { return exists(u.at("demo", "began")) })
+	must(t, u.plainInstall(demo(t, 2)))
+	equal(t, "the new version", summaryOf(u.sensors, "demo"), "0 2")
+	must(t, u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), "")))
+	open.open(t)
+	equal(t, "the run in the old version", receive(t, "the run", run), "0 7")
+	equal(t, "links", fmt.Sprint(ownerOf(get(os.Stat(gone+"/check"))).Nlink), "2") // the backup is the other
+	has(t, "a change that fails", u.plainInstall(fromText("", "")), "cut off")
+	equal(t, "it is kept", exists(gone), false)
+	must(t, u.plainInstall(demo(t, 3)))
+	equal(t, "the next one", string(readFile(t, gone+"/check")), printing(2))
+	must(t, u.recover(ctx))
+	leavesNothing(t, "recovered", u.dirs()...)
+}
+
+// runsEnd waits until those runs have ended that are under way now.
+func (s *sensors) runsEnd(t testing.TB) {
+	t.Helper()
+	s.mu.Lock()
+	runs := maps.Clone(s.processes)
+	s.mu.Unlock()
+	await(t, "the end of runs", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		maps.DeleteFunc(runs, func(p *process, _ bool) bool { return !s.processes[p] })
+		return len(runs) == 0
+	})
+}
+
+// TestUpdateUnderLoad: readings at full rate while their sensor is replaced, a hundred times
+// by its agent, and ten times by another process; none fails, unless its sensor is changed twice meanwhile.
 func TestUpdateUnderLoad(t *testing.T) {
 	script := func(n int) string { return fmt.Sprintf("#!/bin/sh\n. ./lib && echo $((n + %d))\n", n) }
 	for who, times := range map[string]int{"its agent": 100, "another process": 10} {
@@ -5024,7 +5105,9 @@ func TestUpdateUnderLoad(t *testing.T) {
 			}
 			asked <- n
 		}()
+		sensors := a.active.Load().sensors
 		for i := 1; i <= times; i++ {
+			sensors.runsEnd(t)
 			archive := packageOf(t, entry("demo/check", script(i)), entry("demo/lib", fmt.Sprint("n=", i)))
 			if who == "its agent" {
 				must(t, a.active.Load().updater.plainInstall(fromText(archive, "")))
@@ -5737,13 +5820,42 @@ func TestLogLines(t *testing.T) {
 	}
 }
 
+// zoneAhead is a zone as OpenWrt has it in TZ, which is five and a half hours ahead.
+const zoneAhead = "TZ=XST-5:30"
+
+// isAhead wants a time to be the present one in zoneAhead.
+func isAhead(t *testing.T, what, layout, text string) {
+	t.Helper()
+	at, err := time.Parse(layout, text)
+	must(t, err)
+	now := time.Now().UTC().Add(5*time.Hour + 30*time.Minute)
+	age := now.Sub(at.AddDate(max(now.Year()-at.Year(), 0), 0, 0)) // the times of syslog have no year
+	expect(t, age > -time.Second && age < patience, "%s: got %s; want %s", what, text, now.Format(layout))
+}
+
+// TestOneZone: readings and backups have the time of the box's zone.
+func TestOneZone(t *testing.T) {
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1),
+	})
+	cmd := self(t, b.dir)
+	cmd.Env = append(cmd.Env, zoneAhead)
+	b.startAs(t, cmd)
+	got := b.ask(t, "cmd_update_sensor_code", "demo", 1)
+	isAhead(t, "the reading", dateTimeLayout, fmt.Sprint(got.time))
+	_, name, _ := strings.Cut(filepath.Base(glob(t, filepath.Join(b.dir, "backup/*"))[0]), "_")
+	isAhead(t, "the backup", backupLayout, name)
+}
+
 // TestSyslog: each line goes to the local syslog with its severity, and to standard
 // error while there is no syslog. The agent does not wait for one that takes nothing.
 func TestSyslog(t *testing.T) {
 	needsRoot(t)
 	b := newBox(t, "log = syslog\nverbose = yes\n", files{"dev/null": "", "sensors/s/check": printing(1)})
 	script := `mount --bind /dev/null dev/null && mount --rbind dev /dev && exec "$1"` // a /dev/log of its own
-	p := b.startAs(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh"))
+	cmd := wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh")
+	cmd.Env = append(cmd.Env, zoneAhead)
+	p := b.startAs(t, cmd)
 	b.read(t, 1, "s")
 	wantLog(t, &p.log, "picket: command cmd_submit_reading … ticket 1")
 	l, err := net.ListenPacket("unixgram", filepath.Join(b.dir, "dev/log"))
@@ -5762,6 +5874,7 @@ func TestSyslog(t *testing.T) {
 	wantLog(t, &lines, "<30>… picket[…]: command cmd_submit_reading …ticket 2")
 	p.signal(t, syscall.SIGUSR1)
 	wantLog(t, &lines, "<29>… picket[…]: health: ")
+	isAhead(t, "the first line", time.Stamp, lines.String()[len("<30>"):][:len(time.Stamp)])
 	b.configure(t, b.config+"lgo = x\nqueue = x\n")
 	p.signal(t, syscall.SIGHUP)
 	wantLog(t, &lines, `<28>…: unknown option "lgo"…<27>…: reload: …queue`)
@@ -6201,6 +6314,36 @@ func TestStoryUpdate(t *testing.T) {
 	expect(t, n <= 5, "got %d calls of the monitor; want 5 at most, to store 3 readings", n)
 }
 
+// TestStoryChangeFailed: the list of sensors says why the latest change failed of those that are
+// installed, without passwords, until one succeeds.
+func TestStoryChangeFailed(t *testing.T) {
+	broken := packageOf(t, entry("demo/check", "#!/bin/sh\necho 'no ftp://u:secret@h\nhere' >&2; exit 3"))
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"sensors/demo/check": printing(1), "sensors/s/check": printing(1), "packages/demo.tar.bz2": broken,
+		"sensors/picket/check": "", // which is not used
+	})
+	a := b.run(t)
+	change := func(method, sensor, outcome, want string) {
+		t.Helper()
+		wants(t, b.ask(t, "cmd_"+method+"_sensor_code", sensor, 1), "ticket 1: "+outcome)
+		listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
+		got := fmt.Sprint(listed["demo"])
+		expect(t, like(got, want) && !strings.Contains(got, "secret"), "got %q; want %q", got, want)
+		equal(t, "the others", []any{listed["s"], listed["picket"], len(listed)}, []any{"1", ownHelp(), 3})
+	}
+	const tried = "1\nlast change failed: try check options: exit 3: …xxxxx@h here…"
+	change("update", "demo", "exit 1", tried)
+	change("update", "none", "exit 1", tried)
+	change("update", "picket", "exit 1", tried)
+	a.reload(ctx)
+	change("update", "demo", "exit 1", tried)
+	change("rollback", "demo", "exit 1", "1\nlast change failed: there is no backup")
+	writeTree(t, b.packages, files{"demo.tar.bz2": demoPackage(t, 2)})
+	change("update", "demo", "exit 0", "2")
+	change("rollback", "demo", "exit 0", "1")
+	equal(t, "kept", len(a.failed), 0)
+}
+
 // TestStoryMove: the agent moves when, and only when, all is well.
 func TestStoryMove(t *testing.T) {
 	healthy := newRecorder(t)
@@ -6517,7 +6660,7 @@ var soakCalls = []struct {
 	{10, "", "cmd_update_sensor_code", []any{"demo", "TICKET"}},
 	{5, "", "cmd_rollback_sensor_code", []any{"demo", "TICKET"}},
 	{5, "", "cmd_register_new_server", []any{"TICKET"}},
-	{10, "0 1", "cmd_submit_reading", []any{"TICKET", "demo"}},
+	{10, "", "cmd_submit_reading", []any{"TICKET", "demo"}}, // which may be changed twice meanwhile
 	{10, "", "cmd_submit_reading", []any{"TICKET", "picket", "uptime"}},
 }
 
@@ -6566,7 +6709,10 @@ func newSoak(t *testing.T) *soak {
 		}
 		m.set(s.misbehave)
 	}
-	t.Cleanup(func() { leavesNothing(t, "soak", s.dir, s.dir+"/sensors", s.dir+"/backup") }) // after the agent's end
+	t.Cleanup(func() { // after the agent's end
+		s.agent.active.Load().updater.removeGone(t)
+		leavesNothing(t, "soak", s.dir, s.dir+"/sensors", s.dir+"/backup")
+	})
 	s.agent = s.run(t)
 	retryFast(s.agent)
 	return s
@@ -7130,12 +7276,12 @@ func FuzzUnpack(f *testing.F) {
 		c := &change{updater: u, ctx: ctx, name: "demo", from: fromText(string(archive), "")}
 		look := func() error {
 			err := c.unpack()
-			size, in := 0, filepath.Join("in", filepath.Base(c.staging.Name()))
+			size, in := 0, filepath.Join("in/sensors", filepath.Base(c.staging.Name()))
 			for name, text := range readTree(t, dir) {
-				if name == filepath.Join(in, "package") {
+				if name == filepath.Join(in, ".package") {
 					continue
 				}
-				if size += len(text); !strings.HasPrefix(name, filepath.Join(in, "demo")+"/") {
+				if size += len(text); !strings.HasPrefix(name+"/", filepath.Join(in, "demo")+"/") {
 					t.Errorf("%v: got %q; want it in demo", err, name)
 				}
 			}
@@ -7169,8 +7315,9 @@ func FuzzSignify(f *testing.F) {
 			return
 		}
 		want := base64.StdEncoding.EncodeToString([]byte("Ed" + number + string(data)))
-		lines := strings.Split(string(text), "\n")
-		expect(t, len(lines) <= 3 && lines[1] == want, "%q: got %q; want its second line", text, want)
+		_, line, _ := strings.Cut(string(text), "\n")
+		line = strings.NewReplacer("\r", "", "\n", "").Replace(strings.TrimSpace(line))
+		expect(t, line == want, "%q: got %q; want its second line", text, want)
 		expect(t, !signed || !ed25519.Verify(key, []byte(message), data) || bytes.Equal(data, signature),
 			"got %q; want %q alone to fit", data, signature)
 	})

@@ -58,11 +58,11 @@
 //  5. fetch writes the package to the staging directory.
 //  6. verify checks its signature.
 //  7. unpack unpacks it there; checkVersion refuses an older version.
-//  8. try runs it once, for its help text; giveAway gives it to its owner.
+//  8. try runs it once, for its help text; giveAway gives it to its owner and syncs it.
 //  9. replace links or copies the installed version to a hidden backup, decides by
 //     one rename, publishes the backup and swaps the versions.
-//  10. prune and settle remove what is left over; the outcome, 1 or nan, is
-//     delivered like a reading.
+//  10. prune and settle remove what is left over, the next change the version that
+//     was replaced; the outcome, 1 or nan, is delivered like a reading.
 package main
 
 import (
@@ -684,6 +684,9 @@ type agent struct {
 	ctx    context.Context // for work that has no place in the queue
 	cancel context.CancelFunc
 
+	failedMu sync.Mutex
+	failed   map[string]string // why the latest change of a sensor failed; failedMu guards it
+
 	changing sync.Mutex // held while new settings are applied or client.cfg is written
 	listener net.Listener
 }
@@ -696,7 +699,7 @@ func newAgent(s settings) (*agent, error) {
 	}
 	a := &agent{
 		listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(),
-		applied: func(settings) {},
+		applied: func(settings) {}, failed: make(map[string]string),
 	}
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
@@ -711,7 +714,10 @@ func newAgent(s settings) (*agent, error) {
 // activate builds what settings describe.
 func activate(s settings) *active {
 	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
-	return &active{s, sensors, newUpdater(sensors, s.backup, s.publicKey, s.maxPackage, s.maxUnpacked, s.keep)}
+	return &active{s, sensors, &updater{
+		sensors: sensors, backup: s.backup, keys: s.publicKey,
+		maxPackage: s.maxPackage, maxUnpacked: s.maxUnpacked, keep: s.keep,
+	}}
 }
 
 // readingZone returns the zone in which the times of readings are sent.
@@ -1164,13 +1170,31 @@ func (a *agent) runCommand(ctx context.Context, c command) reading {
 // runChange makes a change and returns its outcome as a reading.
 func (a *agent) runChange(ctx context.Context, c command) reading {
 	begun := time.Now()
-	if err := a.change(ctx, c); err != nil {
-		a.events.printf(warning+"%s: %s", c, oneLine(err.Error()))
+	err := a.change(ctx, c)
+	a.noteChange(c, err)
+	if err != nil {
+		a.events.printf(warning+"%s: %s", c, oneLine(maskedError{err}.Error()))
 		return reading{code: exitFailed, taken: time.Now(), reason: err.Error()}
 	}
 	log.Printf(notice+"%s: done in %v", c, time.Since(begun).Round(time.Millisecond))
 	debug.FreeOSMemory() // decompression took more than anything else does
 	return reading{value: "1", taken: time.Now()}
+}
+
+// noteChange keeps, for cmd_list_sensors, why the latest change of a sensor
+// failed. Only sensors that are installed are kept.
+func (a *agent) noteChange(c command, err error) {
+	if c.change == "move" || c.sensor == ownSensor {
+		return
+	}
+	a.failedMu.Lock()
+	defer a.failedMu.Unlock()
+	delete(a.failed, c.sensor)
+	if err != nil {
+		a.failed[c.sensor] = oneLine(maskedError{err}.Error())
+	}
+	path := a.active.Load().sensors.path
+	maps.DeleteFunc(a.failed, func(name, _ string) bool { return !exists(filepath.Join(path, name)) })
 }
 
 // change changes a sensor, or the monitor that the agent belongs to. An error
@@ -1230,7 +1254,9 @@ func (a *agent) listSensors(_ request, params []any) (any, error) {
 		texts = make(map[string]string)
 	}
 	texts[ownSensor] = ownHelp()
-	listed, left := fitHelps(texts)
+	a.failedMu.Lock()
+	listed, left := fitHelps(texts, a.failed)
+	a.failedMu.Unlock()
 	if left > 0 {
 		a.handler.refused.printf(warning+"cmd_list_sensors: %s left out: the answer is full", plural(left, "sensor"))
 	}
@@ -1277,14 +1303,14 @@ func runList(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
+	_, missing, _ := sensors.names()
+	for _, line := range missing {
+		log.Print(warning + line)
+	}
 	if len(texts) == 0 {
 		return errors.New(noSensors(sensors))
 	}
 	texts[ownSensor] = ownHelp()
-	_, unusable, _ := sensors.names()
-	for _, name := range unusable {
-		log.Printf(warning+"sensor %s: its name is not plain text of at most %d bytes", cut(name), maxName)
-	}
 	for _, name := range sortedKeys(texts) {
 		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
 	}
@@ -1338,19 +1364,13 @@ func runInstall(ctx context.Context, in invocation) error {
 	})
 }
 
-// changeSensor makes a change of a sensor by hand. On a terminal it shows each step.
+// changeSensor makes a change of a sensor by hand.
 func changeSensor(in invocation, verb, name string, change func(u *updater, name string) error) error {
 	name, err := sensorOnDisk(name)
 	if err != nil {
 		return err
 	}
-	u := activate(in.settings).updater
-	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-		u.progress = func(step string) { fmt.Fprintf(os.Stderr, "\r\x1b[K%s", step) }
-	}
-	err = change(u, name)
-	u.progress("") // leaves the line empty
-	if err != nil {
+	if err := change(activate(in.settings).updater, name); err != nil {
 		return fmt.Errorf("%s %s: %w", verb, name, err)
 	}
 	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)

@@ -25,7 +25,6 @@ import (
 	"hash/crc32"
 	"io"
 	"log"
-	"maps"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -57,6 +56,7 @@ const (
 	slowRead     = 32 << 10              // bytes
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
 	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
+	maxFailed    = 200                   // bytes of the line that says why a change failed, as encoded
 	nameCost     = 62                    // bytes of the tags around each name and its text
 	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
 	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
@@ -108,9 +108,8 @@ type runState struct {
 // A process runs a sensor.
 type process struct {
 	sensor string
-	pid    int           // 0 while it starts
-	stuck  bool          // SIGKILL did not end it
-	ended  chan struct{} // closed when its run is over
+	pid    int  // 0 while it starts
+	stuck  bool // SIGKILL did not end it
 }
 
 // A helpEntry is a help text that was asked for.
@@ -283,25 +282,38 @@ func splitWords(s string) ([]string, error) {
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them. Those
-// whose names are too long, or not plain text, are unusable.
-func (s *sensors) names() (names, unusable []string, err error) {
+// names lists the sensors: the directories with the executable in them. It also
+// says of each directory that cannot be run as a sensor what is missing.
+func (s *sensors) names() (names, missing []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list sensors: %w", err)
 	}
 	for _, e := range entries {
-		info, err := os.Stat(filepath.Join(s.path, e.Name(), s.executable))
-		if err != nil || info.IsDir() || e.Name()[0] == '.' {
+		dir := filepath.Join(s.path, e.Name())
+		if info, err := os.Stat(dir); err != nil || !info.IsDir() || e.Name()[0] == '.' {
 			continue
 		}
-		if name, err := sensorName(e.Name()); err == nil {
-			names = append(names, name)
-		} else {
-			unusable = append(unusable, e.Name())
+		_, bad := sensorName(e.Name())
+		info, err := os.Stat(filepath.Join(dir, s.executable))
+		isFile := err == nil && !info.IsDir()
+		if bad == nil && isFile {
+			names = append(names, e.Name())
 		}
+		what := ""
+		switch {
+		case bad != nil:
+			what = fmt.Sprintf("its name is not plain text of at most %d bytes", maxName)
+		case !isFile:
+			what = fmt.Sprintf("there is no file %s in its directory", s.executable)
+		case info.Mode()&0o111 == 0:
+			what = fmt.Sprintf("%s may not be run: chmod 755 %s", s.executable, filepath.Join(dir, s.executable))
+		default:
+			continue
+		}
+		missing = append(missing, fmt.Sprintf("sensor %s: %s", cut(e.Name()), what))
 	}
-	return names, unusable, nil
+	return names, missing, nil
 }
 
 // helpTexts returns the help text of each sensor, or why there is none. It asks
@@ -357,9 +369,10 @@ func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 }
 
 // fitHelps returns help texts, by the names of their sensors, that fit into one
-// answer: first all names for which there is room, then of each text an equal
-// share of what is left, 1 KiB at most. It counts the names left out.
-func fitHelps(texts map[string]string) (listed map[string]any, left int) {
+// answer: first all names for which there is room, then the last lines of those
+// whose change failed, then of each text an equal share of what is left, 1 KiB at
+// most. It counts the names left out.
+func fitHelps(texts, failed map[string]string) (listed map[string]any, left int) {
 	listed = make(map[string]any)
 	room := maxHelps
 	var names []string
@@ -369,16 +382,27 @@ func fitHelps(texts map[string]string) (listed map[string]any, left int) {
 			names = append(names, name)
 		}
 	}
-	for i, name := range names {
-		share := min(maxHelp, room/(len(names)-i))
-		text := texts[name]
-		for n := encodedLen(text); n > share; n = encodedLen(text) {
-			text = strings.ToValidUTF8(text[:len(text)*share/n], "")
+	last := make(map[string]string)
+	for _, name := range names {
+		if why, ok := failed[name]; ok {
+			last[name] = fit("\nlast change failed: "+why, min(maxFailed, room))
+			room -= encodedLen(last[name])
 		}
-		listed[name] = text
+	}
+	for i, name := range names {
+		text := fit(texts[name], min(maxHelp, room/(len(names)-i)))
+		listed[name] = text + last[name]
 		room -= encodedLen(text)
 	}
 	return listed, len(texts) - len(names)
+}
+
+// fit cuts a text to at most this many bytes, as encoded.
+func fit(text string, most int) string {
+	for n := encodedLen(text); n > most; n = encodedLen(text) {
+		text = strings.ToValidUTF8(text[:len(text)*most/n], "")
+	}
+	return text
 }
 
 // encodedLen returns how many bytes a text takes in a message.
@@ -460,7 +484,6 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if p == nil {
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
-	defer close(p.ended)
 	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, tail: true, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
@@ -498,7 +521,7 @@ func (r *runState) add(name string) *process {
 			return nil
 		}
 	}
-	p := &process{sensor: name, ended: make(chan struct{})}
+	p := &process{sensor: name}
 	r.processes[p] = true
 	return p
 }
@@ -514,23 +537,6 @@ func (r *runState) running() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.processes)
-}
-
-// retire returns a channel that is closed when those runs of a sensor have ended
-// that are under way now. Runs that begin later are not waited for.
-func (r *runState) retire(name string) <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	runs, retired := maps.Clone(r.processes), make(chan struct{})
-	go func() {
-		defer close(retired)
-		for p := range runs {
-			if p.sensor == name {
-				<-p.ended
-			}
-		}
-	}()
-	return retired
 }
 
 // start starts the executable in dir. It is named relative to dir, so that it

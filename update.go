@@ -4,7 +4,7 @@ package main
 // move to another monitor.
 //
 // A package is SENSOR.tar.bz2 (gzip and plain tar are taken, too) with one directory at the top, the
-// sensor's name:
+// sensor's name, and nothing else but what git archive and macOS add:
 //
 //	disk/                disk/check alone is enough
 //	disk/check
@@ -19,15 +19,16 @@ package main
 // A change makes these names one after the other. They tell recover how far it had come when the
 // power went:
 //
-//	.sensors.picket-staging-4f2a...            the package, unpacked and tried here
+//	sensors/.picket-staging-dlk3...            the package, unpacked and tried here
 //	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
 //	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
 //	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
-//	sensors/.picket-gone-disk                  the installed version, out of the way; runs may still be in it
+//	sensors/.picket-gone-disk                  the installed version, out of the way
 //	sensors/disk                               the new version
 //
-// recover removes every other hidden name: nothing in it is needed. It also finishes or undoes what
-// older versions of picket left, .picket-lock and .picket-old-disk.
+// The last but one stays until the next change of the sensor or the next start, as runs may still be in
+// it. recover removes it, and every other hidden name: nothing in it is needed. It also finishes or undoes what older
+// versions of picket left, .picket-lock and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -39,7 +40,6 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -58,27 +58,28 @@ import (
 )
 
 const (
-	maxEntries   = 1024            // files and directories in a package
-	maxPath      = 255             // bytes of an entry's name
-	maxNesting   = 200             // directories in each other: maxPath allows for 128
-	maxPadding   = 1 << 20         // bytes behind the last entry: tar pads to 10 KiB
-	maxKeyFile   = 4 << 10         // bytes of a public key or signature: they have about 150
-	maxVersion   = 256             // bytes that are read of a file named version
-	spaceReserve = 256 << 10       // bytes of a file system that an update leaves free
-	dirSpace     = 4 << 10         // bytes that a directory is taken to need
-	lockTime     = time.Minute     // to wait for another process that changes sensors
-	otherRuns    = 5 * time.Second // to wait for runs of other processes in the replaced version
+	maxEntries   = 1024        // files and directories in a package
+	maxPath      = 255         // bytes of an entry's name
+	maxNesting   = 200         // directories in each other: maxPath allows for 128
+	maxKeyFile   = 4 << 10     // bytes of a public key or signature: they have about 150
+	maxVersion   = 256         // bytes that are read of a file named version
+	spaceReserve = 256 << 10   // bytes of a file system that an update leaves free
+	dirSpace     = 4 << 10     // bytes that a directory is taken to need
+	lockTime     = time.Minute // to wait for another process that changes sensors
 
-	lockName     = ".picket-lock"  // of older versions
-	oldPrefix    = ".picket-old-"  // of older versions: the replaced version of a sensor
-	gonePrefix   = ".picket-gone-" // to be removed
-	backupLayout = "2006-01-02T15:04:05"
+	hidden        = ".picket-"         // begins all names that picket makes among the sensors
+	stagingPrefix = ".picket-staging-" // the package, unpacked
+	gonePrefix    = ".picket-gone-"    // the version that was replaced: runs may be in it
+	lockName      = ".picket-lock"     // of older versions
+	oldPrefix     = ".picket-old-"     // of older versions: the replaced version of a sensor
+	backupLayout  = "2006-01-02T15:04:05"
 )
 
 // An updater replaces sensors by packages, and by their backups.
 //
 // Whatever fails, power included, at every moment the old version or the new one is complete on the
-// disk, and after recover it is in its place and nothing else is left.
+// disk, and after recover it is in its place and nothing else is left. After a change only the version
+// that it replaced is left, for runs that are under way.
 type updater struct {
 	sensors     *sensors
 	backup      string // the directory of backups
@@ -87,16 +88,7 @@ type updater struct {
 	maxUnpacked int64  // bytes
 	keep        int    // backups of a sensor; 0 keeps all
 
-	progress func(step string)       // is told what is being done
-	step     func(what string) error // is asked before each change of the file system
-}
-
-// newUpdater returns an updater that reports to nobody.
-func newUpdater(s *sensors, backup, keys string, maxPackage, maxUnpacked int64, keep int) *updater {
-	return &updater{
-		sensors: s, backup: backup, keys: keys, maxPackage: maxPackage, maxUnpacked: maxUnpacked, keep: keep,
-		progress: func(string) {}, step: func(string) error { return nil },
-	}
+	step func(what string) error // a test's: is asked before each change of the file system
 }
 
 // A source provides a package and its signature. The signature is read only if a key is set.
@@ -154,13 +146,12 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
 	return c.make(func() error {
 		backups, err := c.backupsOf(name, false)
+		if err == nil && len(backups) == 0 {
+			err = errors.New("there is no backup")
+		}
 		if err != nil {
 			return err
 		}
-		if len(backups) == 0 {
-			return errors.New("there is no backup")
-		}
-		c.progress("copy")
 		newest = backups[len(backups)-1]
 		return c.copy(c.backups, newest, c.staging, name)
 	}, c.replace, func() error {
@@ -174,7 +165,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 // recovered already. If nothing was interrupted, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
 	entries, err := os.ReadDir(u.sensors.path)
-	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".picket-") }
+	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), hidden) }
 	if err != nil || !exists(u.backup) && !slices.ContainsFunc(entries, isHidden) {
 		return nil
 	}
@@ -185,7 +176,7 @@ func (u *updater) recover(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
-	return errors.Join(c.settle(), c.prune())
+	return c.settle()
 }
 
 // ownerWarning returns a line for the log, or "" if there is nothing to warn of. It warns an agent
@@ -197,10 +188,8 @@ func (u *updater) ownerWarning() string {
 	if err != nil || err2 != nil || os.Geteuid() != 0 || ownerOf(sensors).Uid == 0 || ownerOf(backups).Uid != 0 {
 		return ""
 	}
-	uid, gid := ownerOf(sensors).Uid, ownerOf(sensors).Gid
-	return fmt.Sprintf("%s belongs to user %d, who can change what the agent runs, but %s to root: "+
-		"give both to root with chown -R 0:0 %s, or both to him with chown -R %d:%d %s",
-		u.sensors.path, uid, u.backup, u.sensors.path, uid, gid, u.backup)
+	return fmt.Sprintf("%s belongs to user %d, who can change what the agent runs: "+
+		"give it to root with chown -R 0:0 %s", u.sensors.path, ownerOf(sensors).Uid, u.sensors.path)
 }
 
 // A change is the state of one change of a sensor, or of recovery. Its directories are open, and
@@ -213,16 +202,14 @@ type change struct {
 	installed dir             // the sensors
 	owner     *syscall.Stat_t // of that directory
 	backups   dir
-	beside    dir // the directory that holds the one of the sensors
 	staging   dir
 	archive   *os.File // the package
 	tooLate   bool     // to call it off: the installed version is half removed
-	keepGone  bool     // runs are still in the version that was replaced
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
-// sensors. Before, it settles what an interrupted change left. Afterwards it removes all that is
-// left of this one.
+// sensors. Before, it settles what earlier changes left. Afterwards it removes what is left of this
+// one, but not the version that was replaced.
 func (c *change) make(steps ...func() error) error {
 	defer c.close()
 	if err := c.begin(lockTime); err != nil {
@@ -233,7 +220,8 @@ func (c *change) make(steps ...func() error) error {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
-	err = c.stage()
+	c.tidy(c.installed.remove(gonePrefix + c.name))
+	c.staging, err = c.installed.mkdir(stagingPrefix+strconv.FormatInt(time.Now().UnixNano(), 36), 0o711)
 	for _, step := range steps {
 		if err == nil {
 			err = step()
@@ -261,12 +249,6 @@ func (c *change) begin(wait time.Duration) (err error) {
 	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
 		return err
 	}
-	c.beside = c.installed
-	if real, err := filepath.EvalSymlinks(c.sensors.path); err == nil {
-		if f, err := os.OpenFile(filepath.Dir(real), syscall.O_DIRECTORY, 0); err == nil {
-			c.beside = dir{File: f, step: c.step}
-		}
-	}
 	isNew := !exists(c.backup)
 	if c.backups, err = c.openBase(c.backup, 0o700); err != nil {
 		return err
@@ -280,13 +262,12 @@ func (c *change) begin(wait time.Duration) (err error) {
 		return fmt.Errorf("%s and %s are the same directory", c.sensors.path, c.backup)
 	}
 	c.owner = ownerOf(sensors)
-	if mode := backups.Mode().Perm(); isNew {
-		err = chown(c.backups.File, c.owner)
-	} else if c.name != "" && mode&0o077 != 0 {
-		c.backups.Chmod(mode &^ 0o077) // older versions made it open; only its owner can close it
-	}
-	if err != nil {
-		return err
+	if isNew {
+		if err := chown(c.backups.File, c.owner); err != nil {
+			return err
+		}
+	} else if c.name != "" {
+		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
 	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
 		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
@@ -297,7 +278,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 // close closes the directories and the package, and so unlocks the backups. Closing what was never
 // opened does nothing.
 func (c *change) close() {
-	for _, f := range []*os.File{c.installed.File, c.backups.File, c.beside.File, c.staging.File, c.archive} {
+	for _, f := range []*os.File{c.installed.File, c.backups.File, c.staging.File, c.archive} {
 		f.Close()
 	}
 }
@@ -335,39 +316,11 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// stage makes the staging directory, with a name that nobody can guess. It lies beside the
-// directory of sensors, so that the owner of that cannot exchange it. If nothing can be renamed from
-// there into the directory of sensors, for instance because that is a mount, it lies among them.
-func (c *change) stage() (err error) {
-	random := make([]byte, 8)
-	if _, err := rand.Read(random); err != nil {
-		return err
-	}
-	name := fmt.Sprintf("%s%x", c.stagingPrefix(), random)
-	if c.staging, err = c.beside.mkdir(name, 0o711); err == nil {
-		probe, err := c.staging.mkdir(name, 0o700) // two mounts may be of one device: only trying tells
-		probe.Close()
-		if err == nil && c.staging.rename(name, c.installed, name) == nil {
-			return c.installed.remove(name)
-		}
-		c.staging.Close()
-	}
-	c.staging, err = c.installed.mkdir(name, 0o711)
-	return err
-}
-
-// stagingPrefix begins the name of each staging directory. It holds the name of the directory of
-// sensors, because another one may lie beside it, with changes of its own.
-func (c *change) stagingPrefix() string {
-	return "." + filepath.Base(c.sensors.path) + ".picket-staging-"
-}
-
 // try runs the staged version once, with the help argument. It must exit 0 within the sensors'
 // time-out.
 func (c *change) try() error {
-	c.progress("try")
 	s, dir := c.sensors, c.staging.path(c.name)
-	switch o := s.runIn(c.ctx, dir, c.stagingPrefix()+c.name, []string{s.help}, nil); o.code {
+	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
 	case 0:
 		return nil
 	case codeNotFound:
@@ -378,45 +331,56 @@ func (c *change) try() error {
 }
 
 // giveAway gives the staged version to the owner of the directory of sensors, so that an agent that
-// runs as him can replace it. It works from the inside out: what he could already exchange is not
-// touched any more.
-func (c *change) giveAway() error {
-	if os.Geteuid() != 0 || c.owner.Uid == 0 {
+// runs as him can replace it, and syncs it.
+func (c *change) giveAway() error { return c.give(c.staging, c.name) }
+
+// give is giveAway for a file, or a directory with all that is in it. It works from the inside out:
+// what the owner could already exchange is not touched any more. A trial may have made links, sockets
+// and files that cannot be read; they stay as they are.
+func (c *change) give(in dir, name string) error {
+	f, err := in.open(name, 0)
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) || errors.Is(err, fs.ErrPermission) {
 		return nil
+	} else if err != nil {
+		return err
 	}
-	return c.staging.each(c.name, func(f *os.File) error { return errors.Join(chown(f, c.owner), syncFile(f)) })
+	defer f.Close()
+	var names []string
+	info, err := f.Stat()
+	if err == nil && info.IsDir() {
+		names, err = f.names()
+	}
+	for _, name := range names {
+		err = errors.Join(err, c.give(f, name))
+	}
+	return errors.Join(err, chown(f.File, c.owner), syncFile(f.File))
 }
 
 // replace puts the staged version in the place of the sensor, and the installed one among the
 // backups. One rename decides: before it nothing has changed, after it settle can do the rest at
 // any time. If the rest fails twice, the change is called off, as long as the installed version is
 // whole.
-func (c *change) replace() error {
-	c.progress("swap")
-	backup, newName, isNew := "", newPrefix+c.name, !c.installed.has(c.name)
-	var err error
-	if !isNew {
-		backup, err = c.backUp(c.name, c.name)
+func (c *change) replace() (err error) {
+	backup, newName := "", newPrefix+c.name
+	if c.installed.has(c.name) {
+		if backup, err = c.backUp(c.name, c.name); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		err = c.staging.rename(c.name, c.installed, newName)
-	}
-	if err != nil && !c.installed.has(newName) {
+	if err = c.staging.rename(c.name, c.installed, newName); err != nil && !c.installed.has(newName) {
 		return err
 	}
-	err = c.finish(c.name)
-	if err != nil { // perhaps what failed once works now
+	if err = c.finish(c.name); err != nil { // perhaps what failed once works now
 		err = c.finish(c.name)
 	}
-	if err != nil && c.installed.has(newName) {
-		if !c.tooLate {
-			c.tidy(c.undo(backup))
-		}
-		return err
+	if err == nil || !c.installed.has(newName) {
+		c.tidy(err) // of the last sync: the new version is in its place, as all can see
+		return nil
 	}
-	c.tidy(err) // of the last sync: the new version is in its place, as all can see
-	c.keepGone = !isNew && !c.awaitRuns()
-	return nil
+	if !c.tooLate {
+		c.tidy(c.undo(backup))
+	}
+	return err
 }
 
 // undo takes back a change that was decided but could not be finished. The backup, "" if there was
@@ -487,36 +451,6 @@ func (c *change) finish(name string) error {
 	return c.installed.rename(newPrefix+name, c.installed, name)
 }
 
-// awaitRuns waits until no run is in the version that was replaced, because that is removed next. It
-// waits for runs of other processes for otherRuns at most, and reports false if the change has to end
-// before the runs do.
-func (c *change) awaitRuns() bool {
-	select {
-	case <-c.sensors.retire(c.name):
-	case <-c.ctx.Done():
-		return false
-	}
-	for end := time.Now().Add(otherRuns); c.inUse(gonePrefix+c.name) && time.Now().Before(end); {
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-c.ctx.Done():
-			return false
-		}
-	}
-	return true
-}
-
-// inUse reports whether any process works in a directory among the sensors. A run of the agent does
-// so while picket install changes its sensor. Without /proc it reports false.
-func (c *change) inUse(name string) bool {
-	sensors, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", c.installed.Fd()))
-	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
-	return err == nil && slices.ContainsFunc(links, func(link string) bool {
-		cwd, _ := os.Readlink(link) // a stat could hang on a dead disk or network
-		return strings.HasPrefix(cwd+"/", filepath.Join(sensors, name)+"/")
-	})
-}
-
 // settle finishes the changes that were decided, and removes what is left of all others. If that
 // fails for one sensor, settle goes on with the next.
 //
@@ -526,10 +460,7 @@ func (c *change) inUse(name string) bool {
 func (c *change) settle() error {
 	files, err := c.installed.names()
 	isOlder := slices.Contains(files, lockName)
-	if isOlder {
-		err = errors.Join(err, c.removeHiddenBackups(true))
-	}
-	if err != nil {
+	if err = errors.Join(err, c.removeHiddenBackups(isOlder)); err != nil {
 		return err
 	}
 	var errs []error
@@ -545,7 +476,7 @@ func (c *change) settle() error {
 			errs = append(errs, c.settleOld(name))
 		}
 	}
-	errs = append(errs, c.removeHiddenBackups(false), c.removeRubbish())
+	errs = append(errs, c.removeRubbish())
 	if isOlder && errors.Join(errs...) == nil {
 		return c.installed.remove(lockName)
 	}
@@ -569,8 +500,8 @@ func (c *change) settleOld(name string) error {
 	return err
 }
 
-// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later:
-// a version that is half removed must not be taken for a whole one.
+// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later: runs
+// may be in it, and a version that is half removed must not be taken for a whole one.
 func (c *change) discard(file, name string) error {
 	if err := c.installed.remove(gonePrefix + name); err != nil {
 		return err
@@ -586,16 +517,15 @@ func versionOf(file, prefix string) (name string, ok bool) {
 	return name, ok && err == nil
 }
 
-// removeRubbish removes staging directories and all hidden names of picket among the sensors, except
-// those of versions that settle still needs and a directory that runs are still in.
+// removeRubbish removes all hidden names of picket among the sensors, except those of versions that
+// settle still needs and, unless this is recovery, of versions that were replaced.
 func (c *change) removeRubbish() error {
-	isStaging := func(file string) bool { return strings.HasPrefix(file, c.stagingPrefix()) }
-	return errors.Join(c.beside.removeWhere(isStaging), c.installed.removeWhere(func(file string) bool {
+	return c.installed.removeWhere(func(file string) bool {
 		_, isNew := versionOf(file, newPrefix)
 		_, isOld := versionOf(file, oldPrefix)
-		keep := isNew || isOld || file == lockName || c.keepGone && file == gonePrefix+c.name
-		return !keep && (strings.HasPrefix(file, ".picket-") || isStaging(file))
-	}))
+		keep := isNew || isOld || file == lockName || c.name != "" && strings.HasPrefix(file, gonePrefix)
+		return !keep && strings.HasPrefix(file, hidden)
+	})
 }
 
 // removeHiddenBackups removes the backups that are half made or half removed. A backup that finish
@@ -610,18 +540,15 @@ func (c *change) removeHiddenBackups(all bool) error {
 // isUnsettled reports whether something is left of an earlier change of this sensor.
 func (c *change) isUnsettled() bool {
 	made, err := c.backupsOf(c.name, true)
-	return err != nil || len(made) > 0 ||
-		slices.ContainsFunc([]string{newPrefix, oldPrefix, gonePrefix}, func(prefix string) bool {
-			return c.installed.has(prefix + c.name)
-		})
+	return err != nil || len(made) > 0 || c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name)
 }
 
 // backupsOf lists the published or the hidden backups of a sensor, the oldest first.
-func (c *change) backupsOf(name string, hidden bool) ([]string, error) {
+func (c *change) backupsOf(name string, wantHidden bool) ([]string, error) {
 	files, err := c.backups.names()
 	return slices.DeleteFunc(files, func(file string) bool {
 		of, isHidden, ok := parseBackup(file)
-		return !ok || of != name || isHidden != hidden
+		return !ok || of != name || isHidden != wantHidden
 	}), err
 }
 
@@ -637,20 +564,16 @@ func parseBackup(file string) (name string, isHidden, ok bool) {
 	return file[:i], isHidden, err == nil
 }
 
-// prune removes the oldest backups of each sensor, so that keep of them remain; 0 removes none.
+// prune removes the oldest backups of the sensor, so that keep of them remain; 0 removes none. It logs
+// each that it removes.
 func (c *change) prune() error {
-	files, err := c.backups.names()
-	errs, count := []error{err}, make(map[string]int)
-	for i := len(files) - 1; i >= 0 && c.keep > 0; i-- {
-		name, isHidden, ok := parseBackup(files[i])
-		if !ok || isHidden {
-			continue
-		}
-		if count[name]++; count[name] > c.keep {
-			errs = append(errs, c.removeBackup(files[i]))
+	backups, err := c.backupsOf(c.name, false)
+	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
+		if err = c.removeBackup(backups[0]); err == nil {
+			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
 		}
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 // removeBackup removes a backup. It hides the backup first: nobody can take it for one while half of
@@ -669,58 +592,52 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	if err != nil {
 		return err
 	}
-	link := func(string) error { return os.Link(from.at(name), to.at(as)) }
-	switch kind := info.Mode().Type(); {
-	case kind.IsDir():
-	case kind == fs.ModeSymlink: // of an administrator's own sensor
+	switch info.Mode().Type() {
+	case fs.ModeDir:
+	case fs.ModeSymlink: // of an administrator's own sensor
 		target, err := os.Readlink(from.at(name))
 		if err != nil {
 			return err
 		}
 		return to.do("link", as, func(path string) error { return os.Symlink(target, path) })
-	case !kind.IsRegular():
+	case 0:
+		if to.do("link", as, func(path string) error { return os.Link(from.at(name), path) }) == nil {
+			return nil
+		}
+	default:
 		return fmt.Errorf("copy %s: neither a file nor a directory", from.path(name))
-	case to.do("link", as, link) == nil:
-		return nil
 	}
 	f, err := from.open(name, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if info, err = f.Stat(); err != nil {
+	if info, err = f.Stat(); err != nil { // of what is there now
 		return err
 	}
-	if info.IsDir() {
-		return c.copyDir(f, info, to, as)
+	if !info.IsDir() {
+		if err := to.enoughSpace(info.Size()); err != nil {
+			return err
+		}
+		// A pipe that somebody has put in its place has the size 0, so that it is not read.
+		return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
 	}
-	if err := to.enoughSpace(info.Size()); err != nil {
-		return err
-	}
-	// A pipe that somebody has put in its place has the size 0, so that it is not read.
-	return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
-}
-
-// copyDir copies an open directory, as copy does.
-func (c *change) copyDir(from dir, info fs.FileInfo, to dir, as string) error {
 	target, err := to.mkdir(as, info.Mode().Perm()|0o700)
 	if err != nil {
 		return err
 	}
 	defer target.Close()
-	names, err := from.names()
+	names, err := f.names()
 	for _, name := range names {
 		if err == nil {
-			err = c.copy(from, name, target, name)
+			err = c.copy(f, name, target, name)
 		}
 	}
-	if err == nil {
-		err = chown(target.File, ownerOf(info)) // last: until here he cannot change it
+	if err != nil {
+		return err
 	}
-	if err == nil {
-		err = syncFile(target.File)
-	}
-	return err
+	// He gets it last: until here he cannot change it.
+	return errors.Join(chown(target.File, ownerOf(info)), syncFile(target.File))
 }
 
 // A dir is an open directory. All its methods work in that directory and nowhere else, whatever its
@@ -757,24 +674,36 @@ func (d dir) names() ([]string, error) {
 // path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
+// createNew are the flags to make a file, and to open it for reading and writing. It must not exist.
+const createNew = syscall.O_RDWR | syscall.O_CREAT | syscall.O_EXCL
+
 // open opens a file or directory for reading, or with these flags in addition. It does not follow a
 // link, and does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if d.depth == maxNesting {
 		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
 	}
-	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
-	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
-	if err != nil {
-		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
+	if flags&syscall.O_CREAT != 0 {
+		if err := d.ask("create", name); err != nil {
+			return dir{}, err
+		}
 	}
-	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
+	f, err := openIn(d.File, name, flags|syscall.O_NOFOLLOW)
+	return dir{f, d.depth + 1, d.step}, err
+}
+
+// ask asks step before a change.
+func (d dir) ask(what, name string) error {
+	if d.step == nil {
+		return nil
+	}
+	return d.step(what + " " + d.path(name))
 }
 
 // do asks step and then makes a change at the path of a name. Its error shows the usual path, not
 // the one through /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
-	if err := d.step(what + " " + d.path(name)); err != nil {
+	if err := d.ask(what, name); err != nil {
 		return err
 	}
 	if err := change(d.at(name)); err != nil {
@@ -803,11 +732,9 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 		return dir{}, err
 	}
 	info, err := made.Stat()
-	if err == nil {
-		var names []string
-		if names, err = made.names(); len(names) > 0 || int(ownerOf(info).Uid) != os.Geteuid() {
-			err = fmt.Errorf("mkdir %s: somebody has exchanged it", made.Name())
-		}
+	names, err2 := made.names()
+	if err = errors.Join(err, err2); err == nil && (len(names) > 0 || int(ownerOf(info).Uid) != os.Geteuid()) {
+		err = fmt.Errorf("mkdir %s: somebody has exchanged it", made.Name())
 	}
 	if err == nil {
 		err = made.Chmod(mode)
@@ -818,18 +745,10 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	return made, err
 }
 
-// create makes a file and opens it for reading and writing. It fails if the name exists.
-func (d dir) create(name string) (dir, error) {
-	if err := d.step("create " + d.path(name)); err != nil {
-		return dir{}, err
-	}
-	return d.open(name, syscall.O_RDWR|syscall.O_CREAT|syscall.O_EXCL)
-}
-
 // write makes a file with this content and mode, and syncs it. Root gives it to the owner, unless
 // that is nil.
 func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
-	f, err := d.create(name)
+	f, err := d.open(name, createNew)
 	if err != nil {
 		return err
 	}
@@ -837,35 +756,12 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 	if _, err := io.Copy(f, from); err != nil {
 		return err
 	}
-	if err := d.step("sync " + f.Name()); err != nil {
-		return err
-	}
 	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
-}
-
-// each calls visit for a file, or for all that is in a directory, however deep, and then for the
-// directory itself. It skips links, which a trial may have made.
-func (d dir) each(name string, visit func(*os.File) error) error {
-	f, err := d.open(name, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	names, err := f.names()
-	if err != nil && !errors.Is(err, syscall.ENOTDIR) {
-		return err
-	}
-	for _, name := range names {
-		if err := f.each(name, visit); err != nil && !errors.Is(err, syscall.ELOOP) {
-			return err
-		}
-	}
-	return visit(f.File)
 }
 
 // remove removes a name, with all that is in it. A name that does not exist is no error.
 func (d dir) remove(name string) error {
-	if err := d.step("remove " + d.path(name)); err != nil {
+	if err := d.ask("remove", name); err != nil {
 		return err
 	}
 	return d.removeAll(name)
@@ -927,9 +823,10 @@ func (d dir) enoughSpace(size int64) error {
 	return nil
 }
 
-// fetch writes the package to the staging directory, and no more of it than is allowed.
+// fetch writes the package to the staging directory, and no more of it than is allowed. No sensor can
+// have the name of the file.
 func (c *change) fetch() error {
-	f, err := c.staging.create("package")
+	f, err := c.staging.open(".package", createNew)
 	if err != nil {
 		return err
 	}
@@ -942,7 +839,6 @@ func (c *change) fetch() error {
 		if err := c.staging.enoughSpace(int64(len(p))); err != nil {
 			return 0, err
 		}
-		c.progress(fmt.Sprintf("fetch %d bytes", written))
 		return f.Write(p)
 	})
 	if err := c.from.archive(c.ctx, to); err != nil {
@@ -951,77 +847,65 @@ func (c *change) fetch() error {
 	return nil
 }
 
-// verify checks the signature of the package, before any byte of it is parsed. If no key is set, it
-// takes every package.
+// verify checks the signature of the package with the key whose number it names, before any byte of the
+// package is parsed. If no key is set, it takes every package.
 func (c *change) verify() error {
 	if c.keys == "" {
 		return nil
 	}
-	c.progress("verify")
-	if err := c.checkSignature(); err != nil {
-		return fmt.Errorf("verify: %w", err)
-	}
-	return nil
-}
-
-// checkSignature checks the signature of the package with the key whose number it names.
-func (c *change) checkSignature() error {
 	keys, err := readKeys(c.keys)
 	if err != nil {
-		return fmt.Errorf("public key: %w", err)
+		return fmt.Errorf("verify: public key: %w", err)
 	}
+	var number string
+	var signature []byte
 	text, err := c.from.signature(c.ctx)
-	if err != nil {
-		return fmt.Errorf("signature: %w", err)
+	if err == nil {
+		number, signature, err = parseSignify(text, ed25519.SignatureSize)
 	}
-	number, signature, err := parseSignify(text, ed25519.SignatureSize)
 	if err != nil {
-		return fmt.Errorf("signature: %w", err)
+		return fmt.Errorf("verify: signature: %w", err)
 	}
 	key, ok := keys[number]
 	if !ok {
-		return fmt.Errorf("signed with key %x, which is not known", number)
+		return fmt.Errorf("verify: signed with key %x, which is not known", number)
 	}
 	info, err := c.archive.Stat()
 	if err != nil {
 		return err
 	}
-	var message []byte
-	if info.Size() > 0 { // mapped, the package takes no memory of the heap
-		message, err = syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
-		if err != nil {
-			return &os.PathError{Op: "mmap", Path: c.archive.Name(), Err: err}
-		}
-		defer syscall.Munmap(message)
+	// Mapped, the package takes no memory of the heap. An empty one cannot be mapped.
+	message, err := syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("verify: map %d bytes: %w", info.Size(), err)
 	}
+	defer syscall.Munmap(message)
 	if !ed25519.Verify(key, message, signature) {
-		return errors.New("the signature does not fit the package")
+		return errors.New("verify: the signature does not fit the package")
 	}
 	return nil
 }
 
 // readKeys reads a public key, or each NAME.pub of a directory. It returns at least one, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	dir, names := filepath.Dir(file), []string{filepath.Base(file)}
-	if info.IsDir() {
-		dir = file
-		if names, err = fs.Glob(os.DirFS(dir), "*.pub"); err != nil || len(names) == 0 {
-			return nil, fmt.Errorf("no *.pub in %s", dir)
+	names, keys := []string{file}, make(map[string]ed25519.PublicKey)
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
+		names, err = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
+		if err != nil || len(names) == 0 {
+			return nil, fmt.Errorf("no *.pub in %s", file)
+		}
+		for i := range names {
+			names[i] = filepath.Join(file, names[i])
 		}
 	}
-	keys := make(map[string]ed25519.PublicKey)
 	for _, name := range names {
-		text, err := readSmall(filepath.Join(dir, name), maxKeyFile)
+		text, err := readSmall(name, maxKeyFile)
 		if err != nil {
 			return nil, err
 		}
 		number, key, err := parseSignify(text, ed25519.PublicKeySize)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		keys[number] = key
 	}
@@ -1029,48 +913,33 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 }
 
 // parseSignify reads a key or a signature of signify: a line of comment, and a line of base64 with
-// "Ed", 8 bytes of key number and size bytes of data. Nothing else may be in it.
+// "Ed", 8 bytes of key number and size bytes of data. Nothing else may be in it, but lines may end as
+// editors and Windows end them.
 func parseSignify(text []byte, size int) (number string, data []byte, err error) {
-	comment, rest, ok := strings.Cut(string(text), "\n")
+	comment, rest, _ := strings.Cut(string(text), "\n")
+	data, err = base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(rest)) // it skips ends of lines
 	switch {
 	case !strings.HasPrefix(comment, "untrusted comment: "):
-		return "", nil, errors.New("its first line is no untrusted comment")
-	case !ok:
-		return "", nil, errors.New("it has one line only")
-	}
-	line := strings.TrimSuffix(rest, "\n")
-	if strings.ContainsAny(line, "\r\n") {
-		return "", nil, errors.New("it has more than two lines")
-	}
-	data, err = base64.StdEncoding.Strict().DecodeString(line)
-	switch {
+		err = errors.New("its first line is no untrusted comment")
 	case err != nil:
-		return "", nil, fmt.Errorf("its second line is not base64: %w", err)
-	case len(data) != 2+8+size:
-		return "", nil, fmt.Errorf("its second line holds %d bytes; want %d", len(data), 2+8+size)
-	case string(data[:2]) != "Ed":
-		return "", nil, fmt.Errorf("its algorithm is %q; want \"Ed\"", data[:2])
+		err = fmt.Errorf("its second line is not base64: %w", err)
+	case len(data) != 2+8+size || string(data[:2]) != "Ed":
+		err = fmt.Errorf("its second line is not \"Ed\" and %d bytes", 8+size)
+	default:
+		return string(data[2:10]), data[10:], nil
 	}
-	return string(data[2:10]), data[10:], nil
+	return "", nil, err
 }
 
-// unpack unpacks the package into the staging directory. When it returns nil, the directory of the
-// sensor is complete there and on the disk. An archive that is cut off, even between two entries, is
+// unpack unpacks the package into the staging directory. An archive that is cut off, even between two entries, is
 // an error; what follows the end of an archive is ignored.
 func (c *change) unpack() error {
-	c.progress("unpack")
-	if _, err := c.archive.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	contents, err := uncompressed(bufio.NewReader(c.archive))
+	contents, err := uncompressed(bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage)))
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	// Besides its content an entry takes up to 2 KiB: header, long name, padding.
-	most := c.maxUnpacked + maxEntries*2048 + maxPadding
-	limited := &limitedReader{r: contents, left: most, limit: c.maxUnpacked}
-	p := &unpacking{change: c, left: c.maxUnpacked, seen: make(map[string]bool)}
-	for r := tar.NewReader(limited); ; {
+	p := &unpacking{change: c, contents: contents, left: c.maxUnpacked}
+	for r := tar.NewReader(p); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			break
@@ -1082,68 +951,62 @@ func (c *change) unpack() error {
 			return fmt.Errorf("unpack %s: %w", cut(h.Name), err)
 		}
 	}
-	if limited.ended { // before the two blocks of zeros that end an archive
+	if p.ended { // before the two blocks of zeros that end an archive
 		return errors.New("unpack: the archive is cut off")
 	}
-	if _, err := io.Copy(io.Discard, limited); err != nil { // at the very end checksums are compared
+	if _, err := io.Copy(io.Discard, p); err != nil { // at the very end checksums are compared
 		return fmt.Errorf("unpack: %w", err)
 	}
-	err = c.staging.each(c.name, syncFile)
-	if errors.Is(err, fs.ErrNotExist) {
+	if !c.staging.has(c.name) {
 		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
-	return err
+	return nil
 }
 
 // uncompressed recognises bzip2, gzip and plain tar by what they begin with.
 func uncompressed(r *bufio.Reader) (io.Reader, error) {
-	magic, err := r.Peek(3)
+	magic, _ := r.Peek(3) // an error comes again
 	switch {
-	case errors.Is(err, io.EOF):
-		return nil, errors.New("the package is empty")
-	case err != nil:
-		return nil, err
 	case string(magic) == "BZh":
 		return bzip2.NewReader(r), nil
-	case string(magic[:2]) == "\x1f\x8b":
+	case strings.HasPrefix(string(magic), "\x1f\x8b"):
 		return gzip.NewReader(r)
 	}
 	return r, nil
 }
 
-// A limitedReader fails when more comes than it may read: a package of 785 bytes can unpack to 1 GiB.
-type limitedReader struct {
-	r           io.Reader
-	left, limit int64
-	ended       bool // the latest Read found nothing more
+// An unpacking is the state of one unpack. It reads the archive, and fails when more comes than it may
+// read: a package of 785 bytes can unpack to 1 GiB.
+type unpacking struct {
+	*change
+	contents io.Reader
+	left     int64 // bytes that may still come
+	ended    bool  // the latest Read found nothing more
+	entries  int   // files and directories so far
 }
 
-func (l *limitedReader) Read(p []byte) (int, error) {
-	if l.left <= 0 {
-		return 0, fmt.Errorf("unpacks to more than max_unpacked, %d bytes", l.limit)
+func (p *unpacking) Read(b []byte) (int, error) {
+	if p.left <= 0 {
+		return 0, p.tooLarge()
 	}
-	n, err := l.r.Read(p[:min(int64(len(p)), l.left)])
-	l.left -= int64(n)
-	l.ended = n == 0 && errors.Is(err, io.EOF)
+	n, err := p.contents.Read(b[:min(int64(len(b)), p.left)])
+	p.left -= int64(n)
+	p.ended = n == 0 && errors.Is(err, io.EOF)
 	return n, err
 }
 
-// An unpacking is the state of one unpack.
-type unpacking struct {
-	*change
-	left int64           // bytes of content that may still come
-	seen map[string]bool // the names so far; false: a directory without an entry of its own until now
+func (p *unpacking) tooLarge() error {
+	return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
 }
 
 // entry unpacks one entry of the package, or returns why it does not belong there.
 func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
-	name, err := p.entryName(h)
-	if err != nil || name == "." {
+	name, err := entryName(h)
+	if err != nil || name == "" {
 		return err
 	}
-	own, known := p.seen[name]
-	if own || known && h.Typeflag != tar.TypeDir {
-		return errors.New("twice in the package")
+	if top, _, _ := strings.Cut(name, "/"); top != p.name {
+		return fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
 	}
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
 	if h.Typeflag == tar.TypeDir {
@@ -1152,7 +1015,6 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 			return err
 		}
 		defer d.Close()
-		p.seen[name] = true
 		return d.Chmod(mode | 0o700)
 	}
 	parent, err := p.directory(path.Dir(name))
@@ -1160,24 +1022,35 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 		return err
 	}
 	defer parent.Close()
-	if err := p.count(name, h.Size, parent); err != nil {
+	if parent.has(path.Base(name)) {
+		return errors.New("twice in the package")
+	}
+	if err := p.count(h.Size, parent); err != nil {
 		return err
 	}
-	p.seen[name] = true
 	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
-// entryName returns the name of an entry that may be unpacked: a plain path in the sensor's
-// directory.
-func (p *unpacking) entryName(h *tar.Header) (string, error) {
-	name := strings.TrimPrefix(h.Name, "./")
+// entryName returns the name of an entry, a plain path, or "" for an entry that is left out. It refuses
+// what no sensor needs.
+func entryName(h *tar.Header) (string, error) {
+	name := strings.TrimSuffix(strings.TrimPrefix(h.Name, "./"), "/")
 	switch h.Typeflag {
 	case tar.TypeReg:
-	case tar.TypeDir:
-		name = strings.TrimSuffix(name, "/")
-		if name == "" || name == "." {
-			return ".", nil // the directory that tar was called in
+		if strings.HasPrefix(path.Base(name), "._") { // macOS keeps attributes of a file there
+			return "", nil
 		}
+	case tar.TypeDir:
+		if name == "" || name == "." { // the directory that tar was called in
+			return "", nil
+		}
+	case tar.TypeXGlobalHeader: // git archive writes the commit there
+		for record := range h.PAXRecords {
+			if record != "comment" && !strings.HasSuffix(record, "time") {
+				return "", fmt.Errorf("a header that sets %s of all entries", cut(record))
+			}
+		}
+		return "", nil
 	case tar.TypeSymlink, tar.TypeLink:
 		return "", errors.New("links are refused")
 	default:
@@ -1188,22 +1061,13 @@ func (p *unpacking) entryName(h *tar.Header) (string, error) {
 			return "", errors.New("sparse files are refused")
 		}
 	}
-	top, _, _ := strings.Cut(name, "/")
 	switch {
-	case strings.HasPrefix(name, "/"):
-		return "", errors.New("an absolute path")
 	case slices.Contains(strings.Split(name, "/"), ".."):
 		return "", errors.New("path escapes the package")
 	case len(name) > maxPath:
 		return "", fmt.Errorf("a name of more than %d bytes", maxPath)
-	case oneLine(name) != name || strings.ToValidUTF8(name, "") != name:
-		return "", errors.New("a name with control characters")
-	case path.Clean(name) != name:
+	case oneLine(name) != name || !fs.ValidPath(name):
 		return "", errors.New("not a plain path")
-	case top != p.name:
-		return "", fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
-	case name == p.name && h.Typeflag != tar.TypeDir:
-		return "", errors.New("not a directory")
 	}
 	return name, nil
 }
@@ -1219,23 +1083,23 @@ func (p *unpacking) directory(name string) (dir, error) {
 		return dir{}, err
 	}
 	defer parent.Close()
-	if _, known := p.seen[name]; known {
+	if parent.has(path.Base(name)) {
 		return parent.open(path.Base(name), syscall.O_DIRECTORY)
 	}
-	if err := p.count(name, 0, parent); err != nil {
+	if err := p.count(0, parent); err != nil {
 		return dir{}, err
 	}
 	return parent.mkdir(path.Base(name), 0o755)
 }
 
 // count counts a file or directory of the package, including one that appears only in the path of a
-// file. It fails if there are too many, or if size bytes of content more are too much.
-func (p *unpacking) count(name string, size int64, in dir) error {
-	if p.seen[name] = false; len(p.seen) > maxEntries {
+// file. It fails if there are too many, or if size bytes of content are too much.
+func (p *unpacking) count(size int64, in dir) error {
+	if p.entries++; p.entries > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
 	}
-	if p.left -= size; p.left < 0 {
-		return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
+	if size > p.left {
+		return p.tooLarge()
 	}
 	return in.enoughSpace(size + dirSpace)
 }
@@ -1283,11 +1147,10 @@ func (d dir) version(name string) (version []uint64, err error) {
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err != nil {
-		return nil, err
+	var text []byte
+	if err == nil && info.Mode().IsRegular() { // a pipe may keep its reader waiting for ever
+		text, err = io.ReadAll(io.LimitReader(f, maxVersion+1))
 	}
-	// The size of a pipe is 0, so that it is not read: that could take for ever.
-	text, err := io.ReadAll(io.LimitReader(f, min(info.Size(), maxVersion+1)))
 	if err != nil {
 		return nil, err
 	}
