@@ -1209,6 +1209,12 @@ func TestINI(t *testing.T) {
 	}
 	_, err := parseINI("x", strings.Repeat("x\n", 30))
 	equal(t, "bad lines that are named", len(splitLines(err.Error())), maxBadLines)
+	// UTF-16 with and without a mark, in either order, and what a shell of Windows appends.
+	const le, be = "[\x00a\x00]\x00\n\x00", "\x00[\x00a\x00]\x00\n"
+	for text, line := range map[string]int{"\xff\xfe" + le: 1, "\xfe\xff" + be: 1, le: 1, be: 1, "[a]\nx = 1\n" + le: 3} {
+		_, err := parseINI("x", text)
+		equal(t, "UTF-16", err.Error(), fmt.Sprintf("x:%d: a NUL byte: the text, or a part of it, is UTF-16; save it as UTF-8", line))
+	}
 }
 
 // TestINIPython compares with the two parsers that these files were written
@@ -1268,24 +1274,25 @@ func TestSettings(t *testing.T) {
 	for _, test := range cases(t, "testdata/settings.txt") {
 		text, want, _ := strings.Cut(strings.ReplaceAll(test.text, "EUID", strconv.Itoa(os.Geteuid())), "=>\n")
 		c := get(parseINI("c.cfg", text))
-		_, warnings, err := c.settings("/dir")
-		got := strings.Join(warnings, "\n") + "\n"
-		if err != nil {
-			got = err.Error() + "\n" + got
+		_, found := c.settings("/dir")
+		got := ""
+		for _, f := range found {
+			got += []string{"remark: ", "mistake: ", ""}[f.grave] + f.String() + "\n"
 		}
-		equal(t, test.name, strings.Trim(got, "\n"), strings.Trim(want, "\n"))
+		equal(t, test.name, got, want)
 	}
-	got, _, err := (&ini{}).settings("/dir")
-	must(t, err)
+	got, found := (&ini{}).settings("/dir")
+	equal(t, "findings", len(found), 0)
 	equal(t, "the defaults", got, settings{
 		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup",
 		timeout: 30 * time.Second, concurrency: 4, update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
 		monitor:        &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"},
 		monitorTimeout: 15 * time.Second, noValue: "nan", spoolSize: 1 << 20, listen: ":8080", queue: 256,
+		own: map[string]*ownSettings{},
 	})
 	c := get(parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n"))
-	s, _, err := c.settings("")
-	equal(t, "at most an hour, and IPv4", fmt.Sprint(s.timeout, s.allow, err), "1h0m0s [10.0.0.0/8 10.1.2.3/32] <nil>")
+	s, _ := c.settings("")
+	equal(t, "at most an hour, and IPv4", fmt.Sprint(s.timeout, s.allow), "1h0m0s [10.0.0.0/8 10.1.2.3/32]")
 }
 
 // TestLost: each protection that goes away is named.
@@ -1309,7 +1316,7 @@ func TestLost(t *testing.T) {
 		equal(t, "what is lost", strings.Join(s.lost(&next), ", "), want)
 		equal(t, "the other way round", len(next.lost(&s)), 0)
 	}
-	empty, _, _ := (&ini{}).settings("")
+	empty, _ := (&ini{}).settings("")
 	equal(t, "lost by an empty client.cfg", len(s.lost(&empty)), 9)
 }
 
@@ -1332,8 +1339,8 @@ func TestIrregular(t *testing.T) {
 			"[monitor]\nkey = FILE\ncertificate = PLAIN\n": "[monitor] key",
 		} {
 			c := get(parseINI("c.cfg", strings.NewReplacer("FILE", file, "PLAIN", plain).Replace(text)))
-			_, _, err = c.settings("")
-			has(t, option, err, "c.cfg:2: "+option+": "+want)
+			_, found := c.settings("")
+			has(t, option, found, "c.cfg:2: "+option+": "+want)
 		}
 	}
 	_, err = readKeys(fifo)
@@ -1348,13 +1355,12 @@ func TestShippedConfig(t *testing.T) {
 	all := regexp.MustCompile(`(?m)^#([a-z_]+ =)`).ReplaceAllString(text, "$1")
 	for name, text := range map[string]string{"as it is": text, "with every default": all} {
 		c := get(parseINI("client.cfg", text))
-		got, warnings, err := c.settings("")
-		must(t, err)
-		want, _, _ := (&ini{}).settings("")
+		got, found := c.settings("")
+		want, _ := (&ini{}).settings("")
 		equal(t, name, got, want)
-		equal(t, name+": warnings", len(warnings), 0)
+		equal(t, name+": findings", len(found), 0)
 		for _, o := range known {
-			_, shown := c.raw(o.section, o.name)
+			_, shown := c.locate(o.section, o.name)
 			expect(t, name != "with every default" || shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
 			has(t, "the README", readme, "`"+o.name+"`")
 		}
@@ -1408,6 +1414,89 @@ func TestEditINI(t *testing.T) {
 	must(t, recoverINI(link))
 	want := files{"target.cfg": c.text(), "victim": "untouched", "client.cfg": c.text()}
 	equal(t, "the directory", readTree(t, dir), want)
+}
+
+// TestEditINIWhere changes a client.cfg that is something else than a file in a
+// directory. Where that cannot be, it says why and leaves everything as it was.
+func TestEditINIWhere(t *testing.T) {
+	bind := func(t *testing.T, from, to string, flags uintptr) {
+		mount(t, from, to, "", syscall.MS_BIND, "")
+		must(t, syscall.Mount("", to, "", syscall.MS_BIND|syscall.MS_REMOUNT|flags, ""))
+	}
+	link := func(to string) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) {
+			file := filepath.Join(dir, "etc/client.cfg")
+			must(t, errors.Join(os.Remove(file), os.Symlink(to, file)))
+		}
+	}
+	for _, test := range []struct {
+		name, want string // "" for a change that succeeds
+		prepare    func(t *testing.T, dir string)
+	}{
+		{"mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
+			func(t *testing.T, dir string) { bind(t, dir+"/other/real", dir+"/etc/client.cfg", 0) }},
+		{"read-only mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
+			func(t *testing.T, dir string) { bind(t, dir+"/other/real", dir+"/etc/client.cfg", syscall.MS_RDONLY) }},
+		{"link to a mount point", "other/real: it is a mount point: mount its directory instead",
+			func(t *testing.T, dir string) {
+				link("../other/real")(t, dir)
+				bind(t, dir+"/other/real", dir+"/other/real", 0)
+			}},
+		{"mounted directory", "", func(t *testing.T, dir string) { bind(t, dir+"/other", dir+"/etc", 0) }},
+		{"read-only file system", "etc/client.cfg: …read-only file system",
+			func(t *testing.T, dir string) { bind(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY) }},
+		{"link into one", "other/real: …read-only file system", func(t *testing.T, dir string) {
+			link("../other/real")(t, dir)
+			bind(t, dir+"/other", dir+"/other", syscall.MS_RDONLY)
+		}},
+		{"overlay", "", func(t *testing.T, dir string) {
+			upper := t.TempDir()
+			mount(t, "tmpfs", upper, "tmpfs", 0, "")
+			writeTree(t, upper, files{"up/": "", "work/": ""})
+			mount(t, "overlay", dir+"/etc", "overlay", 0, "lowerdir="+dir+"/etc,upperdir="+upper+"/up,workdir="+upper+"/work")
+		}},
+		{"immutable file", "etc/client.cfg: …operation not permitted", func(t *testing.T, dir string) {
+			chattr := func(flag string) error {
+				return exec.Command(needs(t, "chattr"), flag, dir+"/etc/client.cfg").Run()
+			}
+			if err := chattr("+i"); err != nil {
+				t.Skip(err)
+			}
+			t.Cleanup(func() { must(t, chattr("-i")) })
+		}},
+		{"read-only file", "", func(t *testing.T, dir string) { must(t, os.Chmod(dir+"/etc/client.cfg", 0o444)) }},
+		{"link to another directory", "", link("../other/real")},
+		{"absolute link", "", func(t *testing.T, dir string) { link(dir+"/other/real")(t, dir) }},
+		{"link to a link", "", func(t *testing.T, dir string) {
+			link("again")(t, dir)
+			must(t, os.Symlink("../other/real", dir+"/etc/again"))
+		}},
+		{"dangling link", "etc/client.cfg: …no such file", link("nothing")},
+		{"link in a circle", "etc/client.cfg: …too many", link("client.cfg")},
+		{"directory", "etc/client.cfg: not a regular file", func(t *testing.T, dir string) {
+			must(t, errors.Join(os.Remove(dir+"/etc/client.cfg"), os.Mkdir(dir+"/etc/client.cfg", 0o755)))
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			writeTree(t, dir, files{"etc/client.cfg": "[sensor]\nkeep = 1\n", "other/real": "[sensor]\nkeep = 1\n"})
+			writeTree(t, dir, files{"other/client.cfg": "[sensor]\nkeep = 1\n"})
+			test.prepare(t, dir)
+			file := filepath.Join(dir, "etc/client.cfg")
+			info, _ := os.Stat(file)
+			before := describeTree(t, dir)
+			err := editINI(ctx, file, func(c *ini) error { return c.set("sensor", "keep", "2") })
+			leavesNothing(t, test.name, dir+"/etc", dir+"/other")
+			if test.want != "" {
+				has(t, "the error", err, test.want)
+				equal(t, "all files", describeTree(t, dir), before)
+				return
+			}
+			must(t, err)
+			now := get(os.Stat(file))
+			equal(t, "the file and its mode", fmt.Sprint(string(readFile(t, file)), now.Mode()), fmt.Sprint("[sensor]\nkeep = 2\n", info.Mode()))
+		})
+	}
 }
 
 // TestCrashConfig kills a process that changes client.cfg again and again, from
@@ -1684,6 +1773,28 @@ func TestReadingUser(t *testing.T) {
 		s.credential, s.env = user.credential, sensorEnv(user)
 		equal(t, name, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
 	}
+}
+
+// TestReadingOwn: a section [sensor NAME] holds for the runs, the help text and the
+// trial of that sensor, and for no other.
+func TestReadingOwn(t *testing.T) {
+	s := testSensors(t, "sleep 60")
+	writeSensor(t, s.path, "other", "echo $(id -u)")
+	s.own = map[string]*ownSettings{"s": {timeout: 50 * time.Millisecond}}
+	equal(t, "its time-out", summaryOf(s, "s"), "-15 nan timed out after 50ms")
+	equal(t, "another sensor", summaryOf(s, "other"), fmt.Sprint("0 ", os.Geteuid()))
+	_, err := s.helpText(ctx, "s")
+	has(t, "its help text", err, "timed out after 50ms")
+	u := testUpdater(t, t.TempDir(), nil)
+	u.sensors.own = map[string]*ownSettings{"demo": s.own["s"]}
+	hanging := packageOf(t, entry("demo/", ""), entry("demo/check", "#!/bin/sh\nsleep 60\n"))
+	has(t, "its trial", u.plainInstall(fromText(hanging, "")), "timed out after 50ms")
+	needsRoot(t)
+	forEverybody(t, s.path)
+	s.own = map[string]*ownSettings{"other": {patience, get(otherUser("54321"))}}
+	equal(t, "its user", summaryOf(s, "other"), "0 54321")
+	s.credential, s.own["other"].user = get(otherUser("54321")).credential, nil
+	equal(t, "the agent's user", summaryOf(s, "other"), "0 0")
 }
 
 // TestReadingLocale: sensors print a decimal point; the other locale settings stay.
@@ -3798,7 +3909,7 @@ func TestClientURL(t *testing.T) {
 	}))
 	for text, want := range map[string]string{
 		"http://monitor":                       "monitor:80 monitor /",
-		"http://monitor:/a%20b?c=d#e":          "monitor:80 monitor /a%20b?c=d",
+		"http://monitor:/a%20b?c=d e&%20":      "monitor:80 monitor /a%20b?c=d%20e&%20",
 		"http://[fe80::1%25eth0]:8081/xmlrpc/": "[fe80::1%eth0]:8081 [fe80::1]:8081 /xmlrpc/",
 	} {
 		parsed := get(httpURL(text))
@@ -5186,8 +5297,7 @@ func TestCommandLine(t *testing.T) {
 		}
 		got := picket(args...)
 		expect(t, like(got, line.text), "picket %s: got\n%s\nwant\n%s", line.name, got, line.text)
-		// config set and unset print nothing else; nothing but them changes the file.
-		equal(t, line.name, string(readFile(t, "client.cfg")) != config, line.text == "exit 0\n")
+		equal(t, line.name, string(readFile(t, "client.cfg")), config)
 	}
 	equal(t, "what the sensor says", string(readFile(t, "stderr")), "oops\n")
 	must(t, os.Remove("client.cfg"))
@@ -5207,6 +5317,31 @@ func TestHelp(t *testing.T) {
 	}
 	for _, line := range lines {
 		expect(t, len(line) <= 80, "got %q; want 80 columns", line)
+	}
+}
+
+// TestConfigCommands runs the commands of testdata/configs.txt.
+func TestConfigCommands(t *testing.T) {
+	tests, dir := cases(t, "testdata/configs.txt"), t.TempDir()
+	public, _ := signify(t, "keynum_1")
+	chdir(t, dir)
+	writeTree(t, dir, files{
+		"sensors/s/check": printing(1), "key.pub": public, "keys/key.pub": public,
+		"none.pub": "rubbish\n", "nokeys/none.pub": "rubbish\n",
+	})
+	for _, test := range tests {
+		steps := strings.Split(test.text, "$ ")
+		writeTree(t, dir, files{"client.cfg": steps[0]})
+		for _, step := range steps[1:] {
+			command, want, _ := strings.Cut(step, "\n")
+			lines, got := logged(t), string(readFile(t, "client.cfg"))
+			if command != "cat" {
+				args := get(splitWords(strings.ReplaceAll(command, `\n`, "\n")))
+				got = picket(args...)
+				got = lines.String() + got
+			}
+			expect(t, like(got, want), "%s: %s: got\n%s\nwant\n%s", test.name, command, got, want)
+		}
 	}
 }
 
@@ -6152,6 +6287,26 @@ func TestStoryPassword(t *testing.T) {
 			expect(t, !regexp.MustCompile("geheim|geh%|eim@").MatchString(got+lines.String()),
 				"%q: %s: got %s%s; want no password", config, command, got, lines)
 		}
+	}
+}
+
+// TestStoryFragment: to a URL of which a # in the password has made a fragment the
+// agent sends nothing. With the right one it delivers what it has.
+func TestStoryFragment(t *testing.T) {
+	b := newBox(t, "", files{"sensors/s/check": printing(1)})
+	wrong, host := b.config, b.url.Host
+	for i, password := range []string{"#geheim", "/#geheim@", "?#geh#eim"} {
+		b.configure(t, strings.Replace(wrong, host, host+password+"@monitor.example", 1))
+		p := b.start(t)
+		mustCall(t, b.client, "cmd_submit_reading", i, "s")
+		wantLog(t, &p.log, "client.cfg:2: [monitor] url: nothing is sent to this URL, …monitor http://xxxxx@monitor.example/"+
+			"…: away: nothing is sent: …write # as %23…")
+		equal(t, "calls", b.tries.Load(), int64(i))
+		lines := b.reload(t, p, strings.Replace(wrong, host, "u:geh%%23eim@"+host, 1))
+		wants(t, receive(t, "the reading", b.readings), fmt.Sprintf("ticket %d: exit 0, value 1", i))
+		lines += p.log.String()
+		expect(t, !strings.Contains(lines, "geh"), "got the password in %s", lines)
+		p.terminate(t)
 	}
 }
 

@@ -65,8 +65,7 @@ type iniKey struct{ section, option string }
 // An iniValue is a value as it stands in the file, before interpolation.
 type iniValue struct {
 	raw  string
-	line int  // where it begins; the first line is 1
-	read bool // it was looked up
+	line int // where it begins; the first line is 1
 }
 
 // An iniLine is one line of the text, with its line end. The three parts
@@ -92,6 +91,10 @@ type ini struct {
 // may be a password in it.
 func parseINI(name, text string) (*ini, error) {
 	c := &ini{name: name, values: make(map[iniKey]iniValue)}
+	if before, _, found := strings.Cut(text, "\x00"); found {
+		line := 1 + strings.Count(before, "\n")
+		return c, fmt.Errorf("%s:%d: a NUL byte: the text, or a part of it, is UTF-16; save it as UTF-8", name, line)
+	}
 	var errs []error
 	for i, line := range strings.SplitAfter(text, "\n") {
 		if line == "" {
@@ -183,21 +186,25 @@ func (c *ini) text() string {
 	return b.String()
 }
 
-// raw looks an option up in its section, then, if there is such a section, in
-// DEFAULT.
-func (c *ini) raw(section, option string) (iniValue, bool) {
-	key := iniKey{section, strings.ToLower(option)}
-	_, own := c.values[key]
-	if _, exists := c.values[iniKey{section: section}]; exists && !own {
-		key.section = defaults
+// locate returns where an option of a section stands: there, in [sensor] for a
+// section [sensor NAME] or, if there is such a section, in DEFAULT.
+func (c *ini) locate(section, option string) (key iniKey, ok bool) {
+	places := []string{section}
+	if sensorOf(section) != "" {
+		places = append(places, "sensor")
 	}
-	v, ok := c.values[key]
-	if !ok || key.option == "" {
-		return iniValue{}, false
+	for _, place := range places {
+		if _, exists := c.values[iniKey{section: place}]; exists {
+			places = append(places, defaults)
+		}
 	}
-	v.read = true
-	c.values[key] = v
-	return v, true
+	for _, place := range places {
+		key = iniKey{place, strings.ToLower(option)}
+		if _, ok = c.values[key]; ok && option != "" {
+			return key, true
+		}
+	}
+	return iniKey{section, strings.ToLower(option)}, false
 }
 
 // get returns an option's value with every %(name)s filled in.
@@ -205,25 +212,15 @@ func (c *ini) get(section, option string) (string, error) {
 	var b strings.Builder
 	left := maxExpanded
 	err := c.expand(&b, &left, section, strings.ToLower(option), 0)
-	return b.String(), c.errorAt(section, option, err)
-}
-
-// errorAt adds to an error which option it is about and where that stands.
-func (c *ini) errorAt(section, option string, err error) error {
-	if err == nil {
-		return nil
-	}
-	if v, ok := c.raw(section, option); ok {
-		return fmt.Errorf("%s:%d: [%s] %s: %w", c.name, v.line, section, option, err)
-	}
-	return fmt.Errorf("%s: [%s] %s: %w", c.name, section, option, err)
+	return b.String(), err
 }
 
 // expand appends an option's value to b, with its references filled in. Left is
 // how many bytes and references may still come, depth how many references led
 // here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
-	v, ok := c.raw(section, option)
+	key, ok := c.locate(section, option)
+	v := c.values[key]
 	switch {
 	case depth > maxReference:
 		return fmt.Errorf("references nested deeper than %d levels, or in a circle", maxReference)
@@ -350,6 +347,7 @@ type settings struct {
 	maxPackage, maxUnpacked        int64  // bytes
 	publicKey                      string // a file or directory, which need not be there
 	keep                           int
+	own                            map[string]*ownSettings // of single sensors, by name
 
 	monitor        *url.URL
 	monitorTimeout time.Duration
@@ -388,7 +386,27 @@ func (s *settings) lost(next *settings) (names []string) {
 			names = append(names, p.name)
 		}
 	}
+	general := len(names)
+	for name, own := range s.own {
+		then := next.user
+		if o := next.own[name]; o != nil {
+			then = o.user
+		}
+		if own.user != nil && then == nil {
+			names = append(names, "[sensor "+name+"] user")
+		}
+	}
+	slices.Sort(names[general:])
 	return names
+}
+
+// longest returns the longest time-out of a sensor.
+func (s *settings) longest() time.Duration {
+	d := s.timeout
+	for _, own := range s.own {
+		d = max(d, own.timeout)
+	}
+	return d
 }
 
 // isOneAddress reports whether who listens there is reached by one address of the
@@ -472,7 +490,7 @@ func (s *settings) options(dir string) []option {
 		{"sensor", "help", "options", store(&s.help, text)},
 		{"sensor", "path", "sensors/", store(&s.path, path)},
 		{"sensor", "backup", "sensors_backup/", store(&s.backup, path)},
-		{"sensor", "timeout", "30s", store(&s.timeout, duration)},
+		{"sensor", "timeout", "30s", store(&s.timeout, sensorTime)},
 		{"sensor", "concurrency", "4", store(&s.concurrency, between(1, 64))},
 		{"sensor", "user", "", store(&s.user, otherUser)},
 		{"sensor", "update", "yes", store(&s.update, boolean)},
@@ -504,6 +522,53 @@ func (s *settings) options(dir string) []option {
 // known lists the options for whoever needs their names and defaults only.
 var known = new(settings).options("")
 
+// OwnSettings are what holds for the one sensor that a section [sensor NAME] is about.
+type ownSettings struct {
+	timeout time.Duration
+	user    *sensorUser
+}
+
+// sensorOf returns the NAME of a section [sensor NAME], "" for any other section.
+func sensorOf(section string) string {
+	name, found := strings.CutPrefix(section, "sensor ")
+	_, err := plainElement(name)
+	if !found || err != nil || name == "" || name[0] == '.' || strings.TrimSpace(name) != name {
+		return ""
+	}
+	return name
+}
+
+// optionsOf lists the options that a section can have, nil for an unknown section.
+// DEFAULT can have all.
+func optionsOf(section string) (names []string) {
+	if sensorOf(section) != "" {
+		return []string{"timeout", "user"}
+	}
+	for _, o := range known {
+		if section == o.section || section == defaults {
+			names = append(names, o.name)
+		}
+	}
+	return names
+}
+
+// options lists the options of all sections, those of each [sensor NAME] as well.
+func (c *ini) options(s *settings, dir string) []option {
+	list := s.options(dir)
+	s.own = make(map[string]*ownSettings)
+	for key := range c.values {
+		if name := sensorOf(key.section); name != "" && key.option == "" {
+			own := &ownSettings{}
+			s.own[name] = own
+			list = append(list, option{key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
+				option{key.section, "user", "", store(&own.user, otherUser)})
+		}
+	}
+	bySection := func(a, b option) int { return strings.Compare(a.section, b.section) }
+	slices.SortStableFunc(list[len(known):], bySection)
+	return list
+}
+
 // store returns a function that stores what a check returns.
 func store[T any](to *T, check func(string) (T, error)) func(string) error {
 	return func(v string) (err error) {
@@ -514,7 +579,10 @@ func store[T any](to *T, check func(string) (T, error)) func(string) error {
 
 // value returns the value of an option, or its default.
 func (c *ini) value(section, name string) (string, error) {
-	_, set := c.raw(section, name)
+	_, set := c.locate(section, name)
+	if sensorOf(section) != "" && !set {
+		section = "sensor"
+	}
 	for _, o := range known {
 		if !set && o.section == section && o.name == strings.ToLower(name) {
 			return o.value, nil
@@ -523,20 +591,70 @@ func (c *ini) value(section, name string) (string, error) {
 	return c.get(section, name)
 }
 
-// settings checks all options. The error tells everything that is wrong, the
-// warnings what is not used as it stands, each with file and line.
-func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
-	var errs []error
-	report := func(section, name string, err error) { errs = append(errs, c.errorAt(section, name, err)) }
-	for _, o := range s.options(dir) {
-		switch value, err := c.value(o.section, o.name); {
-		case err != nil:
-			errs = append(errs, err)
-		case value == "" && o.value != "":
-			report(o.section, o.name, errors.New("a value is needed"))
-		default:
-			report(o.section, o.name, o.set(value))
+// A finding is something in client.cfg that is not as it should be.
+type finding struct {
+	at    iniKey // the option or section
+	file  string
+	line  int    // 0 for an option that does not stand there
+	text  string // shows no password
+	grave int
+}
+
+// How grave a finding is.
+const (
+	remark  = iota // a warning
+	mistake        // the agent starts and warns; picket config and config set refuse it
+	wrong          // the agent does not start
+)
+
+func (f finding) String() string {
+	if f.line == 0 {
+		return f.file + ": " + f.text
+	}
+	return fmt.Sprintf("%s:%d: %s", f.file, f.line, f.text)
+}
+
+// A tolerated error is a mistake: it comes with a value that the agent can use.
+type tolerated struct{ error }
+
+// finding returns what an error says about an option, at the place where that stands.
+func (c *ini) finding(section, name string, err error) finding {
+	key, _ := c.locate(section, name)
+	text := masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err))
+	f := finding{key, c.name, c.values[key].line, text, wrong}
+	if errors.As(err, new(tolerated)) {
+		f.grave = mistake
+	}
+	return f
+}
+
+// settings checks all options. The findings are in the order of the file, one for
+// each option. The settings can be used if none of them is wrong.
+func (c *ini) settings(dir string) (s settings, found []finding) {
+	report := func(section, name string, err error) {
+		f := c.finding(section, name, err)
+		same := func(other finding) bool { return other.at == f.at && other.grave >= f.grave }
+		if err != nil && !slices.ContainsFunc(found, same) {
+			found = append(found, f)
 		}
+	}
+	for _, o := range c.options(&s, dir) {
+		value, err := c.value(o.section, o.name)
+		switch {
+		case err != nil:
+		case value == "" && o.value != "":
+			err = errors.New("a value is needed")
+		default:
+			err = o.set(value)
+		}
+		if inQuotes(value) {
+			quotes := errors.New("the quotes around it are taken for a part of it: leave them out")
+			if err == nil || errors.As(err, new(tolerated)) {
+				quotes = tolerated{quotes}
+			}
+			err = quotes
+		}
+		report(o.section, o.name, err)
 	}
 	if s.path == s.backup && s.path != "" {
 		report("sensor", "backup", errors.New("the same directory as path"))
@@ -553,54 +671,82 @@ func (c *ini) settings(dir string) (s settings, warnings []string, err error) {
 	if s.agentTLS.name != "" && s.agentTLS.ca == "" {
 		report("agent", "client_name", errors.New("needs client_ca"))
 	}
-	warnings = c.unread()
-	if s.timeout > maxTimeout { // earlier versions took it: the agent must start all the same
-		err := fmt.Errorf("%v is too long, %v is used", s.timeout, maxTimeout)
-		warnings = append(warnings, c.errorAt("sensor", "timeout", err).Error())
-		s.timeout = maxTimeout
-	}
-	return s, warnings, errors.Join(errs...)
+	found = append(found, c.strangers()...)
+	slices.SortStableFunc(found, func(a, b finding) int { return a.line - b.line })
+	return s, found
 }
 
-// unread returns a warning for each section and option that picket does not
-// know. An option that another value refers to is not one of them.
-func (c *ini) unread() (warnings []string) {
-	var sections []string
-	names := make(map[string][]string) // by section
-	for _, o := range known {
-		sections = append(sections, o.section)
-		names[o.section] = append(names[o.section], o.name)
+// inQuotes reports whether a value stands in quotes, which mean nothing in client.cfg.
+func inQuotes(v string) bool {
+	return len(v) > 1 && (v[0] == '"' || v[0] == '\'') && v[len(v)-1] == v[0]
+}
+
+// strangers returns a finding for each section and option that picket does not
+// know. Options of DEFAULT, and those that some value refers to, are the user's own,
+// unless their names are near a known one.
+func (c *ini) strangers() (found []finding) {
+	own := make(map[string]bool)
+	for _, v := range c.values {
+		for _, rest := range strings.Split(v.raw, "%(")[1:] {
+			name, _, _ := strings.Cut(rest, ")")
+			own[strings.ToLower(name)] = true
+		}
 	}
-	for i, line := range c.lines {
-		section, name := line.key.section, line.key.option
-		what := ""
+	for key, v := range c.values {
+		text, grave := unknown(key.section, key.option)
 		switch {
-		case section == "" || section == defaults || line.continues || c.values[line.key].read:
-		case name == "" && names[section] == nil:
-			what = fmt.Sprintf("section [%s]%s", section, nearest(section, sections))
-		case name != "" && names[section] != nil:
-			what = fmt.Sprintf("option %q in [%s]%s", name, section, nearest(name, names[section]))
-		}
-		if what != "" {
-			warnings = append(warnings, fmt.Sprintf("%s:%d: unknown %s", c.name, i+1, what))
+		case text == "" || key.option != "" && optionsOf(key.section) == nil:
+		case key.option != "" && grave == remark && (key.section == defaults || own[key.option]):
+		default:
+			found = append(found, finding{key, c.name, v.line, masked(text), grave})
 		}
 	}
-	return warnings
+	return found
 }
 
-// nearest suggests the name that was probably meant: one that differs at one
-// place only, by at most two letters.
+// unknown says what picket does not know of an option or, without a name, of a
+// section. It returns "" for nothing. It is a mistake if a known name is near.
+func unknown(section, name string) (text string, grave int) {
+	names, near := optionsOf(section), ""
+	switch {
+	case section == "sensor picket" && name == "":
+		return "[sensor picket] has no effect: the agent itself answers to that name", remark
+	case names == nil:
+		text = fmt.Sprintf("unknown section [%s]", section)
+		names = []string{defaults}
+		for _, o := range known {
+			names = append(names, o.section)
+		}
+		first, _, more := strings.Cut(section, " ")
+		if near = nearest(first, names); near == "sensor" && more {
+			near = "sensor NAME"
+		}
+	case name == "" || slices.Contains(names, strings.ToLower(name)):
+		return "", remark
+	default:
+		text = fmt.Sprintf("unknown option %q in [%s]", name, section)
+		near = nearest(name, names)
+	}
+	if near == "" {
+		return text, remark
+	}
+	return fmt.Sprintf("%s (did you mean %q?)", text, near), mistake
+}
+
+// nearest returns the name that was probably meant, or "": one that differs at one
+// place only, by a letter, two that are swapped or, where it is long, any two.
 func nearest(name string, names []string) string {
 	for _, n := range names {
-		a, b := strings.ToLower(name), n
+		a, b := strings.ToLower(name), strings.ToLower(n)
 		for a != "" && b != "" && a[0] == b[0] {
 			a, b = a[1:], b[1:]
 		}
 		for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
 			a, b = a[:len(a)-1], b[:len(b)-1]
 		}
-		if differ := max(len(a), len(b)); differ <= 2 && differ < len(n) {
-			return fmt.Sprintf(" (did you mean %q?)", n)
+		swapped := len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
+		if differ := max(len(a), len(b)); differ < 2 && differ < len(n) || differ == 2 && (len(n) > 4 || swapped) {
+			return n
 		}
 	}
 	return ""
@@ -701,6 +847,16 @@ func duration(v string) (time.Duration, error) {
 	return d, nil
 }
 
+// sensorTime takes the time-out of a sensor, an hour at most: earlier versions took
+// longer ones, so the agent must start all the same.
+func sensorTime(v string) (time.Duration, error) {
+	d, err := duration(v)
+	if err == nil && d > maxTimeout {
+		return maxTimeout, tolerated{fmt.Errorf("%v is too long, %v is used", d, maxTimeout)}
+	}
+	return d, err
+}
+
 // floatText takes what a monitor's float() takes.
 func floatText(v string) (string, error) {
 	f, err := strconv.ParseFloat(v, 64)
@@ -723,8 +879,16 @@ func address(v string) (string, error) {
 }
 
 // httpURL takes the URL of an XML-RPC endpoint: http or https, with a host. Its
-// errors do not quote it, as there may be a password in it.
+// errors do not quote it, as there may be a password in it. A '#', '/' or '?' in a
+// password ends the name of the host, so that another one would get the rest of the
+// password: such a URL is an error. It is tolerated, as an agent must start with it;
+// behind a '#' it becomes a URL with a fragment, to which a client sends nothing.
 func httpURL(v string) (*url.URL, error) {
+	v, fragment, hasFragment := strings.Cut(v, "#")
+	if at := strings.LastIndex(fragment, "@"); at >= 0 {
+		return &url.URL{Scheme: "http", Host: "xxxxx", Fragment: fragment[at:]}, tolerated{errors.New(
+			"nothing is sent to this URL, as # begins a fragment: write # as %23, in client.cfg %%23")}
+	}
 	u, err := url.Parse(v)
 	if err != nil {
 		return nil, errors.New("not a URL such as http://monitor:8081/xmlrpc/")
@@ -739,8 +903,16 @@ func httpURL(v string) (*url.URL, error) {
 		return nil, errors.New("a host is written in ASCII, as xn--... where its name is not")
 	case u.Port() != "" && (err != nil || port == 0):
 		return nil, errors.New("this URL has a port that does not exist")
+	case hasFragment:
+		err = tolerated{errors.New("the fragment of this URL is left out: write # as %23, in client.cfg %%23")}
+	case u.User == nil && strings.Contains(u.RequestURI(), "@"):
+		err = tolerated{errors.New("this URL has an @ behind its host: in a password write / as %2F and ? as %3F, " +
+			"in client.cfg %%2F and %%3F; elsewhere write @ as %40")}
+	default:
+		err = nil // a URL without a port
 	}
-	return u, nil
+	u.RawQuery = strings.ReplaceAll(u.RawQuery, " ", "%20")
+	return u, err
 }
 
 // masked returns a text that shows no password: in each line everything between
@@ -759,13 +931,15 @@ func masked(text string) string {
 // redacted returns a value of client.cfg without the password of a URL, even of
 // one that is broken.
 func redacted(value string) string {
-	if u, err := url.Parse(value); err == nil && u.User != nil {
-		return u.Redacted()
+	at := strings.LastIndex(value, "@")
+	if at < 0 || !strings.Contains(value[:at], ":") {
+		return value
 	}
-	if at := strings.LastIndex(value, "@"); at >= 0 && strings.Contains(value[:at], ":") {
+	scheme, _, found := strings.Cut(value[:at], "://")
+	if !found {
 		return "xxxxx" + value[at:]
 	}
-	return value
+	return scheme + "://xxxxx" + value[at:]
 }
 
 // A maskedError is an error whose text shows no password.
@@ -867,7 +1041,7 @@ func openRegular(file string) (f *os.File, err error) {
 func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", file, err)
 	}
 	dir, err := os.Open(filepath.Dir(target)) // to lock it: the file itself is replaced
 	if err != nil {
@@ -888,7 +1062,7 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 		return err
 	}
 	if err := replaceFile(target, []byte(c.text())); err != nil {
-		return fmt.Errorf("write %s: %w", file, err)
+		return fmt.Errorf("write %s: %w", target, err)
 	}
 	return nil
 }
@@ -953,6 +1127,9 @@ func replaceFile(file string, data []byte) error {
 	}
 	if err == nil {
 		err = os.Rename(next, file)
+	}
+	if errors.Is(err, syscall.EBUSY) {
+		err = errors.New("it is a mount point: mount its directory instead")
 	}
 	if err != nil {
 		os.Remove(next)

@@ -485,27 +485,26 @@ func readSettings(file string) (settings, error) {
 
 // checkSettings returns the settings of a text, and logs the warnings.
 func checkSettings(c *ini) (settings, error) {
-	s, warnings, err := c.settings(filepath.Dir(c.name))
-	for _, w := range warnings {
-		log.Print(warning + w)
-	}
-	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
-	}
+	s, found := c.settings(filepath.Dir(c.name))
 	s.file = c.name
-	return s, nil
+	return s, report(found, wrong)
 }
 
-// checkKeys returns an error where [sensor] public_key holds no key. An agent
-// starts all the same, but takes no packages.
-func checkKeys(c *ini, s settings) error {
-	if s.publicKey == "" {
+// report returns the findings that are at least so grave as one error, and logs the
+// others as warnings.
+func report(found []finding, grave int) error {
+	var errs []error
+	for _, f := range found {
+		if f.grave < grave {
+			log.Printf(warning+"%s", f)
+		} else {
+			errs = append(errs, errors.New(f.String()))
+		}
+	}
+	if errs == nil {
 		return nil
 	}
-	if _, err := readKeys(s.publicKey); err != nil {
-		return c.errorAt("sensor", "public_key", err)
-	}
-	return nil
+	return &exitError{exitUsage, errors.Join(errs...)}
 }
 
 // runUnderInit runs the agent. Process 1 would start an agent that ends with
@@ -714,6 +713,7 @@ func newAgent(s settings) (*agent, error) {
 // activate builds what settings describe.
 func activate(s settings) *active {
 	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
+	sensors.own = s.own
 	return &active{s, sensors, &updater{
 		sensors: sensors, backup: s.backup, keys: s.publicKey,
 		maxPackage: s.maxPackage, maxUnpacked: s.maxUnpacked, keep: s.keep,
@@ -783,7 +783,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 	defer cancel()
 	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
-		version(), a.listener.Addr(), s.path, s.monitor.Redacted())
+		version(), a.listener.Addr(), s.path, masked(s.monitor.String()))
 	a.logWarnings()
 	a.goBeside(func() { a.handleSignals(ctx) })
 	a.goBeside(func() { a.greet(ctx) })
@@ -835,9 +835,9 @@ func (a *agent) greet(ctx context.Context) {
 	switch err = wrongScheme(ctx, monitor.url, err); {
 	case ctx.Err() != nil: // the agent ends
 	case err != nil:
-		log.Printf(warning+"monitor %s: healthcheck: %s", monitor.url.Redacted(), oneLine(err.Error()))
+		log.Printf(warning+"monitor %s: healthcheck: %s", masked(monitor.url.String()), oneLine(err.Error()))
 	default:
-		log.Printf("monitor %s: answers", monitor.url.Redacted())
+		log.Printf("monitor %s: answers", masked(monitor.url.String()))
 	}
 }
 
@@ -951,7 +951,7 @@ func (a *agent) reload(ctx context.Context) {
 	a.handler.setAccess(access)
 	a.delivery.configure(monitorClient(s), readingZone(s), s.noValue)
 	a.applied(s)
-	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, s.monitor.Redacted())
+	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, masked(s.monitor.String()))
 	a.logWarnings()
 	a.goBeside(func() { a.greet(ctx) })
 }
@@ -1137,7 +1137,7 @@ func (a *agent) accept(r request, name string, c command) (any, error) {
 		a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
 	}
 	c.from = limitKey(r.peer)
-	longest, waits := now.timeout+2*killTime, r.received
+	longest, waits := now.longest()+2*killTime, r.received
 	if since := a.delivery.stalledSince(); !since.IsZero() && since.Before(waits) {
 		waits = since
 	}
@@ -1237,7 +1237,7 @@ func (a *agent) move(ctx context.Context) error {
 	now.settings.monitor = u
 	a.active.Store(&now)
 	a.delivery.configure(monitorClient(now.settings), readingZone(now.settings), now.settings.noValue)
-	log.Printf(notice+"move: from now on the monitor is %s", u.Redacted())
+	log.Printf(notice+"move: from now on the monitor is %s", masked(u.String()))
 	return nil
 }
 
@@ -1384,18 +1384,15 @@ func runConfig(_ context.Context, in invocation) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	s, err := checkSettings(c)
-	if err == nil {
-		err = checkKeys(c, s)
-	}
-	if err != nil {
-		return &exitError{exitUsage, err}
+	s, found := checkAll(c)
+	if err := report(found, mistake); err != nil {
+		return err
 	}
 	if text := noSensors(activate(s).sensors); text != "" {
 		log.Print(warning + text)
 	}
 	effective := &ini{name: in.file, values: make(map[iniKey]iniValue)}
-	for _, o := range known {
+	for _, o := range c.options(&s, "") {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
 			err = effective.set(o.section, o.name, redacted(value))
@@ -1413,18 +1410,23 @@ func runConfigGet(_ context.Context, in invocation) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	value, err := c.value(in.args[0], in.args[1])
-	if err == nil {
-		fmt.Fprintln(in.out, redacted(value))
+	section, name := in.args[0], in.args[1]
+	if text, _ := unknown(section, name); text != "" {
+		return usagef("%s", text)
 	}
-	return err
+	value, err := c.value(section, name)
+	if err != nil {
+		return usagef("%v", c.finding(section, name, err))
+	}
+	fmt.Fprintln(in.out, redacted(value))
+	return nil
 }
 
 func runConfigSet(ctx context.Context, in invocation) error {
 	if len(in.args)%3 != 0 {
 		return in.usageError("config set: arguments missing or too many")
 	}
-	return editConfig(ctx, in.file, true, func(c *ini) (err error) {
+	return editConfig(ctx, in.file, in.args, func(c *ini) (err error) {
 		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
 			err = c.set(args[0], args[1], args[2])
 		}
@@ -1433,54 +1435,61 @@ func runConfigSet(ctx context.Context, in invocation) error {
 }
 
 func runConfigUnset(ctx context.Context, in invocation) error {
-	return editConfig(ctx, in.file, false, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
+	return editConfig(ctx, in.file, nil, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
 }
 
-// editConfig changes client.cfg. It refuses a change that makes valid settings
-// wrong and, where strict is set, one that earns a new warning.
-func editConfig(ctx context.Context, file string, strict bool, change func(*ini) error) error {
-	var fresh []string
+// editConfig changes client.cfg. It refuses a change after which more is wrong than
+// before, and any finding about what set names: section, option and value, or several.
+func editConfig(ctx context.Context, file string, set []string, change func(*ini) error) error {
+	var fresh []finding
 	err := editINI(ctx, file, func(c *ini) error {
-		old, before := checkAll(c)
+		_, before := checkAll(c)
 		if err := change(c); err != nil {
 			return err
 		}
-		warnings, err := checkAll(c)
-		if err != nil && before == nil {
-			return usagef("not changed: %w", err)
+		old := make(map[iniKey]bool)
+		for _, f := range before {
+			old[f.at] = true
 		}
-		for text, w := range warnings {
-			if _, known := old[text]; !known {
-				fresh = append(fresh, w)
+		var refused []error
+		_, after := checkAll(c)
+		for _, f := range after {
+			switch {
+			case isNamed(set, f.at), !old[f.at] && f.grave >= mistake:
+				refused = append(refused, errors.New(f.text)) // without a line: it is not in the file
+			case !old[f.at]:
+				fresh = append(fresh, f)
 			}
 		}
-		if strict && len(fresh) > 0 {
-			return usagef("not changed: %s", fresh[0])
+		if len(refused) > 0 {
+			return usagef("not changed: %w", errors.Join(refused...))
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	for _, w := range fresh {
-		log.Print(warning + w)
-	}
-	return nil
+	return report(fresh, mistake)
 }
 
-// checkAll checks the settings of a text and the key that they name. It returns
-// the warnings by their text without the number of the line, which may change.
-func checkAll(c *ini) (map[string]string, error) {
-	s, list, err := c.settings(filepath.Dir(c.name))
-	if err == nil {
-		err = checkKeys(c, s)
+// isNamed reports whether set, of which each third is a value, names an option or section.
+func isNamed(set []string, key iniKey) bool {
+	for ; len(set) > 0; set = set[3:] {
+		if set[0] == key.section && (key.option == "" || strings.ToLower(set[1]) == key.option) {
+			return true
+		}
 	}
-	warnings := make(map[string]string)
-	for _, w := range list {
-		rest := strings.TrimPrefix(w, c.name+":")
-		warnings[rest[strings.Index(rest, ":")+1:]] = w
+	return false
+}
+
+// checkAll checks the settings of a text and the key that they name. An agent
+// starts with a wrong key, but takes no packages.
+func checkAll(c *ini) (settings, []finding) {
+	s, found := c.settings(filepath.Dir(c.name))
+	if _, err := readKeys(s.publicKey); s.publicKey != "" && err != nil {
+		found = append(found, c.finding("sensor", "public_key", tolerated{err}))
 	}
-	return warnings, err
+	return s, found
 }
 
 // tlsFlags adds the flags that name certificates. Their names begin with a prefix.
@@ -1528,7 +1537,7 @@ func runCall(ctx context.Context, in invocation) error {
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
 	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-		err = fmt.Errorf("call %s: %w", u.Redacted(), wrongScheme(ctx, u, err))
+		err = fmt.Errorf("call %s: %w", masked(u.String()), wrongScheme(ctx, u, err))
 	}
 	if err == nil {
 		fmt.Fprintln(in.out, readable(v))

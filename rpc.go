@@ -1143,8 +1143,12 @@ func readAnswer(r io.Reader) ([]byte, error) {
 var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
-// is a success. If ctx ended before the answer came, the error is the cause of that.
+// is a success. It sends nothing to a URL with a fragment, which a password with a # makes of
+// its URL, and whose host is a wrong one. If ctx ended before the answer came, the error is the cause of that.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
+	if c.url.Fragment != "" {
+		return errors.New("nothing is sent: its URL has a fragment: write # as %23, in client.cfg %%23")
+	}
 	deadline := time.Now().Add(c.timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d

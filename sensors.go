@@ -90,6 +90,7 @@ type sensors struct {
 	timeout                time.Duration       // of one run
 	credential             *syscall.Credential // nil: as the agent
 	env                    []string
+	own                    map[string]*ownSettings // instead of timeout and user, by sensor
 	*runState
 }
 
@@ -133,6 +134,20 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 		s.credential = user.credential
 	}
 	return s
+}
+
+// of returns the sensors as the settings of one of them have it.
+func (s *sensors) of(name string) *sensors {
+	own := s.own[name]
+	if own == nil {
+		return s
+	}
+	with := *s
+	with.timeout, with.env, with.credential = own.timeout, sensorEnv(own.user), nil
+	if own.user != nil {
+		with.credential = own.user.credential
+	}
+	return &with
 }
 
 // sensorEnv returns the environment of sensors: the agent's own, but with the
@@ -353,8 +368,8 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 
 // helpText asks a sensor what it can be asked.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
-	quick := *s
-	quick.timeout = min(s.timeout, helpTime)
+	quick := *s.of(name)
+	quick.timeout = min(quick.timeout, helpTime)
 	r := quick.runIn(ctx, filepath.Join(s.path, name), name, []string{s.help}, nil)
 	text := strings.TrimSpace(r.value)
 	switch {
@@ -438,7 +453,7 @@ func (r reading) String() string {
 // it says on standard error is copied to stderr or, where that is nil, ends in
 // the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
-	r := s.runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
+	r := s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 	r.taken = time.Now()
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
 	_, err := parseDecimal(text)
@@ -1501,7 +1516,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) {
 		p.faults++
 		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
 		if p.faults == maxTries && !p.done {
-			d.drop(p, fmt.Sprintf("monitor %s: %v", c.url.Redacted(), err))
+			d.drop(p, fmt.Sprintf("monitor %s: %v", masked(c.url.String()), err))
 		}
 		d.answered(now)
 	default:
@@ -1515,7 +1530,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) {
 func (d *delivery) answered(now time.Time) {
 	if !d.awaySince.IsZero() {
 		away := now.Sub(d.awaySince).Round(time.Second)
-		log.Printf(notice+"monitor %s: back after %s, %d to deliver", d.client.url.Redacted(), away, len(d.pending))
+		log.Printf(notice+"monitor %s: back after %s, %d to deliver", masked(d.client.url.String()), away, len(d.pending))
 		d.movedAt = now // nobody had to wait
 	}
 	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
@@ -1526,7 +1541,7 @@ func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	if d.awaySince.IsZero() {
 		d.awaySince = now
 		if !d.closing { // an attempt has a second only then, which says little of the monitor
-			log.Printf(warning+"monitor %s: away: %s", d.client.url.Redacted(), oneLine(err.Error()))
+			log.Printf(warning+"monitor %s: away: %s", masked(d.client.url.String()), oneLine(err.Error()))
 		}
 		d.saveAll()
 	}
@@ -1580,7 +1595,7 @@ func (d *delivery) close(ctx context.Context) {
 	}
 	d.client.close()
 	if n := len(d.pending); n > 0 {
-		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(),
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", masked(d.client.url.String()),
 			plural(n, "reading"), n-d.inMemory)
 	}
 }

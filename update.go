@@ -319,7 +319,7 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 // try runs the staged version once, with the help argument. It must exit 0 within the sensors'
 // time-out.
 func (c *change) try() error {
-	s, dir := c.sensors, c.staging.path(c.name)
+	s, dir := c.sensors.of(c.name), c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
 	case 0:
 		return nil
@@ -1192,7 +1192,7 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 	case err != nil:
 		return nil, err
 	case c.url.Scheme == "https" && u.Scheme != "https":
-		return nil, fmt.Errorf("from https to %s, where everybody can read and change what is sent", u.Redacted())
+		return nil, fmt.Errorf("from https to %s, where everybody can read and change what is sent", masked(u.String()))
 	}
 	next := newClient(u, c.timeout, c.tls)
 	defer next.close()
@@ -1200,8 +1200,8 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("healthcheck of %s: %w", u.Redacted(), err)
+		return nil, fmt.Errorf("healthcheck of %s: %w", masked(u.String()), err)
 	}
-	log.Printf("monitor %s: answers", u.Redacted())
+	log.Printf("monitor %s: answers", masked(u.String()))
 	return u, nil
 }
