@@ -1085,19 +1085,15 @@ func (a *agent) submitChange(r request, name, change string, params []any) (any,
 }
 
 // accept puts a command into the queue, unless err says what is wrong with it.
-// Where the queue is full it waits for room, as long as one run can take, or until
-// the monitor has taken no reading for so long.
+// Where the queue is full it waits for room, as long as one run can take.
 func (a *agent) accept(r request, name string, c command, err error) (any, error) {
 	if err != nil {
 		return nil, faultf(faultParams, "%s: %v", name, err)
 	}
 	a.events.printf("command %s from %s: %s, %s", name, r.peer, ticketText(c.ticket), c)
 	c.from = limitKey(r.peer)
-	longest, waits := a.active.Load().settings.timeout+2*killTime, r.received
-	if since := a.delivery.stalledSince(); !since.IsZero() && since.Before(waits) {
-		waits = since
-	}
-	if err := a.queue.accept(r.ctx, c, waits.Add(longest)); err != nil {
+	longest := a.active.Load().settings.timeout + 2*killTime
+	if err := a.queue.accept(r.ctx, c, r.received.Add(longest)); err != nil {
 		return nil, err
 	}
 	return "OK", nil
