@@ -1089,13 +1089,12 @@ type pendingReading struct {
 }
 
 // A delivery hands readings in at the monitor with cmd_store_probe_data, one at
-// a time: old monitors serve one connection after the other. One rule chooses
-// the next reading: the one tried least often, in turn from the oldest and from
-// the newest end. So neither a backlog nor a reading on which the monitor always
-// fails holds up the others.
+// a time: old monitors serve one connection after the other. The first that may
+// be tried is the next; one that the monitor did not take goes to the end. So a
+// reading on which it always fails does not hold up the others.
 //
 // A reading leaves the delivery when the monitor has taken it, has answered it
-// with three faults or has given its ticket away again. The oldest is dropped
+// with three faults or has given its ticket away again. The first is dropped
 // when there is no more room: for 1,024 readings in memory, and for what the spool
 // may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
 // seconds, at most 5 minutes, ±50 %, however many readings wait.
@@ -1113,20 +1112,19 @@ type delivery struct {
 	sent    chan struct{} // closed when the goroutine that sends has ended
 	saved   chan struct{} // closed when the goroutine that writes the spool has ended
 
-	mu         cond // guards what is below, and is broadcast at each change
-	client     *client
-	zone       *time.Location
-	noValue    string            // sent where there is no number
-	pending    []*pendingReading // oldest first
-	inMemory   int               // of pending, those that are not on the disk
-	fromNewest bool              // the next reading is looked for from the newest end
-	awaySince  time.Time         // zero while the monitor is there
-	misses     int               // attempts without an answer since the latest answer
-	retryAt    time.Time         // no attempt before that
-	ending     bool              // there is no limit any more, and everything is saved
-	closing    bool              // close alone makes attempts
-	closed     bool              // no more attempts are made
-	totals     deliveryTotals
+	mu        cond // guards what is below, and is broadcast at each change
+	client    *client
+	zone      *time.Location
+	noValue   string            // sent where there is no number
+	pending   []*pendingReading // oldest first, but those that were tried come last
+	inMemory  int               // of pending, those that are not on the disk
+	awaySince time.Time         // zero while the monitor is there
+	misses    int               // attempts without an answer since the latest answer
+	retryAt   time.Time         // no attempt before that
+	ending    bool              // there is no limit any more, and everything is saved
+	closing   bool              // close alone makes attempts
+	closed    bool              // no more attempts are made
+	totals    deliveryTotals
 
 	unsaved      bool     // the spool lacks what must survive a power cut
 	marks        []uint64 // to be added to the spool: the records that are done
@@ -1263,22 +1261,24 @@ func (d *delivery) remove(p *pendingReading) {
 		return
 	}
 	p.done = true
-	switch last := len(d.pending) - 1; p { // a backlog of thousands leaves from both ends
-	case d.pending[0]:
-		d.pending[0] = nil
-		d.pending = d.pending[1:]
-	case d.pending[last]:
-		d.pending = d.pending[:last]
-	default:
-		i := slices.Index(d.pending, p)
-		d.pending = slices.Delete(d.pending, i, i+1)
-	}
+	d.take(p)
 	if !p.onDisk {
 		d.inMemory--
 	}
 	if p.record != 0 {
 		d.held -= p.size
 		d.marks = append(d.marks, p.record)
+	}
+}
+
+// take takes a reading out of those that are pending.
+func (d *delivery) take(p *pendingReading) {
+	i := slices.Index(d.pending, p)
+	d.pending[i] = nil
+	if i == 0 { // as a rule, and of thousands
+		d.pending = d.pending[1:]
+	} else {
+		d.pending = slices.Delete(d.pending, i, i+1)
 	}
 }
 
@@ -1320,7 +1320,6 @@ func (d *delivery) next(ctx context.Context) *pendingReading {
 	for !d.closing {
 		p, at := d.choose(time.Now())
 		if p != nil {
-			d.fromNewest = !d.fromNewest
 			return p
 		}
 		d.mu.wait(ctx, at)
@@ -1330,27 +1329,19 @@ func (d *delivery) next(ctx context.Context) *pendingReading {
 
 // choose returns the reading to try now, or when there may be one (zero: after
 // the next change).
-func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
+func (d *delivery) choose(now time.Time) (p *pendingReading, at time.Time) {
 	if now.Before(d.retryAt) {
 		return nil, d.retryAt
 	}
-	for i := range d.pending {
-		p := d.pending[i]
-		if d.fromNewest {
-			p = d.pending[len(d.pending)-1-i]
-		}
-		switch {
-		case now.Before(p.notBefore):
-			if at.IsZero() || p.notBefore.Before(at) {
-				at = p.notBefore
-			}
-		case p.misses == 0: // as a rule the first
+	for _, p := range d.pending {
+		if !now.Before(p.notBefore) {
 			return p, at
-		case best == nil || p.misses < best.misses:
-			best = p
+		}
+		if at.IsZero() || p.notBefore.Before(at) {
+			at = p.notBefore
 		}
 	}
-	return best, at
+	return nil, at
 }
 
 // try makes one attempt to deliver a reading, and returns how many attempts in a
@@ -1389,6 +1380,10 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 		d.answered(now)
 	default:
 		d.missed(p, now, err)
+	}
+	if !p.done && err != nil {
+		d.take(p)
+		d.pending = append(d.pending, p)
 	}
 	d.mu.broadcast()
 	return d.misses
@@ -1475,13 +1470,12 @@ func (d *delivery) note(flag *bool) {
 	d.mu.broadcast()
 }
 
-// sendLast tries each reading once more, those first that were tried least often. It
-// ends with ctx, and after four attempts in a row without an answer.
+// sendLast tries each reading once more, until ctx ends or four attempts in a row
+// have had no answer.
 func (d *delivery) sendLast(ctx context.Context) {
 	d.mu.Lock()
 	d.misses = 0
 	left := slices.Clone(d.pending)
-	slices.SortStableFunc(left, func(a, b *pendingReading) int { return a.misses - b.misses })
 	d.mu.Unlock()
 	for misses := 0; len(left) > 0 && misses < lastMisses && ctx.Err() == nil; left = left[1:] {
 		limited, cancel := context.WithTimeout(ctx, lastTime)
