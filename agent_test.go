@@ -2243,41 +2243,26 @@ func TestDelivery(t *testing.T) {
 	equal(t, "the next readings", getsAll(t, m, 2), map[any]string{"t": "3 0", int64(8): "3 0"})
 }
 
-// setClock makes a delivery take the time from now.
-func setClock(d *delivery, now *atomic.Pointer[clocks]) {
-	locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
-}
-
-// TestDeliveryClock: the time that is sent is when the reading was taken, also
-// where the clock was set since. A suspend does not set it.
-func TestDeliveryClock(t *testing.T) {
-	wall := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
-	taken := clocks{wall, time.Hour, "boot"}
+// TestCorrected: a time is when the reading was taken, also where the clock was set
+// since. A suspend does not set it; of another boot nothing is known.
+func TestCorrected(t *testing.T) {
 	const h = time.Hour
+	taken := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), h, "boot"}
 	for _, test := range []struct {
 		name      string
 		wall, age time.Duration // that passed
-		corrected time.Duration
+		boot      string
+		want      time.Duration // the correction
 	}{
-		{"an hour passed", h, h, 0},
-		{"suspended for an hour, of which the monotonic clock knows nothing", h + 1, h + 1, 0},
-		{"the clock was set", 25 * h, h, 24 * h},
-		{"and set back", -23 * h, h, -24 * h},
-		{"a clock that runs slow was corrected", h + time.Second, h, 0},
+		{"an hour passed, perhaps in suspend", h, h, "boot", 0},
+		{"the clock was set", 25 * h, h, "boot", 24 * h},
+		{"and set back", -23 * h, h, "boot", -24 * h},
+		{"a clock that runs slow was corrected", h + time.Second, h, "boot", 0},
+		{"another boot", 25 * h, h, "other", 0},
+		{"a container begun anew", 25 * h, -h, "boot", 0},
 	} {
-		m := newRecorder(t)
-		d := testDelivery(t, m)
-		var now atomic.Pointer[clocks]
-		now.Store(&taken)
-		setClock(d, &now)
-		attempts, answer := hold(m)
-		d.put(1, reading{taken: time.Now()})
-		receive(t, "an attempt", attempts)
-		now.Store(&clocks{wall.Add(test.wall), h + test.age, "boot"})
-		answer <- "503"
-		receive(t, "another", attempts)
-		answer <- "ok"
-		closeTo(t, test.name, receive(t, "reading", m.readings).time, wall.Add(test.corrected))
+		now := clocks{taken.wall.Add(test.wall), taken.age + test.age, test.boot}
+		equal(t, test.name, taken.corrected(now).Sub(taken.wall), test.want)
 	}
 }
 
@@ -2910,31 +2895,17 @@ func TestSpoolDamage(t *testing.T) {
 	expect(t, left == 4 && damaged == pieces, "got %d left, %d damaged; want 4, %d", left, damaged, pieces)
 }
 
-// TestSpoolClock: a reading keeps the time at which it was taken, although the clock was
-// set later in the same boot, or the power went.
+// TestSpoolClock: when the clock is set, the file is written anew with the right times,
+// as the power may go. They are what is sent.
 func TestSpoolClock(t *testing.T) {
 	birth := clocks{time.Unix(300, 0), 5 * time.Minute, "aaaaaaaa"}
 	set := clocks{time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC), 65 * time.Minute, "aaaaaaaa"}
-	taken := clocks{time.Unix(240, 0), 4 * time.Minute, "aaaaaaaa"}
-	found, _ := parseSpool(t, readingRecord(pendingOf(1, 1, reading{value: "1"}, taken), birth))
-	for _, test := range []struct {
-		at   clocks
-		want time.Time
-	}{
-		{birth, time.Unix(240, 0)},
-		{set, set.wall.Add(-61 * time.Minute)},
-		{clocks{set.wall, time.Second, "bbbbbbbb"}, time.Unix(240, 0)},
-		{clocks{set.wall, time.Second, "aaaaaaaa"}, time.Unix(240, 0)}, // a container begun anew
-	} {
-		equal(t, fmt.Sprint(test.at), found[0].takenAt.corrected(test.at).UTC(), test.want.UTC())
-	}
-	// When the clock is set, the file is written anew with the right times.
 	m, dir := newRecorder(t), t.TempDir()
 	m.set(away)
 	d := spoolDelivery(t, m, dir)
 	var now atomic.Pointer[clocks]
 	now.Store(&birth)
-	setClock(d, &now)
+	locked(d, func() any { d.clocks = func() clocks { return *now.Load() }; return nil })
 	puts(d, 1, 1)
 	awaitSpooled(t, dir, 1)
 	now.Store(&set)
@@ -2942,6 +2913,8 @@ func TestSpoolClock(t *testing.T) {
 		found, _ := parseSpool(t, spoolText(t, dir))
 		return len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
 	})
+	m.set(nil)
+	closeTo(t, "the time", receive(t, "reading", m.readings).time, set.wall.Add(-time.Hour))
 }
 
 // TestSpoolFull: the file stays within its limit. The oldest readings are dropped, and
@@ -3018,8 +2991,8 @@ func TestSpoolPrivate(t *testing.T) {
 		{"others/spool", "others belongs to another user"},
 		{"way/spool", "way belongs to another user"}, // a link
 		{"loop/spool", "too many links"},
-		{"file", "file is no directory"},
-		{"file/spool", "file is no directory"},
+		{"file", "readings: not a directory"},
+		{"file/spool", "spool: not a directory"},
 	} {
 		home := t.TempDir()
 		at := func(name string) string { return filepath.Join(home, name) }

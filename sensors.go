@@ -420,10 +420,8 @@ func reason(code int, why string, said []byte) string {
 	switch {
 	case code == 0:
 		return ""
-	case words != "" && why != "":
-		return why + ": " + strconv.Quote(words)
 	case words != "":
-		return strconv.Quote(words)
+		return strings.TrimPrefix(why+": "+strconv.Quote(words), ": ")
 	case why == "" && code < 0:
 		return fmt.Sprintf("ended by signal %d (%v)", -code, syscall.Signal(-code))
 	}
@@ -519,9 +517,10 @@ func (r *runState) retire(name string) <-chan struct{} {
 // start starts the executable in dir. It is named relative to dir, so that it
 // and its interpreter see one version even while the directory is replaced.
 //
-// Where the sensor is just being replaced it is tried again, for a second at
-// most. So is a file that is open for writing: one just written still is for a
-// moment, in a process that another goroutine is starting.
+// Where there is none it is tried again, as it may just be replaced: for a second
+// at most while the next version lies there, else a few times. So is a file that is
+// open for writing: one just written still is for a moment, in a process that another
+// goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
 	file := filepath.Join(dir, s.executable)
 	for try := 1; ; try++ {
@@ -544,13 +543,10 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 			p.pid = cmd.Process.Pid
 			s.mu.Unlock()
 			return cmd, nil
-		case try >= startTries:
+		case try >= startTries || !absent && !errors.Is(err, syscall.ETXTBSY):
 			return nil, err
-		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
-		case absent && exists(file):
-			try += startTries / 4 // it was away a moment ago, or else its interpreter is
-		default:
-			return nil, err
+		case absent && !exists(filepath.Join(s.path, newPrefix+p.sensor)):
+			try += startTries / 4
 		}
 		time.Sleep(startPause)
 	}
@@ -1690,8 +1686,6 @@ func makePrivate(path string, isParent bool) error {
 			return err
 		}
 		return makePrivate(target, isParent)
-	case !mode.IsDir():
-		return fmt.Errorf("%s is no directory", path)
 	case mode&0o022 != 0 && (mode&fs.ModeSticky == 0 || !isParent):
 		return fmt.Errorf("%s can be changed by other users", path)
 	}
