@@ -2424,63 +2424,60 @@ func TestDeliveryClose(t *testing.T) {
 	}
 }
 
-// TestNetworkFaults: whatever happens on the way to the monitor, or in it, a
-// reading that it has not answered is tried again until it is stored: once, or
-// twice where the answer was lost; three faults are an answer.
+// TestNetworkFaults: at whatever byte of an exchange the connection is reset, a reading
+// that the monitor has not answered is tried again until it is stored: once, or twice
+// where the answer was lost.
 func TestNetworkFaults(t *testing.T) {
 	logged(t)
-	m, p, d := proxiedDelivery(t, patience)
-	d.put("00000", reading{value: "0.42", taken: time.Now()})
-	emptied(t, "an exchange", d)
-	request, all := p.carried()
-	t.Run("refused", testRefused)
-	t.Run("reset", func(t *testing.T) { testResets(t, m, p, d, request, all) })
-	t.Run("update and move", testResetChanges)
-	for _, test := range cases(t, "testdata/netfaults.txt") {
-		test := test
-		t.Run(test.name, func(t *testing.T) {
-			if strings.Contains(test.text, "\nhold") {
-				t.Parallel()
-			}
-			testNetworkFault(t, test.text, map[string]int{"none": 0, "request": request, "all": all})
-		})
+	m := newRecorder(t)
+	p := newFaultyProxy(t, m.url.Host)
+	d := deliverTo(t, p.url(), patience, time.Millisecond, nil)
+	deliver := func(ticket any) {
+		d.put(ticket, reading{value: "0.42", taken: time.Now()})
+		await(t, fmt.Sprint("ticket ", ticket), func() bool { return d.count().undelivered == 0 })
+		d.monitor().close()
 	}
+	deliver(99999)
+	_, request, all := p.count()
+	<-m.readings
+	twice := 0
+	for n := 0; n <= all; n++ {
+		p.fail(n)
+		deliver(10000 + n) // as long as the first
+		where := fmt.Sprintf("reset after %d bytes of %d + %d", n, request, all-request)
+		tries, _, _ := p.count()
+		stored := len(m.readings)
+		expect(t, tries == 2 || n == all && tries == 1, "%s: got %d tries; want 2", where, tries) // the last byte may come before
+		expect(t, stored == 1 || stored == 2 && n >= request, "%s: got it stored %d times; want once or twice", where, stored)
+		for ; stored > 0; stored-- {
+			equal(t, where, (<-m.readings).ticket, any(10000+n))
+			twice += stored - 1
+		}
+	}
+	total("network faults survived", all+1)
+	t.Logf("%d exchanges of %d + %d bytes; %d readings were stored twice", all+1, request, all-request, twice)
 }
 
-// A faultyProxy stands between a delivery and its monitor: the next
-// connections carry so many bytes in all, requests and answers together, and
-// then end in one way or another.
+// A faultyProxy stands between an agent and its monitor. The next connection carries
+// so many bytes, requests and answers together, and then is reset.
 type faultyProxy struct {
 	*rawListener
 	to string
 
 	mu      sync.Mutex // guards what is below
-	tries   int        // connections that came
-	faulty  int        // of those to come, so many fail
-	carry   int        // bytes of one that fails
-	then    string     // reset, finish, or hold: nothing is passed on any more
-	request int        // bytes that went to the monitor on the latest connection
+	tries   int        // connections that came since the latest call of fail
+	carry   int        // bytes of the next one
+	request int        // bytes that went to the monitor on the latest one
 	all     int        // bytes that went either way
-	open    []net.Conn
 }
+
+const carriesAll = 1 << 30
 
 // newFaultyProxy returns a proxy that is there until the test ends.
 func newFaultyProxy(t *testing.T, to string) *faultyProxy {
-	p := &faultyProxy{to: to}
-	p.listen(t, "127.0.0.1:0")
+	p := &faultyProxy{to: to, carry: carriesAll}
+	p.rawListener = listenRaw(t, "127.0.0.1:0", p.link)
 	return p
-}
-
-func (p *faultyProxy) listen(t *testing.T, address string) {
-	p.rawListener = listenRaw(t, address, p.link)
-	t.Cleanup(func() {
-		p.Close()
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		for _, c := range p.open {
-			c.Close()
-		}
-	})
 }
 
 // url is where the proxy serves what it is in front of.
@@ -2488,24 +2485,17 @@ func (p *faultyProxy) url() *url.URL {
 	return &url.URL{Scheme: "http", Host: p.Addr().String(), Path: "/xmlrpc/"}
 }
 
-// fail makes the next connections fail, and counts from here on.
-func (p *faultyProxy) fail(connections, carry int, then string) {
+// fail makes the next connection fail, and counts from here on.
+func (p *faultyProxy) fail(carry int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.tries, p.faulty, p.carry, p.then = 0, connections, carry, then
+	p.tries, p.carry = 0, carry
 }
 
-func (p *faultyProxy) count() int {
+func (p *faultyProxy) count() (tries, request, all int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.tries
-}
-
-// carried returns how many bytes the latest connection carried.
-func (p *faultyProxy) carried() (request, all int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.request, p.all
+	return p.tries, p.request, p.all
 }
 
 // link passes on what comes from either side, as much as it may.
@@ -2516,26 +2506,22 @@ func (p *faultyProxy) link(near net.Conn) {
 	}
 	p.mu.Lock()
 	p.tries++
-	left, then := 1<<30, ""
-	if p.tries <= p.faulty {
-		left, then = p.carry, p.then
-	}
-	p.request, p.all = 0, 0
-	p.open = append(p.open, near, far)
+	left := p.carry
+	p.carry, p.request, p.all = carriesAll, 0, 0
+	p.mu.Unlock()
 	end := func() {
 		for _, c := range []net.Conn{near, far} {
-			if then == "reset" {
+			if left == 0 {
 				c.(*net.TCPConn).SetLinger(0)
 			}
 			c.Close()
 		}
 	}
-	if left == 0 && then != "hold" {
+	if left == 0 {
 		end()
+		return
 	}
-	p.mu.Unlock()
 	pass := func(to, from net.Conn) {
-		defer end()
 		buffer := make([]byte, 32<<10)
 		for over := false; !over; {
 			n, err := from.Read(buffer)
@@ -2547,107 +2533,18 @@ func (p *faultyProxy) link(near net.Conn) {
 			if to == far {
 				p.request += n
 			}
-			over = err != nil || left == 0 && then != "hold"
+			if over = err != nil || left == 0; over {
+				end()
+			}
 			p.mu.Unlock()
 		}
 	}
 	parallel(2, func(i int) { pass([]net.Conn{far, near}[i], []net.Conn{near, far}[i]) })
 }
 
-// emptied waits until nothing is left to deliver, and closes the connection.
-func emptied(t *testing.T, what string, d *delivery) {
-	t.Helper()
-	await(t, what, func() bool { return d.count().undelivered == 0 })
-	d.monitor().close()
-}
-
-// proxiedDelivery delivers to a recorder through a proxy.
-func proxiedDelivery(t *testing.T, timeout time.Duration) (*recorder, *faultyProxy, *delivery) {
-	m := newRecorder(t)
-	p := newFaultyProxy(t, m.url.Host)
-	return m, p, deliverTo(t, p.url(), timeout, time.Millisecond, nil)
-}
-
-// storedTickets counts how often a recorder got each ticket.
-func storedTickets(m *recorder) map[any]int {
-	stored := make(map[any]int)
-	for len(m.readings) > 0 {
-		stored[(<-m.readings).ticket]++
-	}
-	return stored
-}
-
-// testNetworkFault does to one reading what the text of a case says, and nothing to
-// the next one.
-func testNetworkFault(t *testing.T, text string, lengths map[string]int) {
-	var times, tries, least, most, more int
-	var kind, where string
-	figures, what, _ := strings.Cut(strings.TrimSpace(text), "\n")
-	_, err := fmt.Sscan(figures, &times, &tries, &least, &most)
-	must(t, err)
-	kind, argument, _ := strings.Cut(what, " ")
-	fmt.Sscan(argument, &where, &more)
-	timeout := patience
-	if kind == "hold" {
-		timeout = 2 * time.Second // what is good takes far less
-	}
-	m, p, d := proxiedDelivery(t, timeout)
-	count := func() int { return int(m.tries.Load()) }
-	if kind == "hold" || kind == "finish" {
-		p.fail(times, lengths[where]+more, kind)
-		count = p.count
-	} else {
-		m.set(func(w http.ResponseWriter, a attempt) bool {
-			if a.try <= times {
-				misanswer(w, kind, argument)
-			}
-			return a.try <= times
-		})
-	}
-	sample := reading{value: "0.42", taken: time.Now()}
-	d.put("00001", sample)
-	emptied(t, "tried", d)
-	equal(t, "tries", count(), tries)
-	d.put("00002", sample)
-	emptied(t, "the next reading", d)
-	stored := storedTickets(m)
-	if n := stored["00001"]; n < least || n > most || stored["00002"] != 1 {
-		t.Errorf("got %v; want the first %d to %d times, the second once", stored, least, most)
-	}
-	total("network faults survived", times)
-}
-
-// misanswer answers what no monitor should.
-func misanswer(w http.ResponseWriter, kind, argument string) {
-	switch kind {
-	case "status":
-		code, _ := strconv.Atoi(argument)
-		w.Header().Set("Location", "/xmlrpc/")
-		w.WriteHeader(code)
-	case "answer":
-		io.WriteString(w, argument)
-	case "endless":
-		for err := error(nil); err == nil; {
-			_, err = io.WriteString(w, strings.Repeat(" ", 32<<10))
-		}
-	}
-}
-
-// testRefused: nobody listens for three attempts.
-func testRefused(t *testing.T) {
-	m, p, d := proxiedDelivery(t, patience)
-	p.Close()
-	d.put("00001", reading{value: "0.42", taken: time.Now()})
-	await(t, "three attempts", func() bool { return locked(d, func() bool { return d.misses >= 3 }) })
-	p.listen(t, p.Addr().String())
-	emptied(t, "delivered", d)
-	equal(t, "stored", storedTickets(m), map[any]int{"00001": 1})
-	equal(t, "tries that came through", p.count(), 1)
-}
-
-// testResetChanges: an update or a move whose connection is reset at any byte has either
+// TestResetChanges: an update or a move whose connection is reset at any byte has either
 // been made or has changed nothing, and its ticket says which.
-func testResetChanges(t *testing.T) {
+func TestResetChanges(t *testing.T) {
 	archive := demoPackage(t, 2)
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
 		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
@@ -2662,7 +2559,7 @@ func testResetChanges(t *testing.T) {
 	try := func(carry int, method string, params ...any) (code int) {
 		t.Helper()
 		a.delivery.monitor().close() // so that it comes on a connection that fails
-		p.fail(1, carry, "reset")
+		p.fail(carry)
 		ticket++
 		got := b.ask(t, method, append(params, ticket)...)
 		await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
@@ -2696,29 +2593,6 @@ func testResetChanges(t *testing.T) {
 // retryFast makes an agent deliver with waits of milliseconds.
 func retryFast(a *agent) {
 	locked(a.delivery, func() any { a.delivery.retry = time.Millisecond; return nil })
-}
-
-// testResets: the connection is reset after each number of bytes that an
-// exchange can have.
-func testResets(t *testing.T, m *recorder, p *faultyProxy, d *delivery, request, all int) {
-	ticket := func(n int) string { return fmt.Sprintf("%05d", n+1) }
-	for n := 0; n <= all; n++ {
-		p.fail(1, n, "reset")
-		d.put(ticket(n), reading{value: "0.42", taken: time.Now()})
-		emptied(t, ticket(n), d)
-		if got := p.count(); got != 2 && (n < all || got != 1) { // the last byte may come before the reset
-			t.Errorf("reset after %d bytes of %d + %d: got %d tries; want 2", n, request, all-request, got)
-		}
-	}
-	stored, twice := storedTickets(m), 0
-	for n := 0; n <= all; n++ {
-		got := stored[ticket(n)]
-		expect(t, got >= 1 && got <= 2 && (n >= request || got == 1),
-			"reset after %d bytes of %d + %d: got it stored %d times; want once or twice", n, request, all-request, got)
-		twice += got - 1
-	}
-	total("network faults survived", all+1)
-	t.Logf("%d exchanges of %d + %d bytes; %d readings were stored twice", all+1, request, all-request, twice)
 }
 
 // spoolDelivery is a testDelivery with a spool in dir, of 1 MiB at most.
@@ -3010,34 +2884,6 @@ func TestSpoolPrivate(t *testing.T) {
 			equal(t, test.name, describeTree(t, home), before)
 		}
 	}
-}
-
-// TestSpoolFullDisk: a file system with no room left, where root can make one.
-func TestSpoolFullDisk(t *testing.T) {
-	dir := t.TempDir()
-	mount(t, "none", dir, "tmpfs", 0, "size=128k,mode=700")
-	lines := logged(t)
-	m := newRecorder(t)
-	m.set(away)
-	d := spoolDelivery(t, m, dir)
-	full := func() bool { return strings.Contains(lines.String(), "no space left on device") }
-	n := 0
-	for ; n < 3000 && !full(); n += 50 { // of which half fit
-		puts(d, n, n+49)
-		await(t, "it is written", func() bool {
-			return full() || isAway(d) && locked(d, func() bool { return d.inMemory == 0 })
-		})
-	}
-	puts(d, n, n+99) // it goes on in memory
-	n += 100
-	got := spooled(t, dir)
-	expect(t, len(got) >= 500 && slices.Contains(got, "0=0"), "got %d on the disk; want many, from 0 on", len(got))
-	m.set(nil)
-	gets(t, m, 0, n-1)
-	equal(t, "times logged", strings.Count(lines.String(), "no space left"), 1)
-	await(t, "all are delivered", func() bool { return d.count().undelivered == 0 })
-	afterAMinute(d)
-	awaitEmpty(t, dir) // which takes no space
 }
 
 // TestLocalZone compares with what date shows.
