@@ -1280,15 +1280,13 @@ func (t textReader) Read(p []byte) (n int, err error) {
 		case c == '<':
 			t.UnreadByte() // which was just read
 			return n, io.EOF
-		case !isSpace(c):
+		case strings.IndexByte(" \t\r\n", c) < 0:
 			p[n] = c
 			n++
 		}
 	}
 	return n, nil
 }
-
-func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\r' || c == '\n' }
 
 // A writerFunc is a writer that calls the function with what is written.
 type writerFunc func(p []byte) (int, error)

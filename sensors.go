@@ -52,7 +52,9 @@ const (
 	argumentCost = 32                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
 	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
-	freeOutput   = 64 << 10              // bytes that are read at full speed, then 4 KiB a millisecond
+	readSize     = 1 << 10               // bytes of output that are read at once: most sensors write one number
+	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
+	outputPause  = 2 * time.Millisecond  // then
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
 	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
 	nameCost     = 62                    // bytes of the tags around each name and its text
@@ -95,7 +97,7 @@ type sensors struct {
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
-	watch   sync.Once            // begins to broadcast, at the first run
+	watch   sync.Once            // asks for SIGCHLD, at the first run
 
 	mu        cond // guards what is below, and is broadcast at each SIGCHLD
 	processes map[*process]bool
@@ -121,7 +123,10 @@ type helpEntry struct {
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	s := &sensors{
 		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
-		runState: &runState{helps: make(map[string]helpEntry), processes: make(map[*process]bool)},
+		runState: &runState{
+			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
+			mu: cond{signals: make(chan os.Signal, 1)},
+		},
 	}
 	if user != nil {
 		s.credential = user.credential
@@ -432,7 +437,7 @@ func reason(code int, why string, said []byte) string {
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
 // left the group and holds a pipe open delays the end by 2 s at most. The value of
-// the reading is all that the sensor printed, cut after maxOutput + 1 bytes.
+// the reading is what the sensor printed, the last maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -442,7 +447,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
 	defer close(p.ended)
-	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, tail: true, copy: stderr}
+	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
 		s.remove(p)
@@ -624,7 +629,7 @@ func (r *runState) waitEnded(ctx context.Context, pid int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for {
-		if ended, err := endedChild(pPid, pid); ended == pid || err != nil {
+		if ended, err := endedChild(pid); ended == pid || err != nil {
 			return true
 		}
 		if r.mu.wait(ctx, time.Time{}) != nil {
@@ -635,23 +640,14 @@ func (r *runState) waitEnded(ctx context.Context, pid int) bool {
 
 // watchChildren makes each SIGCHLD from here on wake those who wait.
 func (r *runState) watchChildren() {
-	r.watch.Do(func() {
-		signals := make(chan os.Signal, 1)
-		signal.Notify(signals, syscall.SIGCHLD)
-		go func() {
-			for range signals {
-				r.mu.Lock()
-				r.mu.broadcast()
-				r.mu.Unlock()
-			}
-		}()
-	})
+	r.watch.Do(func() { signal.Notify(r.mu.signals, syscall.SIGCHLD) })
 }
 
-// endedChild looks at one child (pPid) or all (pAll), and returns the number of one
-// that has ended and is not reaped yet. It returns 0 if none has ended, and an error
-// if there is no such child.
-func endedChild(which, pid int) (int, error) {
+// endedChild looks at one child or, for 0, at all of them, and returns the number of
+// one that has ended and is not reaped yet. It returns 0 if none has ended, and an
+// error if there is no such child.
+func endedChild(pid int) (int, error) {
+	which := min(pid, 1)                 // P_ALL or P_PID of <sys/wait.h>
 	var info [32]int32                   // siginfo_t
 	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
 	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(which), uintptr(pid),
@@ -661,12 +657,6 @@ func endedChild(which, pid int) (int, error) {
 	}
 	return int(info[siPid]), nil
 }
-
-// What endedChild looks at, from <sys/wait.h>.
-const (
-	pAll = 0
-	pPid = 1
-)
 
 // reapOrphans reaps the processes that other processes leave to process 1, until
 // ctx ends. It never takes the process of a run, whose exit code the run needs.
@@ -685,7 +675,7 @@ func (r *runState) reapOrphans(ctx context.Context) {
 // endedOrphan returns the number of a child that has ended and belongs to no run.
 // It returns 0 if there is none, or while a process starts that a run will own.
 func (r *runState) endedOrphan() int {
-	pid, _ := endedChild(pAll, 0)
+	pid, _ := endedChild(0)
 	for p := range r.processes {
 		if p.pid == pid || p.pid == 0 {
 			return 0
@@ -713,43 +703,30 @@ func reserveThreads(n int) {
 	close(release)
 }
 
-// A capture keeps part of what a process writes, the beginning or the end.
+// A capture keeps the last bytes of what a process writes.
 type capture struct {
 	limit int
-	tail  bool
 	copy  io.Writer // gets all that is written; may be nil
 	kept  []byte
-	total int64
+	total int
 }
 
-// ReadFrom reads to the end of r. It is what os/exec calls. A sensor that writes for
-// ever must not cost the processor, so from 64 KiB on it is slowed down.
+// ReadFrom reads to the end of r. It is what os/exec calls.
 func (c *capture) ReadFrom(r io.Reader) (int64, error) {
-	buf := make([]byte, 4<<10)
-	for {
-		n, err := r.Read(buf)
-		c.Write(buf[:n])
-		switch {
-		case errors.Is(err, io.EOF):
-			return c.total, nil
-		case err != nil:
-			return c.total, err
-		case c.total > freeOutput:
-			time.Sleep(time.Millisecond)
-		}
-	}
+	return io.CopyBuffer(writerFunc(c.Write), r, make([]byte, readSize))
 }
 
+// Write never fails. A sensor that writes for ever must not cost the processor, so
+// it pauses after each 64 KiB.
 func (c *capture) Write(p []byte) (int, error) {
-	c.total += int64(len(p))
 	c.kept = append(c.kept, p...)
-	if over := len(c.kept) - c.limit; over > 0 && c.tail {
-		c.kept = c.kept[over:]
-	} else if over > 0 {
-		c.kept = c.kept[:c.limit]
-	}
+	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	if c.copy != nil {
 		c.copy.Write(p) // an error there must not end the sensor
+	}
+	before := c.total
+	if c.total += len(p); c.total/freeOutput > before/freeOutput {
+		time.Sleep(outputPause)
 	}
 	return len(p), nil
 }
@@ -1025,7 +1002,8 @@ func (q *queue) close(ctx context.Context) {
 // A cond is a sync.Cond whose wait ends with a context, or at a time.
 type cond struct {
 	sync.Mutex
-	woken chan struct{} // nil: nobody waits
+	woken   chan struct{}  // nil: nobody waits
+	signals chan os.Signal // each wakes everybody, too; nil: none comes
 }
 
 // wait unlocks the mutex until broadcast is called. It returns an error where ctx
@@ -1044,6 +1022,11 @@ func (c *cond) wait(ctx context.Context, at time.Time) error {
 	defer c.Lock()
 	select {
 	case <-woken:
+		return nil
+	case <-c.signals: // of all who wait one gets it
+		c.Lock()
+		c.broadcast()
+		c.Unlock()
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -1080,7 +1063,6 @@ type pendingReading struct {
 	notBefore time.Time // of the next attempt
 	record    uint64    // its number in the spool; 0: it has none
 	size      int       // bytes of its record
-	onDisk    bool      // the record is written
 	done      bool      // it is pending no more
 }
 
@@ -1113,7 +1095,7 @@ type delivery struct {
 	zone      *time.Location
 	noValue   string            // sent where there is no number
 	pending   []*pendingReading // oldest first, but those that were tried come last
-	inMemory  int               // of pending, those that are not on the disk
+	inMemory  int               // of pending, those that have no record in the spool
 	awaySince time.Time         // zero while the monitor is there
 	misses    int               // attempts without an answer since the latest answer
 	retryAt   time.Time         // no attempt before that
@@ -1228,7 +1210,7 @@ func (d *delivery) put(ticket any, r reading) {
 	d.unsaved = d.unsaved || d.saves(p)
 	if d.inMemory > maxPending && !d.ending {
 		of := fmt.Sprintf("more than %d undelivered", maxPending)
-		d.dropOldest(of, func(p *pendingReading) bool { return !p.onDisk })
+		d.dropOldest(of, func(p *pendingReading) bool { return p.record == 0 })
 	}
 	d.mu.broadcast()
 }
@@ -1258,13 +1240,12 @@ func (d *delivery) remove(p *pendingReading) {
 	}
 	p.done = true
 	d.take(p)
-	if !p.onDisk {
+	if p.record == 0 {
 		d.inMemory--
+		return
 	}
-	if p.record != 0 {
-		d.held -= p.size
-		d.marks = append(d.marks, p.record)
-	}
+	d.held -= p.size
+	d.marks = append(d.marks, p.record)
 }
 
 // take takes a reading out of those that are pending.
@@ -1427,10 +1408,8 @@ func backoff(first time.Duration, n int) time.Duration {
 // readings of commands that waited must not push out what was measured. All go to
 // the spool at once, as an init may not wait for long.
 func (d *delivery) putLast() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.ending, d.unsaved = true, true
-	d.mu.broadcast()
+	d.note(&d.ending)
+	d.note(&d.unsaved)
 }
 
 // close tries each pending reading once more, as long as ctx and the monitor
@@ -1453,8 +1432,8 @@ func (d *delivery) close(ctx context.Context) {
 	defer d.mu.Unlock()
 	d.client.close()
 	if n := len(d.pending); n > 0 {
-		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", d.client.url.Redacted(),
-			plural(n, "reading"), n-d.inMemory)
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in memory alone", d.client.url.Redacted(),
+			plural(n, "reading"), d.inMemory)
 	}
 }
 
@@ -1534,30 +1513,21 @@ func (d *delivery) updateSpool() (err error) {
 	size := s.size + len(records)
 	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
 	d.needsRewrite = false
-	var all []*pendingReading // that are on the disk after this
-	if rewrite || sync {
+	var all []*pendingReading // that are in the file after this
+	if rewrite {
 		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
+	d.mu.broadcast() // there is room in memory
 	d.mu.Unlock()
 	if rewrite {
 		err = s.rewrite(all, now)
 	} else {
 		err = s.append(records, sync)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		s.written = now
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	s.written = now
-	for _, p := range all {
-		if !p.onDisk && !p.done {
-			d.inMemory--
-		}
-		p.onDisk = true
-	}
-	d.mu.broadcast()
-	return nil
+	return err
 }
 
 // newRecords returns what is to be added to the spool. Where that is more than it
@@ -1571,6 +1541,7 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 			record := readingRecord(p, now)
 			p.size = len(record)
 			d.held += p.size
+			d.inMemory--
 			records = append(records, record...)
 		}
 	}
@@ -1774,7 +1745,7 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 // parseRecord parses a line of a spool, without its end, and reports whether it
 // is a record. A mark comes back as a reading that is done.
 func parseRecord(line string) (p *pendingReading, ok bool) {
-	p = &pendingReading{onDisk: true, size: len(line) + 1}
+	p = &pendingReading{size: len(line) + 1}
 	sum, text, _ := strings.Cut(line, " ")
 	if sum != checksum(text) {
 		return p, false
