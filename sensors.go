@@ -1843,11 +1843,10 @@ func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
 // systemClocks returns a function that reads the clocks of the box. Where nothing
 // names the boot, each process counts as one.
 func systemClocks() func() clocks {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil || len(id) < 8 {
-		id = []byte(fmt.Sprintf("%08x", rand.Uint32()))
+	boot := fmt.Sprintf("%08x", rand.Uint32())
+	if id, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil && len(id) >= len(boot) {
+		boot = string(id[:len(boot)])
 	}
-	boot := string(id[:8])
 	return func() clocks { return clocks{time.Now().Round(0), sinceBoot(), boot} }
 }
 
