@@ -5799,6 +5799,7 @@ func damage(t *testing.T, random *mathrand.Rand, file string) (most int) {
 // given back.
 func TestSoak(t *testing.T) {
 	marked := mark(t)
+	summaryOf(testSensors(t, "echo 1"), "s") // begins os/signal's goroutine, which never ends
 	goroutines, open := runtime.NumGoroutine(), openFiles(t)
 	debug.FreeOSMemory()
 	before := residentMemory(t, "self", "VmRSS")
