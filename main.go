@@ -46,13 +46,13 @@
 //  7. sensors.runIn starts the executable, waits for its end and reaps it.
 //  8. sensors.read makes a reading of exit code and output.
 //  9. queue.finish hands it to delivery.put.
-//  10. delivery.next chooses it, send stores it at the monitor, and record forgets
+//  10. delivery.next chooses it, try stores it at the monitor, and record forgets
 //     it or keeps it for another attempt, in the spool as well.
 //
 // # The way of an update
 //
 //  1. agent.submit makes a command of sensor and ticket.
-//  2. queue.accept joins it to an equal one that waits, or gives it a place.
+//  2. queue.accept gives it a place. When it begins, equal ones that wait join it.
 //  3. agent.runChange calls updater.install, which takes the steps of a change.
 //  4. begin opens the directories and locks them; settle finishes an earlier change.
 //  5. fetch writes the package to the staging directory.

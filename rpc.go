@@ -205,9 +205,9 @@ func (d *decoder) fail(format string, args ...any) {
 }
 
 // parse reads a message, with or without a byte-order mark, and returns its root
-// element. It passes over comments, processing instructions and a DOCTYPE, and never
+// element, which must have this name. It passes over comments, processing instructions and a DOCTYPE, and never
 // expands an entity.
-func (d *decoder) parse(message []byte) *element {
+func (d *decoder) parse(message []byte, name string) *element {
 	input := xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(message, []byte("\xef\xbb\xbf"))))
 	input.CharsetReader = charsetReader
 	document, size := &element{}, 0
@@ -247,10 +247,8 @@ func (d *decoder) parse(message []byte) *element {
 	if d.err == nil && (len(document.elements) != 1 || len(bytes.TrimSpace(document.text)) > 0) {
 		d.err = malformed("not one element with nothing around it")
 	}
-	if d.err != nil {
-		return &element{}
-	}
-	return document.elements[0]
+	document.text = nil
+	return d.parts(document, name)[0]
 }
 
 // malformed returns the fault for a message that is not well-formed XML.
@@ -272,43 +270,30 @@ func charsetReader(label string, r io.Reader) (io.Reader, error) {
 	return nil, fmt.Errorf("unknown encoding %s", cut(label))
 }
 
-// parts returns the elements in e, which must have these names in this order.
+// parts returns the elements in e, which must have these names in this order, and
+// nothing but white space between them.
 func (d *decoder) parts(e *element, names ...string) []*element {
 	for i, name := range names {
 		if i == len(e.elements) {
 			d.fail("<%s> is missing in <%s>", name, e.name)
 			e.elements = append(e.elements, &element{name: name})
 		}
-		d.named(e.elements[i], name)
+		if got := e.elements[i].name; got != name {
+			d.fail("<%s> where <%s> belongs", got, name)
+		}
 	}
 	if n := len(names); n < len(e.elements) {
 		d.fail("<%s> has no place in <%s>", e.elements[n].name, e.name)
 	}
-	d.noText(e)
+	if text := bytes.TrimSpace(e.text); len(text) > 0 {
+		d.fail("text %s in <%s>", cut(string(text)), e.name)
+	}
 	return e.elements
 }
 
 // list returns the elements in e, any number, which must all have this name.
 func (d *decoder) list(e *element, name string) []*element {
-	for _, part := range e.elements {
-		d.named(part, name)
-	}
-	d.noText(e)
-	return e.elements
-}
-
-// named checks the name of an element.
-func (d *decoder) named(e *element, name string) {
-	if e.name != name {
-		d.fail("<%s> where <%s> belongs", e.name, name)
-	}
-}
-
-// noText checks that between the elements in e there is only white space.
-func (d *decoder) noText(e *element) {
-	if text := bytes.TrimSpace(e.text); len(text) > 0 {
-		d.fail("text %s in <%s>", cut(string(text)), e.name)
-	}
+	return d.parts(e, strings.Fields(strings.Repeat(name+" ", len(e.elements)))...)
 }
 
 // text returns the text of e, in which there must be no elements.
@@ -400,8 +385,7 @@ func (d *decoder) params(e *element) []any {
 // decodeCall reads a methodCall. Its errors are faults.
 func decodeCall(message []byte) (method string, params []any, err error) {
 	var d decoder
-	root := d.parse(message)
-	d.named(root, "methodCall")
+	root := d.parse(message, "methodCall")
 	if len(root.elements) == 1 { // without parameters <params> may be left out
 		root.elements = append(root.elements, &element{name: "params"})
 	}
@@ -418,8 +402,7 @@ func decodeCall(message []byte) (method string, params []any, err error) {
 // the message was no response.
 func decodeResponse(message []byte) (v any, err error) {
 	var d decoder
-	root := d.parse(message)
-	d.named(root, "methodResponse")
+	root := d.parse(message, "methodResponse")
 	if len(root.elements) > 0 && root.elements[0].name == "fault" {
 		sent := d.parts(root, "fault")[0]
 		err = faultOf(d.value(d.parts(sent, "value")[0], 1))
@@ -1072,7 +1055,8 @@ func (h *handler) oneOfMany(r request, c any) (any, error) {
 
 // A client calls the XML-RPC methods of one URL. It follows no redirect and
 // uses no proxy: what it sends goes to that URL or nowhere. If the name of the host
-// has several addresses, it tries the one that answered last first.
+// has several addresses, it begins with the one that it called last or, if that gave
+// no answer, with the next.
 type client struct {
 	url     *url.URL
 	timeout time.Duration // of a call as a whole
@@ -1080,8 +1064,7 @@ type client struct {
 	http    *http.Client
 	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-	address atomic.Value // the netip.Addr of the latest connection
-	silent  atomic.Bool  // that address has not answered yet: the one after it is tried first
+	first atomic.Int32 // the index of the address to begin with
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
@@ -1143,19 +1126,14 @@ func readAnswer(r io.Reader) ([]byte, error) {
 var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
-// is a success. It sends nothing to a URL with a fragment, which a password with a # makes of
-// its URL, and whose host is a wrong one. If ctx ended before the answer came, the error is the cause of that.
+// is a success. It sends nothing to a URL with a fragment: a # in the password makes one,
+// and names a wrong host. If ctx ended before the answer came, the error is the cause of that.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	if c.url.Fragment != "" {
 		return errors.New("nothing is sent: its URL has a fragment: write # as %23, in client.cfg %%23")
 	}
-	deadline := time.Now().Add(c.timeout)
-	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
-		deadline = d
-	}
-	dialCtx := context.WithValue(ctx, dialKey{}, deadline)
 	call := bytes.NewReader(encodeCall(name, params...))
-	r, err := http.NewRequestWithContext(dialCtx, http.MethodPost, c.url.String(), call)
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url.String(), call)
 	if err != nil {
 		return err
 	}
@@ -1165,8 +1143,8 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	// just closed the connection that was kept.
 	r.Header["Idempotency-Key"] = nil
 	answer, err := c.http.Do(r)
-	if err == nil || errors.Is(context.Cause(ctx), context.Canceled) {
-		c.silent.Store(false) // a call that was cancelled says nothing about the address
+	if err != nil && !errors.Is(context.Cause(ctx), context.Canceled) {
+		c.first.Add(1)
 	}
 	if err == nil {
 		defer answer.Body.Close()
@@ -1186,15 +1164,10 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	return err
 }
 
-// dialKey is the key of a call's deadline in its context: net/http does not pass the
-// deadline itself on to dial.
-type dialKey struct{}
-
 // dial connects to the first address of the host that can be reached. Each gets an
-// equal share of the time that is left.
-func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, error) {
-	deadline, _ := ctx.Value(dialKey{}).(time.Time) // post has set it
-	ctx, cancel := context.WithDeadline(ctx, deadline)
+// equal share of the time.
+func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout) // net/http passes on no deadline
 	defer cancel()
 	host, port, err := net.SplitHostPort(hostPort)
 	if err != nil {
@@ -1204,20 +1177,14 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (net.Conn, 
 	if err != nil {
 		return nil, err
 	}
-	latest, _ := c.address.Load().(netip.Addr)
-	first := max(0, slices.Index(addresses, latest))
-	if c.silent.Load() {
-		first++
-	}
+	slices.SortFunc(addresses, netip.Addr.Compare) // a server of names may turn them
 	n := len(addresses)
-	for i := 0; i < n; i++ {
-		address := addresses[(first+i)%n]
-		var conn net.Conn
-		dialer := net.Dialer{Timeout: time.Until(deadline) / time.Duration(n-i)}
-		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(address.Unmap().String(), port))
+	dialer := net.Dialer{Timeout: c.timeout / time.Duration(n)}
+	for i, first := 0, int(c.first.Load()); i < n; i++ {
+		at := (first + i) % n
+		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(addresses[at].Unmap().String(), port))
 		if err == nil {
-			c.address.Store(address)
-			c.silent.Store(true)
+			c.first.Store(int32(at))
 			return conn, nil
 		}
 	}
@@ -1280,33 +1247,26 @@ func readPackage(r io.Reader, to io.Writer) error {
 }
 
 // readHead reads an answer up to the first tag <base64>, or to its end if it has none.
-// It drops white space after a tag, however much comes, and reads at most maxAnswer
+// It drops pieces of white space alone, however much comes, and reads at most maxAnswer
 // bytes besides.
 func readHead(in *bufio.Reader) (head []byte, found bool, err error) {
-	tag := 0 // the index in head of the name of the latest tag
-	for len(head) < maxAnswer {
-		c, err := in.ReadByte()
-		if errors.Is(err, io.EOF) {
-			return head, false, nil
+	for err == nil || errors.Is(err, bufio.ErrBufferFull) {
+		var piece []byte
+		if piece, err = in.ReadSlice('>'); len(bytes.TrimSpace(piece)) > 0 {
+			head = append(head, piece...)
 		}
-		if err != nil {
-			return nil, false, err
+		if len(head) > maxAnswer {
+			return nil, false, errTooLong
 		}
-		if n := len(head); n > 0 && head[n-1] == '>' && isSpace(c) {
-			continue
-		}
-		head = append(head, c)
-		switch c {
-		case '<':
-			tag = len(head)
-		case '>':
-			words := strings.Fields(string(head[tag : len(head)-1]))
-			if len(words) > 0 && (words[0] == "base64" || words[0] == "ex:base64") {
-				return head, true, nil
-			}
+		tag := strings.Fields(string(bytes.TrimSuffix(piece[bytes.LastIndexByte(piece, '<')+1:], []byte(">"))))
+		if err == nil && len(tag) > 0 && (tag[0] == "base64" || tag[0] == "ex:base64") {
+			return head, true, nil
 		}
 	}
-	return nil, false, errTooLong
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return head, false, err
 }
 
 // A textReader reads text up to the next tag, without its white space.
@@ -1321,15 +1281,13 @@ func (t textReader) Read(p []byte) (n int, err error) {
 		case c == '<':
 			t.UnreadByte() // which was just read
 			return n, io.EOF
-		case !isSpace(c):
+		case strings.IndexByte(" \t\r\n", c) < 0:
 			p[n] = c
 			n++
 		}
 	}
 	return n, nil
 }
-
-func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\r' || c == '\n' }
 
 // A writerFunc is a writer that calls the function with what is written.
 type writerFunc func(p []byte) (int, error)

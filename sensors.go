@@ -24,6 +24,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
 	"log"
 	"math/rand"
 	"os"
@@ -45,15 +46,14 @@ import (
 const (
 	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
-	maxJoined    = 16                    // tickets of one change; more make it once more
-	jobSize      = 256                   // bytes of memory of a command in the queue, without ticket and arguments
-	placeSize    = 4 << 10               // bytes of memory that commands may take for each place of the queue
-	maxArguments = 8 << 10               // bytes of a command's arguments, with the cost of each
-	argumentCost = 16                    // bytes of memory that an argument takes beside its text
+	maxJoined    = 16                    // changes that join an equal one; more make it once more
+	maxArguments = 4 << 10               // bytes of a command's arguments, with the cost of each
+	argumentCost = 32                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
 	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
-	freeOutput   = 64 << 10              // bytes that are read at full speed, then slowRead a millisecond
-	slowRead     = 32 << 10              // bytes
+	readSize     = 1 << 10               // bytes of output that are read at once: most sensors write one number
+	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
+	outputPause  = 2 * time.Millisecond  // then
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
 	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
 	maxFailed    = 200                   // bytes of the line that says why a change failed, as encoded
@@ -98,12 +98,10 @@ type sensors struct {
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
-	watch   sync.Once            // registers signals
-	signals chan os.Signal       // SIGCHLD, from the first run on
+	watch   sync.Once            // asks for SIGCHLD, at the first run
 
-	mu        sync.Mutex // guards what is below
+	mu        cond // guards what is below, and is broadcast at each SIGCHLD
 	processes map[*process]bool
-	signalled chan struct{} // closed and replaced at each SIGCHLD
 }
 
 // A process runs a sensor.
@@ -127,7 +125,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
 		runState: &runState{
 			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
-			signals: make(chan os.Signal, 1), signalled: make(chan struct{}),
+			mu: cond{signals: make(chan os.Signal, 1)},
 		},
 	}
 	if user != nil {
@@ -195,40 +193,35 @@ func sensorName(v any) (string, error) {
 }
 
 // arguments returns v as the arguments of a run: none for nil, an array's
-// scalars as they stand, or the words of a string. They have 8 KiB at most, and
-// each counts 16 bytes more than its text.
+// scalars as they stand, or the words of a string. They have 4 KiB at most, and
+// each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
 	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
-	var list []any
 	switch v := v.(type) {
 	case nil:
 	case []any:
-		list = v
+		for i := 0; i < len(v) && err == nil; i++ {
+			var arg string
+			arg, err = argument(v[i])
+			args = append(args, arg)
+		}
 	case string:
 		if len(v) > maxArguments {
 			return nil, tooLong
 		}
-		words, err := splitWords(v)
-		if err != nil {
-			return nil, err
-		}
-		for _, word := range words {
-			list = append(list, word)
-		}
+		args, err = splitWords(v)
 	default:
-		return nil, fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
+		err = fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
-	left := maxArguments
-	args = make([]string, 0, len(list))
-	for _, e := range list {
-		arg, err := argument(e)
-		if err != nil {
-			return nil, err
-		}
-		if left -= len(arg) + argumentCost; left < 0 {
-			return nil, tooLong
-		}
-		args = append(args, arg)
+	if err != nil {
+		return nil, err
+	}
+	size := 0
+	for _, arg := range args {
+		size += len(arg) + argumentCost
+	}
+	if size > maxArguments {
+		return nil, tooLong
 	}
 	return args, nil
 }
@@ -236,17 +229,12 @@ func arguments(v any) (args []string, err error) {
 // argument returns a scalar as one argument: numbers in decimal, booleans as
 // 1 and 0.
 func argument(v any) (string, error) {
-	text := fmt.Sprint(v)
+	kind, text := describe(v)
 	switch v := v.(type) {
-	case string, int, int64, dateTime:
-	case float64:
-		text = strconv.FormatFloat(v, 'f', -1, 64)
-	case bool:
-		text = map[bool]string{true: "1", false: "0"}[v]
+	case nil, []any, map[string]any:
+		return "", fmt.Errorf("an argument is a scalar, not %s", kind)
 	case []byte:
 		text = string(v)
-	default:
-		return "", fmt.Errorf("an argument is a scalar, not %s", typeName(v))
 	}
 	if strings.Contains(text, "\x00") {
 		return "", errors.New("an argument holds a NUL byte")
@@ -476,10 +464,8 @@ func reason(code int, why string, said []byte) string {
 	switch {
 	case code == 0:
 		return ""
-	case words != "" && why != "":
-		return why + ": " + strconv.Quote(words)
 	case words != "":
-		return strconv.Quote(words)
+		return strings.TrimPrefix(why+": "+strconv.Quote(words), ": ")
 	case why == "" && code < 0:
 		return fmt.Sprintf("ended by signal %d (%v)", -code, syscall.Signal(-code))
 	}
@@ -490,7 +476,7 @@ func reason(code int, why string, said []byte) string {
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
 // left the group and holds a pipe open delays the end by 2 s at most. The value of
-// the reading is all that the sensor printed, cut after maxOutput + 1 bytes.
+// the reading is what the sensor printed, the last maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -499,7 +485,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if p == nil {
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
-	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, tail: true, copy: stderr}
+	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
 		s.remove(p)
@@ -557,9 +543,10 @@ func (r *runState) running() int {
 // start starts the executable in dir. It is named relative to dir, so that it
 // and its interpreter see one version even while the directory is replaced.
 //
-// Where the sensor is just being replaced it is tried again, for a second at
-// most. So is a file that is open for writing: one just written still is for a
-// moment, in a process that another goroutine is starting.
+// Where there is none it is tried again, as it may just be replaced: for a second
+// at most while the next version lies there, else a few times. So is a file that is
+// open for writing: one just written still is for a moment, in a process that another
+// goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
 	file := filepath.Join(dir, s.executable)
 	for try := 1; ; try++ {
@@ -582,13 +569,10 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 			p.pid = cmd.Process.Pid
 			s.mu.Unlock()
 			return cmd, nil
-		case try >= startTries:
+		case try >= startTries || !absent && !errors.Is(err, syscall.ETXTBSY):
 			return nil, err
-		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
-		case absent && exists(file):
-			try += startTries / 4 // it was away a moment ago, or else its interpreter is
-		default:
-			return nil, err
+		case absent && !exists(filepath.Join(s.path, newPrefix+p.sensor)):
+			try += startTries / 4
 		}
 		time.Sleep(startPause)
 	}
@@ -694,43 +678,31 @@ func reap(cmd *exec.Cmd) (code int) {
 }
 
 // waitEnded waits until a child has ended, and leaves it to be reaped. It
-// reports false where ctx ends first.
+// reports false where ctx ends first. It blocks no thread.
 func (r *runState) waitEnded(ctx context.Context, pid int) bool {
-	return r.waitSignal(ctx, func() bool {
-		ended, err := endedChild(pPid, pid)
-		return ended == pid || err != nil
-	})
-}
-
-// waitSignal calls done, and again at each SIGCHLD until done returns true. It
-// reports false where ctx ends first. It blocks no thread. Of all that wait, one
-// receives the signal and tells the others.
-func (r *runState) waitSignal(ctx context.Context, done func() bool) bool {
-	r.watch.Do(func() { signal.Notify(r.signals, syscall.SIGCHLD) })
+	r.watchChildren()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for {
-		r.mu.Lock()
-		signalled := r.signalled
-		r.mu.Unlock()
-		if done() {
+		if ended, err := endedChild(pid); ended == pid || err != nil {
 			return true
 		}
-		select {
-		case <-r.signals:
-			r.mu.Lock()
-			close(r.signalled)
-			r.signalled = make(chan struct{})
-			r.mu.Unlock()
-		case <-signalled:
-		case <-ctx.Done():
+		if r.mu.wait(ctx, time.Time{}) != nil {
 			return false
 		}
 	}
 }
 
-// endedChild looks at one child (pPid) or all (pAll), and returns the number of one
-// that has ended and is not reaped yet. It returns 0 if none has ended, and an error
-// if there is no such child.
-func endedChild(which, pid int) (int, error) {
+// watchChildren makes each SIGCHLD from here on wake those who wait.
+func (r *runState) watchChildren() {
+	r.watch.Do(func() { signal.Notify(r.mu.signals, syscall.SIGCHLD) })
+}
+
+// endedChild looks at one child or, for 0, at all of them, and returns the number of
+// one that has ended and is not reaped yet. It returns 0 if none has ended, and an
+// error if there is no such child.
+func endedChild(pid int) (int, error) {
+	which := min(pid, 1)                 // P_ALL or P_PID of <sys/wait.h>
 	var info [32]int32                   // siginfo_t
 	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
 	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(which), uintptr(pid),
@@ -741,33 +713,24 @@ func endedChild(which, pid int) (int, error) {
 	return int(info[siPid]), nil
 }
 
-// What endedChild looks at, from <sys/wait.h>.
-const (
-	pAll = 0
-	pPid = 1
-)
-
 // reapOrphans reaps the processes that other processes leave to process 1, until
 // ctx ends. It never takes the process of a run, whose exit code the run needs.
 func (r *runState) reapOrphans(ctx context.Context) {
+	r.watchChildren()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for ctx.Err() == nil {
-		again, cancel := context.WithTimeout(ctx, orphanTime) // the process of a run may have been in the way
-		r.waitSignal(again, func() bool {
-			for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
-				syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
-			}
-			return false
-		})
-		cancel()
+		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		}
+		r.mu.wait(ctx, time.Now().Add(orphanTime)) // the process of a run may have been in the way
 	}
 }
 
 // endedOrphan returns the number of a child that has ended and belongs to no run.
 // It returns 0 if there is none, or while a process starts that a run will own.
 func (r *runState) endedOrphan() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	pid, _ := endedChild(pAll, 0)
+	pid, _ := endedChild(0)
 	for p := range r.processes {
 		if p.pid == pid || p.pid == 0 {
 			return 0
@@ -795,46 +758,30 @@ func reserveThreads(n int) {
 	close(release)
 }
 
-// A capture keeps part of what a process writes, the beginning or the end.
+// A capture keeps the last bytes of what a process writes.
 type capture struct {
 	limit int
-	tail  bool
 	copy  io.Writer // gets all that is written; may be nil
 	kept  []byte
-	total int64
+	total int
 }
 
-// ReadFrom reads to the end of r. It is what os/exec calls. The buffer is small
-// at first, as most sensors write one number. A sensor that writes for ever must
-// not cost the processor, so from 64 KiB on it is slowed down.
+// ReadFrom reads to the end of r. It is what os/exec calls.
 func (c *capture) ReadFrom(r io.Reader) (int64, error) {
-	buf := make([]byte, 512)
-	for {
-		n, err := r.Read(buf)
-		c.Write(buf[:n])
-		switch {
-		case errors.Is(err, io.EOF):
-			return c.total, nil
-		case err != nil:
-			return c.total, err
-		case c.total > freeOutput && len(buf) < slowRead:
-			buf = make([]byte, slowRead)
-		case c.total > freeOutput:
-			time.Sleep(time.Millisecond)
-		}
-	}
+	return io.CopyBuffer(writerFunc(c.Write), r, make([]byte, readSize))
 }
 
+// Write never fails. A sensor that writes for ever must not cost the processor, so
+// it pauses after each 64 KiB.
 func (c *capture) Write(p []byte) (int, error) {
-	c.total += int64(len(p))
 	c.kept = append(c.kept, p...)
-	if over := len(c.kept) - c.limit; over > 0 && c.tail {
-		c.kept = c.kept[over:]
-	} else if over > 0 {
-		c.kept = c.kept[:c.limit]
-	}
+	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	if c.copy != nil {
 		c.copy.Write(p) // an error there must not end the sensor
+	}
+	before := c.total
+	if c.total += len(p); c.total/freeOutput > before/freeOutput {
+		time.Sleep(outputPause)
 	}
 	return len(p), nil
 }
@@ -870,9 +817,8 @@ func (c command) sameWork(d command) bool {
 // A job is a command in the queue.
 type job struct {
 	command
-	tickets []any // of all who asked for it
-	size    int   // about the bytes of memory that it takes
-	turn    int   // when it may run, among those that wait in its lane; 0: it does not wait
+	turn   int    // when it may run, among those that wait in its lane
+	joined []*job // equal changes that waited when it began, and have its outcome
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
@@ -896,35 +842,27 @@ func (l *lane) mayRun(sensor string) bool {
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
-// hasRoom reports whether a command may enter: it can run at once, or fewer than
-// size wait, or fewer than twice as many and its caller has little in the queue.
-// Large commands fill it earlier: each place stands for 4 KiB.
-func (l *lane) hasRoom(c command, size int) bool {
-	all, own, bytes := 0, 0, 0
-	for _, j := range l.waiting {
-		all += len(j.tickets)
-		bytes += j.size
-		if j.from == c.from {
-			own += len(j.tickets)
-		}
-	}
-	all = max(all, bytes/placeSize)
-	return all < size || l.mayRun(c.sensor) || all < 2*size && own < max(1, size/4)
-}
-
-// push adds a command to the next turn, or to the one after its caller's last.
-func (l *lane) push(j *job) {
+// push lets a command wait for the next turn, or for the one after its caller's
+// last. It reports whether there is room: it can run at once, or fewer than size
+// wait, or fewer than twice as many and its caller has little in the queue.
+func (l *lane) push(j *job, size int) bool {
+	all, own := len(l.waiting), 0
 	j.turn = l.turn + 1
 	for _, other := range l.waiting {
 		if other.from == j.from {
+			own++
 			j.turn = max(j.turn, other.turn+1)
 		}
 	}
-	i := len(l.waiting)
+	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own >= max(1, size/4)) {
+		return false
+	}
+	i := all
 	for i > 0 && l.waiting[i-1].turn > j.turn {
 		i--
 	}
 	l.waiting = slices.Insert(l.waiting, i, j)
+	return true
 }
 
 // next takes the command that is to run next out of the lane: the first one that
@@ -934,10 +872,26 @@ func (l *lane) next() *job {
 	if i < 0 {
 		return nil
 	}
+	j := l.take(i)
+	l.turn = max(l.turn, j.turn)
+	l.running = append(l.running, j)
+	for i := 0; j.change != "" && i < len(l.waiting) && len(j.joined) < maxJoined; {
+		switch other := l.waiting[i]; {
+		case other.sameWork(j.command):
+			j.joined = append(j.joined, l.take(i))
+		case other.sensor == j.sensor: // another change, which must come first
+			return j
+		default:
+			i++
+		}
+	}
+	return j
+}
+
+// take takes a command out of those that wait.
+func (l *lane) take(i int) *job {
 	j := l.waiting[i]
 	l.waiting = slices.Delete(l.waiting, i, i+1)
-	l.turn, j.turn = max(l.turn, j.turn), 0
-	l.running = append(l.running, j)
 	return j
 }
 
@@ -958,9 +912,8 @@ type queue struct {
 	size     int  // of waiting, in each lane
 	readings lane
 	changes  lane
-	active   map[any]*job    // waiting or running, by ticket
-	latest   map[string]*job // the last change of each sensor
-	outside  []*job          // those that wait for room, in the order they came
+	active   map[any]*job // waiting or running, by ticket
+	outside  []*job       // those that wait for room, in the order they came
 	closed   bool
 }
 
@@ -971,8 +924,7 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
-		size: size, readings: lane{limit: concurrency}, changes: lane{limit: 1},
-		active: make(map[any]*job), latest: make(map[string]*job),
+		size: size, readings: lane{limit: concurrency}, changes: lane{limit: 1}, active: make(map[any]*job),
 	}
 }
 
@@ -989,11 +941,7 @@ func (q *queue) resize(concurrency, size int) {
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	n := 0
-	for _, j := range append(slices.Clone(q.readings.waiting), q.changes.waiting...) {
-		n += len(j.tickets)
-	}
-	return n
+	return len(q.readings.waiting) + len(q.changes.waiting)
 }
 
 // running lists what runs.
@@ -1015,10 +963,7 @@ func (q *queue) running() (names []string) {
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	j := &job{command: c, tickets: []any{c.ticket}, size: jobSize + len(fmt.Sprint(c.ticket))}
-	for _, arg := range c.args {
-		j.size += 2*argumentCost + len(arg) // a short text takes more than its bytes
-	}
+	j := &job{command: c}
 	q.outside = append(q.outside, j)
 	q.admit()
 	for err := error(nil); err == nil && !q.closed && slices.Contains(q.outside, j); {
@@ -1046,37 +991,19 @@ func (q *queue) admit() {
 
 // enter gives a command a place in the queue, or reports false if there is no room.
 func (q *queue) enter(j *job) bool {
-	l, known, ticket := &q.readings, q.active[j.ticket], j.ticket
+	l := &q.readings
 	if j.change != "" {
 		l = &q.changes
 	}
-	switch latest := q.latest[j.sensor]; {
-	case q.closed:
-		return false
-	case known != nil && known.sameWork(j.command):
+	if known := q.active[j.ticket]; known != nil && known.sameWork(j.command) {
 		return true
-	case j.change != "" && latest != nil && latest.turn > 0 && latest.sameWork(j.command) &&
-		(ticket == nil || len(latest.tickets) < maxJoined && l.hasRoom(j.command, q.size)):
-		// It joins that one, but not past another change of the sensor.
-		if ticket != nil {
-			latest.tickets = append(latest.tickets, ticket)
-			latest.size += j.size
-		}
-		j = latest
-	case j.change == "" && known != nil && known.turn > 0 && known.change == "":
-		known.sensor, known.args, known.size = j.sensor, j.args, j.size // nobody wants the other reading
-		j = known
-	case l.hasRoom(j.command, q.size):
-		l.push(j)
-		if j.change != "" {
-			q.latest[j.sensor] = j
-		}
-	default:
+	}
+	if q.closed || !l.push(j, q.size) {
 		return false
 	}
-	if ticket != nil {
-		q.active[ticket] = j
-		q.discard(ticket)
+	if j.ticket != nil {
+		q.active[j.ticket] = j
+		q.discard(j.ticket)
 	}
 	q.start(l)
 	return true
@@ -1101,21 +1028,18 @@ func (q *queue) finish(l *lane, j *job, r reading) *job {
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
 	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
-	if q.latest[j.sensor] == j {
-		delete(q.latest, j.sensor)
-	}
 	next := l.next()
 	q.admit()
 	return next
 }
 
-// deliverAll delivers the reading of a command under each of its tickets that
-// was not given to another.
+// deliverAll delivers the reading of a command, and of those that joined it, but for
+// tickets that were given to another.
 func (q *queue) deliverAll(j *job, r reading) {
-	for _, ticket := range j.tickets {
-		if q.active[ticket] == j {
-			delete(q.active, ticket)
-			q.deliver(ticket, r)
+	for _, j := range append([]*job{j}, j.joined...) {
+		if q.active[j.ticket] == j {
+			delete(q.active, j.ticket)
+			q.deliver(j.ticket, r)
 		}
 	}
 }
@@ -1143,7 +1067,8 @@ func (q *queue) close(ctx context.Context) {
 // A cond is a sync.Cond whose wait ends with a context, or at a time.
 type cond struct {
 	sync.Mutex
-	woken chan struct{} // nil: nobody waits
+	woken   chan struct{}  // nil: nobody waits
+	signals chan os.Signal // each wakes everybody, too; nil: none comes
 }
 
 // wait unlocks the mutex until broadcast is called. It returns an error where ctx
@@ -1163,6 +1088,11 @@ func (c *cond) wait(ctx context.Context, at time.Time) error {
 	select {
 	case <-woken:
 		return nil
+	case <-c.signals: // of all who wait one gets it
+		c.Lock()
+		c.broadcast()
+		c.Unlock()
+		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -1178,7 +1108,7 @@ func (c *cond) broadcast() {
 
 const (
 	maxPending  = 1024            // readings that wait for the monitor in memory alone
-	roomForRuns = 64 + maxJoined  // of them, kept free for what runs when no more may begin
+	roomForRuns = 65 + maxJoined  // of them, kept free for what runs when no more may begin
 	maxBackoff  = 5 * time.Minute // between two attempts to reach a monitor that is away
 	maxTries    = 3               // faults after which a reading is dropped
 	faultFactor = 10              // times the backoff of a monitor that is away: databases stay locked for long
@@ -1194,14 +1124,10 @@ type pendingReading struct {
 	ticket    any       // int, int64 or string, as the monitor sent it
 	takenAt   clocks    // when the run ended, by all clocks of the box
 	misses    int       // attempts that the monitor did not answer
-	failures  int       // of them, those right after an answer: the monitor fails on this reading
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
-	spooled   bool      // it belongs into the spool
-	record    uint64    // its number there; 0: it was never written
+	record    uint64    // its number in the spool; 0: it has none
 	size      int       // bytes of its record
-	onDisk    bool      // the record is written
-	last      bool      // its last attempt has been made
 	done      bool      // it is pending no more
 }
 
@@ -1212,7 +1138,7 @@ type pendingReading struct {
 // fails holds up the others.
 //
 // A reading leaves the delivery when the monitor has taken it, has answered it
-// with three faults or has given its ticket away again. The oldest is dropped
+// with three faults or has given its ticket away again. The first is dropped
 // when there is no more room: for 1,024 readings in memory, and for what the spool
 // may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
 // seconds, at most 5 minutes, ±50 %, however many readings wait.
@@ -1224,34 +1150,32 @@ type pendingReading struct {
 type delivery struct {
 	retry   time.Duration // the first backoff
 	clocks  func() clocks
-	cancel  context.CancelFunc // ends the attempts that close finds under way
+	cancel  context.CancelFunc // ends the attempt that close finds under way
 	dropped logLimit
-	spool   *spool // nil: there is none; else what is in it belongs to the goroutine that writes it
+	spool   *spool        // nil: there is none; else it belongs to the goroutine that writes it
+	sent    chan struct{} // closed when the goroutine that sends has ended
+	saved   chan struct{} // closed when the goroutine that writes the spool has ended
 
-	mu         cond            // guards what is below, and is broadcast at each change
-	ctx        context.Context // of attempts
-	client     *client
-	zone       *time.Location
-	noValue    string            // sent where there is no number
-	pending    []*pendingReading // oldest first
-	inMemory   int               // of pending, those that are not on the disk
-	fromNewest bool              // the next reading is looked for from the newest end
-	awaySince  time.Time         // zero while the monitor is there
-	misses     int               // attempts without an answer since the latest answer
-	retryAt    time.Time         // no attempt before that
-	movedAt    time.Time         // when there was room for a run, or the monitor took a reading
-	ending     bool              // there is no limit any more, and everything is saved
-	closing    bool              // each reading is tried once more
-	sent       bool              // the last attempt has been made
-	saved      bool              // the spool is written no more
-	totals     deliveryTotals
+	mu        cond // guards what is below, and is broadcast at each change
+	client    *client
+	zone      *time.Location
+	noValue   string            // sent where there is no number
+	pending   []*pendingReading // oldest first
+	newest    bool              // the next reading is looked for from the newest end
+	inMemory  int               // of pending, those that have no record in the spool
+	awaySince time.Time         // zero while the monitor is there
+	misses    int               // attempts without an answer since the latest answer
+	retryAt   time.Time         // no attempt before that
+	movedAt   time.Time         // when the monitor took a reading, or the first one came
+	ending    bool              // there is no limit any more, and everything is saved
+	closing   bool              // close alone makes attempts
+	closed    bool              // no more attempts are made
+	totals    deliveryTotals
 
-	unsaved      bool         // a reading waits to be written to the spool
-	marks        []uint64     // to be added to the spool: the records that are done
-	syncMarks    bool         // they must survive a power cut
-	held         int          // bytes of the records that are not done
-	needsRewrite bool         // the file is to be written anew
-	reused       map[any]bool // tickets given away again before the spool was read; then nil
+	unsaved      bool     // the spool lacks what must survive a power cut
+	marks        []uint64 // to be added to the spool: the records that are done
+	held         int      // bytes of the records that are not done
+	needsRewrite bool     // the file is to be written anew
 }
 
 // deliveryTotals counts readings since the start of the agent.
@@ -1263,38 +1187,51 @@ type deliveryTotals struct {
 }
 
 // newDelivery returns a delivery that works until close. What the spool holds
-// (nil: there is none) joins its readings as soon as it is read. The second
-// attempt to reach a monitor comes about the time retry after the first.
+// (nil: there is none) comes first. The second attempt to reach a monitor comes
+// about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
-		spool: s, client: c, zone: zone, noValue: noValue, totals: deliveryTotals{latest: time.Now()},
+		client: c, zone: zone, noValue: noValue, sent: make(chan struct{}), saved: make(chan struct{}),
+		totals: deliveryTotals{latest: time.Now()},
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	d.cancel = cancel
 	if s != nil {
-		d.reused = make(map[any]bool)
+		d.open(s)
 	}
-	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go func() {
-		for p := d.next(); p != nil; p = d.next() {
-			d.try(p)
+		defer close(d.sent)
+		for p := d.next(ctx); p != nil; p = d.next(ctx) {
+			d.try(ctx, p)
 		}
-		d.note(&d.sent)
 	}()
 	go func() {
-		if s != nil {
+		defer close(d.saved)
+		if d.spool != nil {
 			d.writeSpool()
 		}
-		d.note(&d.saved)
 	}()
 	return d
 }
 
-// note sets a flag that others wait for.
-func (d *delivery) note(flag *bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	*flag = true
-	d.mu.broadcast()
+// open takes what a spool holds. Where it cannot be opened there is none.
+func (d *delivery) open(s *spool) {
+	found, err := s.open()
+	if err != nil {
+		log.Printf(severe+"spool %s: not used: %v; undelivered readings are in memory alone", s.file(), err)
+		return
+	}
+	d.spool, d.pending, d.needsRewrite = s, found, s.size > 0
+	for _, p := range found {
+		d.held += p.size
+	}
+	if s.damaged > 0 {
+		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
+	}
+	if len(found) > 0 {
+		log.Printf(notice+"spool %s: %s to deliver from the time before", s.file(), plural(len(found), "reading"))
+	}
 }
 
 // configure applies new settings to all further attempts, and retries at once.
@@ -1307,7 +1244,7 @@ func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 		d.awaySince = time.Time{}
 	}
 	for _, p := range d.pending {
-		p.notBefore, p.misses, p.failures, p.faults = time.Time{}, 0, 0, 0
+		p.notBefore, p.misses, p.faults = time.Time{}, 0, 0
 	}
 	d.client.close()
 	d.client, d.zone, d.noValue = c, zone, noValue
@@ -1334,22 +1271,25 @@ func (d *delivery) count() deliveryTotals {
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.full() {
-		d.movedAt = time.Now()
-	}
 	now, since := d.clocks(), time.Since(r.taken)
 	taken := clocks{now.wall.Add(-since), now.age - since, now.boot}
 	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken}
+	if len(d.pending) == 0 {
+		d.movedAt = time.Now()
+	}
 	d.pending = append(d.pending, p)
 	d.inMemory++
-	if d.ending || !d.awaySince.IsZero() {
-		d.save(p)
-	}
+	d.unsaved = d.unsaved || d.saves(p)
 	if d.inMemory > maxPending && !d.ending {
 		of := fmt.Sprintf("more than %d undelivered", maxPending)
-		d.dropOldest(of, func(p *pendingReading) bool { return !p.onDisk })
+		d.dropOldest(of, func(p *pendingReading) bool { return p.record == 0 })
 	}
 	d.mu.broadcast()
+}
+
+// saves reports whether a reading belongs in the spool, if there is one.
+func (d *delivery) saves(p *pendingReading) bool {
+	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0
 }
 
 // dropOldest drops the oldest of the readings that match.
@@ -1381,13 +1321,12 @@ func (d *delivery) remove(p *pendingReading) {
 		i := slices.Index(d.pending, p)
 		d.pending = slices.Delete(d.pending, i, i+1)
 	}
-	if !p.onDisk {
+	if p.record == 0 {
 		d.inMemory--
+		return
 	}
-	if p.record != 0 {
-		d.held -= p.size
-		d.marks = append(d.marks, p.record)
-	}
+	d.held -= p.size
+	d.marks = append(d.marks, p.record)
 }
 
 // discard forgets the pending readings of a ticket that the monitor has given
@@ -1395,13 +1334,10 @@ func (d *delivery) remove(p *pendingReading) {
 func (d *delivery) discard(ticket any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.reused != nil && len(d.reused) < maxPending {
-		d.reused[ticket] = true
-	}
 	for i := len(d.pending) - 1; i >= 0; i-- {
 		if d.pending[i].ticket == ticket {
 			d.remove(d.pending[i])
-			d.syncMarks = true // it must not come back
+			d.unsaved = true // it must not come back
 			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 		}
 	}
@@ -1424,7 +1360,7 @@ func (d *delivery) waitRoom(ctx context.Context) {
 }
 
 // stalledSince returns since when runs have had to wait and the monitor has taken
-// no reading. It returns zero where no run has to wait.
+// no reading, or the zero time if no run has to wait.
 func (d *delivery) stalledSince() time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1434,39 +1370,35 @@ func (d *delivery) stalledSince() time.Time {
 	return d.movedAt
 }
 
-// next waits for a reading that may be tried, and returns it. When the delivery
-// closes it returns each reading once more, and then nil: also after four attempts
-// in a row without an answer, or when there is no more time.
-func (d *delivery) next() *pendingReading {
+// next waits for a reading that may be tried, and returns it, or nil when the
+// delivery closes.
+func (d *delivery) next(ctx context.Context) *pendingReading {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for {
+	for !d.closing {
 		p, at := d.choose(time.Now())
-		switch {
-		case d.closing && (d.misses >= lastMisses || d.ctx.Err() != nil):
-			return nil
-		case d.closing || p != nil:
-			d.fromNewest = !d.fromNewest
+		if p != nil {
+			d.newest = !d.newest
 			return p
 		}
-		d.mu.wait(d.ctx, at)
+		d.mu.wait(ctx, at)
 	}
+	return nil
 }
 
 // choose returns the reading to try now, or when there may be one (zero: after
 // the next change).
 func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
-	if now.Before(d.retryAt) && !d.closing {
+	if now.Before(d.retryAt) {
 		return nil, d.retryAt
 	}
 	for i := range d.pending {
 		p := d.pending[i]
-		if d.fromNewest {
+		if d.newest {
 			p = d.pending[len(d.pending)-1-i]
 		}
 		switch {
-		case p.last:
-		case now.Before(p.notBefore) && !d.closing:
+		case now.Before(p.notBefore):
 			if at.IsZero() || p.notBefore.Before(at) {
 				at = p.notBefore
 			}
@@ -1479,15 +1411,10 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 	return best, at
 }
 
-// try makes one attempt to deliver a reading. The last one has a second.
-func (d *delivery) try(p *pendingReading) {
+// try makes one attempt to deliver a reading, and returns how many attempts in a
+// row had no answer.
+func (d *delivery) try(ctx context.Context, p *pendingReading) (misses int) {
 	d.mu.Lock()
-	ctx := d.ctx
-	if p.last = d.closing; p.last {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, lastTime)
-		defer cancel()
-	}
 	c, zone, value := d.client, d.zone, p.value
 	if value == "" {
 		value = d.noValue
@@ -1495,11 +1422,11 @@ func (d *delivery) try(p *pendingReading) {
 	d.mu.Unlock()
 	taken := dateTime(p.takenAt.corrected(d.clocks()).In(zone).Format(dateTimeLayout))
 	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, taken)
-	d.record(p, c, err)
+	return d.record(p, c, err)
 }
 
 // record notes how an attempt with this client ended.
-func (d *delivery) record(p *pendingReading, c *client, err error) {
+func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var f *fault
@@ -1509,12 +1436,11 @@ func (d *delivery) record(p *pendingReading, c *client, err error) {
 		d.totals.delivered++
 		d.totals.latest, d.movedAt = now, now
 		d.answered(now)
-	case c != d.client: // it was not the monitor any more
-	case errors.Is(err, context.Canceled), d.ctx.Err() != nil: // by close, which says nothing of the monitor
-		p.misses++ // so that others are tried before it
+	case c != d.client, errors.Is(err, context.Canceled): // that says nothing of the monitor
 	case errors.As(err, &f):
 		p.faults++
 		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
+		d.unsaved = true
 		if p.faults == maxTries && !p.done {
 			d.drop(p, fmt.Sprintf("monitor %s: %v", masked(c.url.String()), err))
 		}
@@ -1522,8 +1448,8 @@ func (d *delivery) record(p *pendingReading, c *client, err error) {
 	default:
 		d.missed(p, now, err)
 	}
-	d.save(p)
 	d.mu.broadcast()
+	return d.misses
 }
 
 // answered notes that the monitor is there.
@@ -1536,22 +1462,22 @@ func (d *delivery) answered(now time.Time) {
 	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
 }
 
-// missed notes an attempt that got no answer.
+// missed notes an attempt that got no answer. Where it comes right after an answer,
+// the monitor fails on this reading, which then waits longer than the others.
 func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	if d.awaySince.IsZero() {
 		d.awaySince = now
 		if !d.closing { // an attempt has a second only then, which says little of the monitor
 			log.Printf(warning+"monitor %s: away: %s", masked(d.client.url.String()), oneLine(err.Error()))
 		}
-		d.saveAll()
 	}
 	d.misses++
 	p.misses++
 	d.retryAt = now.Add(backoff(d.retry, d.misses))
 	if d.misses == 1 {
-		p.failures++
-		p.notBefore = now.Add(backoff(d.retry, p.failures))
+		p.notBefore = now.Add(backoff(d.retry, p.misses))
 	}
+	d.unsaved = true
 }
 
 // backoff returns how long to wait after n failures in a row: first, doubled
@@ -1569,11 +1495,8 @@ func backoff(first time.Duration, n int) time.Duration {
 // readings of commands that waited must not push out what was measured. All go to
 // the spool at once, as an init may not wait for long.
 func (d *delivery) putLast() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.ending = true
-	d.saveAll()
-	d.mu.broadcast()
+	d.note(&d.ending)
+	d.note(&d.unsaved)
 }
 
 // close tries each pending reading once more, as long as ctx and the monitor
@@ -1584,32 +1507,42 @@ func (d *delivery) close(ctx context.Context) {
 	grace, cancel := context.WithTimeout(ctx, lastTime) // the attempt under way may have been so for long
 	defer cancel()
 	context.AfterFunc(grace, d.cancel)
+	d.note(&d.closing)
+	<-d.sent
+	d.sendLast(ctx)
+	d.note(&d.closed)
+	select {
+	case <-d.saved:
+	case <-time.After(spoolTime):
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.ctx, d.closing, d.misses = ctx, true, 0
-	d.mu.broadcast()
-	for !d.sent {
-		d.mu.wait(context.Background(), time.Time{})
-	}
-	for end := time.Now().Add(spoolTime); !d.saved && d.mu.wait(context.Background(), end) == nil; {
-	}
 	d.client.close()
 	if n := len(d.pending); n > 0 {
-		log.Printf(warning+"monitor %s: %s not delivered, %d of them in the spool", masked(d.client.url.String()),
-			plural(n, "reading"), n-d.inMemory)
+		log.Printf(warning+"monitor %s: %s not delivered, %d of them in memory alone", masked(d.client.url.String()),
+			plural(n, "reading"), d.inMemory)
 	}
 }
 
-// save sees to it that a reading is written to the spool, if there is one.
-func (d *delivery) save(p *pendingReading) {
-	if d.spool != nil && !p.spooled && !p.done {
-		p.spooled, d.unsaved = true, true
-	}
+// note sets a flag that others wait for.
+func (d *delivery) note(flag *bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	*flag = true
+	d.mu.broadcast()
 }
 
-func (d *delivery) saveAll() {
-	for _, p := range d.pending {
-		d.save(p)
+// sendLast tries each reading once more, until ctx ends or four attempts in a row
+// have had no answer.
+func (d *delivery) sendLast(ctx context.Context) {
+	d.mu.Lock()
+	d.misses = 0
+	left := slices.Clone(d.pending)
+	d.mu.Unlock()
+	for misses := 0; len(left) > 0 && misses < lastMisses && ctx.Err() == nil; left = left[1:] {
+		limited, cancel := context.WithTimeout(ctx, lastTime)
+		misses = d.try(limited, left[0])
+		cancel()
 	}
 }
 
@@ -1642,12 +1575,12 @@ func (d *delivery) writeSpool() {
 func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for !d.sent {
+	for !d.closed {
 		var at time.Time
 		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
 			d.needsRewrite = true // the times in the file are wrong
 		}
-		if d.spool.f == nil || d.unsaved || len(d.marks) > 0 || d.needsRewrite {
+		if d.unsaved || len(d.marks) > 0 || d.needsRewrite {
 			if at = d.spool.retryAt; !time.Now().Before(at) {
 				return false
 			}
@@ -1659,59 +1592,43 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 
 // updateSpool writes what is to be written now. A file that would become too
 // large is written anew.
-func (d *delivery) updateSpool() error {
+func (d *delivery) updateSpool() (err error) {
 	s, now := d.spool, d.clocks()
-	found, err := s.open()
-	if err != nil {
-		return err
-	}
 	d.mu.Lock()
-	if found != nil {
-		d.adopt(found)
-	}
-	records, sync := d.newRecords(now)
+	sync := d.unsaved
+	records := d.newRecords(now)
 	size := s.size + len(records)
 	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
 	d.needsRewrite = false
-	var all []*pendingReading // that are on the disk after this
-	if rewrite || sync {
+	var all []*pendingReading // that are in the file after this
+	if rewrite {
 		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
+	d.mu.broadcast() // there is room in memory
 	d.mu.Unlock()
 	if rewrite {
 		err = s.rewrite(all, now)
 	} else {
 		err = s.append(records, sync)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		s.written = now
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	s.written = now
-	for _, p := range all {
-		if !p.onDisk && !p.done {
-			d.inMemory--
-		}
-		p.onDisk = true
-	}
-	d.mu.broadcast()
-	return nil
+	return err
 }
 
-// newRecords returns what is to be added to the spool, and whether it must survive
-// a power cut. Where that is more than the spool may hold, the oldest readings go: a
-// quarter of the file is left for marks, so that it need not be written anew for each
-// reading.
-func (d *delivery) newRecords(now clocks) (records []byte, sync bool) {
-	sync = d.unsaved || d.syncMarks
+// newRecords returns what is to be added to the spool. Where that is more than it
+// may hold, the oldest readings go: a quarter of the file is left for marks, so that
+// it need not be written anew for each reading.
+func (d *delivery) newRecords(now clocks) (records []byte) {
 	for i := 0; i < len(d.pending) && d.unsaved; i++ {
-		if p := d.pending[i]; p.spooled && p.record == 0 {
+		if p := d.pending[i]; p.record == 0 && d.saves(p) {
 			d.spool.last++
 			p.record = d.spool.last
 			record := readingRecord(p, now)
 			p.size = len(record)
 			d.held += p.size
+			d.inMemory--
 			records = append(records, record...)
 		}
 	}
@@ -1721,35 +1638,8 @@ func (d *delivery) newRecords(now clocks) (records []byte, sync bool) {
 	for _, done := range d.marks {
 		records = append(records, markRecord(done)...)
 	}
-	d.marks, d.syncMarks, d.unsaved = nil, false, false
-	return records, sync
-}
-
-// adopt puts what a file was found to hold in front of the other readings. Of
-// a ticket only the newest reading counts, and none where the ticket was given
-// away again since. What was in another file before belongs in this one.
-func (d *delivery) adopt(found []*pendingReading) {
-	newest := make(map[any]*pendingReading)
-	for _, p := range found {
-		newest[p.ticket] = p
-	}
-	for _, p := range d.pending {
-		delete(newest, p.ticket)
-		p.record, p.onDisk = 0, false
-	}
-	d.held, d.inMemory, d.marks, d.unsaved = 0, len(d.pending), nil, true
-	found = slices.DeleteFunc(found, func(p *pendingReading) bool {
-		return newest[p.ticket] != p || d.reused[p.ticket]
-	})
-	for _, p := range found {
-		d.held += p.size
-	}
-	d.pending, d.reused, d.needsRewrite = append(found, d.pending...), nil, d.spool.size > 0
-	if len(found) > 0 {
-		readings := plural(len(found), "reading")
-		log.Printf(notice+"spool %s: %s to deliver from the time before", d.spool.file(), readings)
-	}
-	d.mu.broadcast()
+	d.marks, d.unsaved = nil, false
+	return records
 }
 
 // A spool is a file of readings that the monitor does not have yet,
@@ -1768,15 +1658,15 @@ func (d *delivery) adopt(found []*pendingReading) {
 // may be delivered again after a power cut. The file is empty when nothing in it
 // is pending.
 //
-// What another user of the box puts in the way, in the directory or on the path
-// to it, makes the spool fail; nothing elsewhere is read or written.
+// The directory and the path to it belong to the agent's user or root, and nobody
+// else can change them: so no file of another user is read or written.
 //
 // A spool belongs to one goroutine.
 type spool struct {
 	dir     string
 	limit   int       // bytes of the file
-	folder  *os.File  // the directory
-	f       *os.File  // the file; nil: not open
+	folder  *os.File  // the directory, which stays locked
+	f       *os.File  // the file
 	size    int       // bytes of the file
 	last    uint64    // the highest number that was found
 	damaged int       // lines that were found
@@ -1800,58 +1690,69 @@ const (
 
 func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
-// open opens the file, which stays locked, and returns what it holds. It returns nil
-// where the file is open already and still the one of that name.
+// open locks the directory, opens the file and returns what it holds.
 func (s *spool) open() (found []*pendingReading, err error) {
-	if s.f != nil && s.isCurrent() {
-		return nil, nil
-	}
-	s.close()
-	if s.folder, err = openFolder(s.dir); err != nil {
+	if err = makePrivate(s.dir, false); err != nil {
 		return nil, err
 	}
-	if s.f, err = openIn(s.folder, spoolFile, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW); err == nil {
-		err = s.claim()
+	s.folder, err = os.Open(s.dir)
+	if err == nil && flockWithin(context.Background(), s.folder, syscall.LOCK_EX, 0) != nil {
+		err = errors.New("another process uses it")
+	}
+	if err == nil {
+		s.f, err = os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE, 0o600)
 	}
 	if err == nil {
 		found, err = s.read(s.f)
 	}
+	if err == nil {
+		err = syncFile(s.folder) // the file may be new
+	}
 	if err != nil {
 		s.close()
-		return nil, err
 	}
-	if s.damaged > 0 {
-		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
-	}
-	return found, nil
+	return found, err
 }
 
-// claim locks the file that was opened, and makes sure that it is the agent's.
-func (s *spool) claim() error {
-	info, err := s.f.Stat()
-	switch {
-	case err != nil:
-		return err
-	case !info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Nlink != 1:
-		return errors.New("not a plain file with one name: who put it there?")
-	case flockWithin(context.Background(), s.f, syscall.LOCK_EX, 0) != nil || !s.isCurrent():
-		return errors.New("another process uses it")
+// makePrivate makes a directory and what is missing of its path. It returns an error
+// where somebody else than the agent's user and root can change one of them. Where
+// others may add to it, as to /tmp, it can be part of a path, but not the end of one.
+func makePrivate(path string, isParent bool) error {
+	if parent := filepath.Dir(path); parent != path {
+		if err := makePrivate(parent, true); err != nil {
+			return err
+		}
+		err := os.Mkdir(path, 0o700)
+		if err == nil {
+			err = syncDir(parent)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
 	}
-	return syncFolder(s.folder) // the file may be new
+	info, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	owner := int(info.Sys().(*syscall.Stat_t).Uid)
+	switch mode := info.Mode(); {
+	case owner != 0 && owner != os.Geteuid():
+		return fmt.Errorf("%s belongs to another user", path)
+	case mode&fs.ModeSymlink != 0:
+		target, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			return err
+		}
+		return makePrivate(target, isParent)
+	case mode&0o022 != 0 && (mode&fs.ModeSticky == 0 || !isParent):
+		return fmt.Errorf("%s can be changed by other users", path)
+	}
+	return nil
 }
 
 func (s *spool) close() {
 	s.f.Close() // a nil file does not mind
 	s.folder.Close()
-	s.f, s.folder = nil, nil
-}
-
-// isCurrent reports whether the open file is the one that the path names:
-// somebody may have removed it, or mounted a disk over it.
-func (s *spool) isCurrent() bool {
-	named, err := os.Lstat(s.file())
-	opened, err2 := s.f.Stat()
-	return err == nil && err2 == nil && os.SameFile(named, opened)
 }
 
 // append adds records at the end of the file.
@@ -1873,97 +1774,33 @@ func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 		s.size = 0
 		return errors.Join(s.f.Truncate(0), s.f.Sync())
 	}
-	dir := int(s.folder.Fd())
-	syscall.Unlinkat(dir, spoolNext) // of a power cut
-	f, err := openIn(s.folder, spoolNext, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	next := filepath.Join(s.dir, spoolNext)
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) // nobody else knows it yet
 	out, size := bufio.NewWriter(f), 0
 	for _, p := range all {
 		n, _ := out.WriteString(readingRecord(p, now)) // Flush returns the error
 		size += n
 	}
 	if err = errors.Join(out.Flush(), f.Sync()); err == nil {
-		err = syscall.Renameat(dir, spoolNext, dir, spoolFile)
+		err = os.Rename(next, s.file())
 	}
 	if err != nil {
 		f.Close()
-		syscall.Unlinkat(dir, spoolNext)
+		os.Remove(next)
 		return err
 	}
 	s.f.Close()
 	s.f, s.size = f, size
-	return syncFolder(s.folder)
+	return syncFile(s.folder)
 }
 
-// openFolder opens a directory and makes what is missing of its path. A link on it
-// is followed only where nobody but the agent and root can have made it.
-func openFolder(path string) (*os.File, error) {
-	parent := filepath.Dir(path)
-	if parent == path { // the root
-		return os.Open(path)
-	}
-	above, err := openFolder(parent)
-	if err != nil {
-		return nil, err
-	}
-	defer above.Close()
-	const oPath = 0x200000 // a directory need not be readable; Linux before 2.6.39 ignores it
-	name, flags := filepath.Base(path), oPath|syscall.O_DIRECTORY
-	if !isPrivate(above) {
-		flags |= syscall.O_NOFOLLOW
-	}
-	dir, err := openIn(above, name, flags)
-	if !errors.Is(err, syscall.ENOENT) {
-		return dir, err
-	}
-	if err := syscall.Mkdirat(int(above.Fd()), name, 0o700); err != nil {
-		return nil, &os.PathError{Op: "mkdir", Path: path, Err: err}
-	}
-	syncFolder(above) // as far as the agent may
-	return openIn(above, name, flags)
-}
-
-// syncFolder syncs an open directory, as far as its file system can.
-func syncFolder(dir *os.File) error {
-	f, err := openIn(dir, ".", os.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return syncFile(f)
-}
-
-// isPrivate reports whether only the agent and root can write to a directory.
-func isPrivate(dir *os.File) bool {
-	info, err := dir.Stat()
-	if err != nil || info.Mode()&0o022 != 0 {
-		return false
-	}
-	owner := int(info.Sys().(*syscall.Stat_t).Uid)
-	return owner == 0 || owner == os.Geteuid()
-}
-
-// openIn opens a file in an open directory. It waits for no pipe.
-func openIn(dir *os.File, name string, flags int) (*os.File, error) {
-	path := filepath.Join(dir.Name(), name)
-	fd, err := syscall.Openat(int(dir.Fd()), name, flags|syscall.O_CLOEXEC|syscall.O_NONBLOCK, 0o600)
-	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENOTDIR) {
-		err = fmt.Errorf("%w (and a link that somebody else may have made is not followed)", err)
-	}
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-// read reads the records of a spool and returns the readings that are not marked,
-// never nil without an error.
+// read reads the records of a spool and returns the readings that are not marked. Of
+// those of a ticket it returns the newest one alone.
 func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
-	s.size, s.last, s.damaged = 0, 0, 0
-	found, done := []*pendingReading{}, make(map[uint64]bool)
+	done, newest := make(map[uint64]bool), make(map[any]uint64) // by number; the latest number, by ticket
 	lines := bufio.NewReaderSize(r, maxRecord)
 	for err == nil || errors.Is(err, bufio.ErrBufferFull) { // a longer line is damaged, each piece of it
 		var line []byte
@@ -1973,7 +1810,6 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 			continue
 		}
 		p, ok := parseRecord(strings.TrimSuffix(string(line), "\n"))
-		p.size = len(line)
 		switch {
 		case !ok:
 			s.damaged++
@@ -1981,19 +1817,22 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 			done[p.record] = true
 		default:
 			found = append(found, p)
+			newest[p.ticket] = p.record
 		}
 		s.last = max(s.last, p.record)
 	}
 	if !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	return slices.DeleteFunc(found, func(p *pendingReading) bool { return done[p.record] }), nil
+	return slices.DeleteFunc(found, func(p *pendingReading) bool {
+		return done[p.record] || newest[p.ticket] != p.record
+	}), nil
 }
 
 // parseRecord parses a line of a spool, without its end, and reports whether it
 // is a record. A mark comes back as a reading that is done.
 func parseRecord(line string) (p *pendingReading, ok bool) {
-	p = &pendingReading{spooled: true, onDisk: true}
+	p = &pendingReading{size: len(line) + 1}
 	sum, text, _ := strings.Cut(line, " ")
 	if sum != checksum(text) {
 		return p, false
@@ -2023,9 +1862,13 @@ func readingRecord(p *pendingReading, now clocks) string {
 	if value == "" {
 		value = "-"
 	}
+	kind, ticket := describe(p.ticket)
+	if kind == "string" {
+		ticket = strconv.QuoteToASCII(ticket)
+	}
 	wall := at.corrected(now).UnixMilli()
-	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s",
-		p.record, at.boot, at.age.Milliseconds(), wall, p.code, value, wireTicket(p.ticket)))
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s %s",
+		p.record, at.boot, at.age.Milliseconds(), wall, p.code, value, kind, ticket))
 }
 
 func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
@@ -2034,29 +1877,18 @@ func withChecksum(text string) string { return checksum(text) + " " + text + "\n
 
 func checksum(text string) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(text))) }
 
-// wireTicket returns a ticket as a record has it: its type and what it is.
-func wireTicket(ticket any) string {
-	switch t := ticket.(type) {
-	case int64:
-		return fmt.Sprintf("i8 %d", t)
-	case string:
-		return "string " + strconv.QuoteToASCII(t)
+// parseTicket reads a ticket of a record.
+func parseTicket(kind, text string) (v any, err error) {
+	if kind == "string" {
+		text, err = strconv.Unquote(text)
 	}
-	return fmt.Sprint("int ", ticket)
-}
-
-// parseTicket is the reverse of wireTicket.
-func parseTicket(kind, text string) (any, error) {
-	switch kind {
-	case "int":
-		n, err := strconv.ParseInt(text, 10, 32)
-		return int(n), err
-	case "i8":
-		return strconv.ParseInt(text, 10, 64)
-	case "string":
-		return strconv.Unquote(text)
+	if err == nil {
+		v, err = scalar(kind, text)
 	}
-	return nil, fmt.Errorf("a ticket of the type %q", kind)
+	if err == nil {
+		v, err = ticketOf(v)
+	}
+	return v, err
 }
 
 // ticketText returns a ticket for the log.
@@ -2098,11 +1930,10 @@ func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
 // systemClocks returns a function that reads the clocks of the box. Where nothing
 // names the boot, each process counts as one.
 func systemClocks() func() clocks {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil || len(id) < 8 {
-		id = []byte(fmt.Sprintf("%08x", rand.Uint32()))
+	boot := fmt.Sprintf("%08x", rand.Uint32())
+	if id, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil && len(id) >= len(boot) {
+		boot = string(id[:len(boot)])
 	}
-	boot := string(id[:8])
 	return func() clocks { return clocks{time.Now().Round(0), sinceBoot(), boot} }
 }
 

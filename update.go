@@ -688,8 +688,12 @@ func (d dir) open(name string, flags int) (dir, error) {
 			return dir{}, err
 		}
 	}
-	f, err := openIn(d.File, name, flags|syscall.O_NOFOLLOW)
-	return dir{f, d.depth + 1, d.step}, err
+	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
+	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
+	if err != nil {
+		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
+	}
+	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
 }
 
 // ask asks step before a change.
