@@ -3,7 +3,9 @@ BUILT ?= $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct 2>/dev/null |
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
 # The small static binary: no C, no paths of this machine, no symbols, no HTTP/2.
-FLAGS = -trimpath -buildvcs=false -tags nethttpomithttp2 -ldflags '-s -w -buildid= -X main.built=$(BUILT) -X main.release=$(VERSION)'
+flags = -trimpath -buildvcs=false -tags nethttpomithttp2 -ldflags '-s -w -buildid= -X main.built=$(BUILT) -X main.release=$(1)'
+FLAGS = $(call flags,$(VERSION))
+COMMITTED = $(call flags,$(VERSION:%-dirty=%))
 
 build:
 	CGO_ENABLED=0 go build $(FLAGS) -o picket .
@@ -36,14 +38,21 @@ BOXES ?= amd64 386 386-softfloat armv5 armv6 armv7 arm64 mips mipsle mips64 mips
 DIST ?= dist
 
 # A tar.gz for each kind of box, which unpacks into one folder ready to copy, and
-# that folder itself. The same source gives the same bytes.
+# that folder itself. They hold what git has committed, never a changed client.cfg
+# or a sensor of one's own. The same source gives the same bytes.
 dist: $(BOXES:%=$(DIST)/picket-linux-%.tar.gz)
+	rm -rf $(DIST)/source
 	cd $(DIST) && sha256sum $(BOXES:%=picket-linux-%.tar.gz) >SHA256SUMS
 
-$(DIST)/picket-linux-%.tar.gz: always
+$(DIST)/source: always
+	@git rev-parse --verify -q HEAD >/dev/null || { echo "make dist packs what git has committed: this is no git checkout" >&2; exit 1; }
+	rm -rf $@ && mkdir -p $@
+	git archive HEAD | tar -xf - -C $@
+
+$(DIST)/picket-linux-%.tar.gz: $(DIST)/source
 	rm -rf $(DIST)/$* && mkdir -p $(DIST)/$*/picket
-	CGO_ENABLED=0 GOOS=linux $($*) go build $(FLAGS) -o $(DIST)/$*/picket/picket .
-	cp -r client.cfg sensors contrib README.md $(DIST)/$*/picket
+	cd $(DIST)/source && CGO_ENABLED=0 GOOS=linux $($*) go build $(COMMITTED) -o $(abspath $(DIST))/$*/picket/picket .
+	cd $(DIST)/source && cp -r client.cfg sensors contrib docs README.md $(abspath $(DIST))/$*/picket
 	tar -C $(DIST)/$* --sort=name --mtime=@$(BUILT) --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX -cf - picket | gzip -9n >$@
 
 # For kernels from 2.6.32 on, which Go 1.24 and later do not run on.

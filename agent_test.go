@@ -1347,11 +1347,11 @@ func TestIrregular(t *testing.T) {
 	has(t, "a key", err, "not a regular file")
 }
 
-// TestShippedConfig: client.cfg shows every option with its default, and the
-// README explains it. Whoever follows the README sets values in it; those may differ.
+// TestShippedConfig: client.cfg shows every option with its default, and a document
+// explains it. Whoever follows the README sets values in it; those may differ.
 func TestShippedConfig(t *testing.T) {
 	text := shipped(t, "client.cfg")["client.cfg"]
-	readme := string(readFile(t, "README.md"))
+	document := string(readFile(t, "docs/configuration.md"))
 	all := regexp.MustCompile(`(?m)^#([a-z_]+ =)`).ReplaceAllString(text, "$1")
 	for name, text := range map[string]string{"as it is": text, "with every default": all} {
 		c := get(parseINI("client.cfg", text))
@@ -1362,7 +1362,7 @@ func TestShippedConfig(t *testing.T) {
 		for _, o := range known {
 			_, shown := c.locate(o.section, o.name)
 			expect(t, name != "with every default" || shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
-			has(t, "the README", readme, "`"+o.name+"`")
+			has(t, "the document", document, "`"+o.name+"`")
 		}
 	}
 }
@@ -2020,7 +2020,7 @@ func TestShippedSensors(t *testing.T) {
 }
 
 // TestShippedSensorsHere asks the shipped sensors every question on this machine, and some
-// that each must refuse. Their common part is that of the README's example.
+// that each must refuse. Their common part is that of the example in docs/sensors.md.
 func TestShippedSensorsHere(t *testing.T) {
 	scripts, held := shipped(t, "sensors/"), make(chan bool)
 	l := listenRaw(t, "127.0.0.1:0", func(c net.Conn) { <-held })
@@ -2033,7 +2033,7 @@ func TestShippedSensorsHere(t *testing.T) {
 		"<file>": pidfile, "<dir>": filepath.Dir(pidfile), "<host>": "127.0.0.1", "<port>": port,
 	}
 	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
-	example := common.FindString(string(readFile(t, "README.md")))
+	example := common.FindString(string(readFile(t, "docs/sensors.md")))
 	for _, shell := range smallShells {
 		s := testSensors(t, "")
 		if shell != "dash" {
@@ -5084,12 +5084,12 @@ func TestCommandLine(t *testing.T) {
 }
 
 // TestHelp: a screen lists the commands. Each has a page with an example, and is in
-// the README.
+// a document.
 func TestHelp(t *testing.T) {
-	lines := splitLines(picket("help"))
+	lines, document := splitLines(picket("help")), string(readFile(t, "docs/configuration.md"))
 	expect(t, len(lines) <= 25, "got %d lines; want a screen", len(lines))
 	for _, c := range subcommands[1:] {
-		has(t, "the README", string(readFile(t, "README.md")), "`picket "+c.name)
+		has(t, "the document", document, "`picket "+c.name)
 		has(t, c.name, c.page, "\n  …picket "+c.name)
 		lines = append(lines, splitLines(c.page)...)
 	}
@@ -5374,18 +5374,17 @@ func TestCheckPicket(t *testing.T) {
 // TestDocsMonitor: the monitor that docs/monitor.md has commands an agent, and takes its
 // readings.
 func TestDocsMonitor(t *testing.T) {
-	blocks := docBlocks(t, "docs/monitor.md", "A monitor in Python")
-	equal(t, "blocks", len(blocks), 2)
+	const document = "docs/monitor.md"
 	b := newBox(t, "", files{
 		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 2),
-		"monitor.py": strings.Replace(blocks[0], "8081", "0", 1),
+		"monitor.py": strings.Replace(docBlocks(t, document, "python")[0], "8081", "0", 1),
 	})
 	python := exec.Command("sh", "-c", `exec "$1" -u monitor.py >&2`, "sh", needs(t, "python3"))
 	python.Dir = b.dir
 	p := start(t, python)
 	b.configure(t, strings.Replace(b.config, b.url.String(), "http://"+p.address(t)+"/RPC2", 1))
 	b.run(t)
-	command := strings.NewReplacer("box7:8080", b.client.url.Host, "disk", "demo").Replace(blocks[1])
+	command := strings.NewReplacer("box7:8080", b.client.url.Host, "disk", "demo").Replace(docBlocks(t, document, "sh")[0])
 	runTool(t, b.dir, "sh", "-c", command)
 	wantLog(t, &p.log, "ticket 7: exit 0, value 1, at ")
 	mustCall(t, b.client, "cmd_update_sensor_code", "demo", 8)
@@ -5993,27 +5992,14 @@ func TestManySensors(t *testing.T) {
 	p.terminate(t)
 }
 
-// docBlocks returns the code blocks of a section of a document.
-func docBlocks(t *testing.T, file, section string) (blocks []string) {
-	t.Helper()
-	_, text, _ := strings.Cut(string(readFile(t, file)), "\n## "+section+"\n")
-	text, _, _ = strings.Cut(text, "\n## ")
-	for i, block := range strings.Split(text, "\n```\n") {
-		if i%2 == 1 {
-			blocks = append(blocks, block)
-		}
-	}
-	return blocks
-}
-
-// TestStoryTLS follows the README: it makes the certificates with openssl,
+// TestStoryTLS follows docs/tls.md: it makes the certificates with openssl,
 // and has an agent and a stand-in monitor trust only each other.
 func TestStoryTLS(t *testing.T) {
 	needs(t, "openssl")
-	blocks := docBlocks(t, "README.md", "TLS")
-	equal(t, "commands", strings.Count(blocks[0], "openssl "), 5)
+	commands := docBlocks(t, "docs/tls.md", "sh")[0]
+	equal(t, "commands", strings.Count(commands, "openssl "), 5)
 	b := newBox(t, "", files{"sensors/s/check": printing(1)})
-	cmd := exec.Command("sh", "-e", "-c", blocks[0])
+	cmd := exec.Command("sh", "-e", "-c", commands)
 	cmd.Dir = b.dir
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Skipf("this openssl cannot: %v\n%s", err, out)
@@ -6023,8 +6009,8 @@ func TestStoryTLS(t *testing.T) {
 		"-cert", "monitor.crt", "-key", "monitor.key", "-ca", "ca.crt",
 		"-agent-cert", "monitor.crt", "-agent-key", "monitor.key", "-agent-ca", "ca.crt"))
 	_, port, _ := net.SplitHostPort(monitor.address(t))
-	config := strings.Replace(blocks[1], "https://monitor:8081/", "https://localhost:"+port+"/", 1)
-	b.configure(t, config+"\nlisten = 127.0.0.1:0\n")
+	config := strings.Replace(docBlocks(t, "docs/tls.md", "ini")[0], "https://monitor:8081/", "https://localhost:"+port+"/", 1)
+	b.configure(t, config+"listen = 127.0.0.1:0\n")
 	b.start(t)
 	_, port, _ = net.SplitHostPort(b.client.url.Host)
 	call := func(flags ...string) string {
@@ -6927,56 +6913,74 @@ func named(root, name string) []int {
 	})
 }
 
-// TestQuickStart runs what the README says under "See it work", as printed, in a
-// copy of the source and a network of its own.
-func TestQuickStart(t *testing.T) {
-	needsRoot(t)
-	busybox, unshare := needs(t, "busybox"), needs(t, "unshare")
-	needs(t, "make")
-	blocks := docBlocks(t, "README.md", "See it work")
-	if len(blocks) != 3 {
-		t.Fatalf("got %d blocks; want 3", len(blocks))
-	}
-	first, firstPrints := typed(blocks[0])
-	second, secondPrints := typed(blocks[1])
-	if len(first) != 2 || len(second) < 3 {
-		t.Fatalf("got %q, %q; want two commands and three or more", first, second)
-	}
-	dir := t.TempDir()
-	writeTree(t, dir, shipped(t, ""))
-	for _, name := range append(glob(t, "*.go"), "go.mod", "Makefile") {
-		writeTree(t, dir, files{name: string(readFile(t, name))})
-	}
-	script := strings.Join([]string{
-		"set -e", busybox + " ip link set lo up",
-		first[0] + " >build.log 2>&1", first[1] + " >first 2>&1 &", "until grep -q ' on ' first; do sleep 0.02; done",
-		second[0], "until grep -q ' on ' agent.log; do sleep 0.02; done",
-		"{ " + strings.Join(second[1:], "\n") + "\n} >second",
-		"until [ $(grep -c ' ticket ' first) = 2 ]; do sleep 0.02; done",
-	}, "\n")
-	cmd := exec.Command(unshare, "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script)
-	cmd.Dir = dir
-	p := start(t, cmd)
-	code, tree := p.wait(t), readTree(t, dir)
-	if code != 0 {
-		t.Fatalf("got exit %d: %s\n%s%s", code, &p.log, tree["build.log"], tree["agent.log"])
-	}
-	equal(t, "the second terminal", tree["second"], secondPrints)
-	times := regexp.MustCompile(`\d{8}T[\d:]{8}|value [\d.]+`) // and values
-	want := times.ReplaceAllString(firstPrints+strings.TrimSpace(blocks[2])+"\n", "…")
-	expect(t, like(tree["first"], want), "got %s; want %s", tree["first"], want)
-}
-
-// typed returns the commands of a transcript and what they print.
-func typed(block string) (commands []string, printed string) {
-	for _, line := range splitLines(strings.TrimSpace(block)) {
-		if command, ok := strings.CutPrefix(line, "$ "); ok {
-			commands = append(commands, command)
-		} else {
-			printed += line + "\n"
+// docBlocks returns the blocks of a document that are of this kind, the word behind
+// their opening line.
+func docBlocks(t testing.TB, file, kind string) (blocks []string) {
+	t.Helper()
+	for i, block := range strings.Split("\n"+string(readFile(t, file)), "\n```") {
+		if text, ok := strings.CutPrefix(block, kind+"\n"); ok && i%2 == 1 {
+			blocks = append(blocks, text+"\n")
 		}
 	}
-	return commands, printed
+	return blocks
+}
+
+// elsewhere counts, by document, the blocks of commands that need another box, and
+// that say so in their first line.
+var elsewhere = map[string]int{"README.md": 2, "docs/boxes.md": 5, "docs/tls.md": 1, "docs/monitor.md": 3}
+
+// TestDocs runs the commands of the README and of each document as printed, in a copy
+// of the source and a network of its own, and compares what they print where that
+// is shown, but for numbers.
+func TestDocs(t *testing.T) {
+	needsRoot(t)
+	busybox, unshare := needs(t, "busybox"), needs(t, "unshare")
+	for _, tool := range []string{"bash", "make", "git", "curl", "openssl", "signify-openbsd"} {
+		needs(t, tool)
+	}
+	tree := shipped(t, "")
+	for _, pattern := range []string{"*.go", "docs/*", "contrib/*", "go.mod", "Makefile", "README.md"} {
+		for _, name := range glob(t, pattern) {
+			tree[name] = string(readFile(t, name))
+		}
+	}
+	// As soon as one that was started in the background is waited for, both listen.
+	tree["bin/sleep"] = "#!/bin/sh\nlistens() { " + busybox + " netstat -ltn | grep -q \":$1 \"; }\n" +
+		"until listens 8080 && listens 8081; do " + busybox + " sleep 0.1; done\n"
+	numbers := regexp.MustCompile(`[\d.]+$|[\d.]+\n`)
+	for _, file := range append(glob(t, "docs/*.md"), "README.md") {
+		t.Run(file, func(t *testing.T) {
+			dir := t.TempDir()
+			writeTree(t, dir, tree)
+			if file != "README.md" {
+				writeTree(t, dir, files{"picket": string(readFile(t, binary(t)))})
+			}
+			script := "set -e -m\n" + busybox + " ip link set lo up\nPATH=$PWD/bin:$PATH OUT=$PWD\n" +
+				"git init -q; git add -A; git -c user.name=a -c user.email=a@example.org commit -qm all\n"
+			others := 0
+			blocks := docBlocks(t, file, "sh")
+			for i, commands := range blocks {
+				if strings.HasPrefix(commands, "# on ") {
+					others++
+				} else {
+					script += fmt.Sprintf("{\n%s} >>$OUT/out.%d 2>&1\n", commands, i)
+				}
+			}
+			equal(t, "blocks for another box", others, elsewhere[file])
+			cmd := exec.Command(unshare, "--net", "--pid", "--fork", "--kill-child", "bash", "-c", script)
+			cmd.Dir = dir
+			p := start(t, cmd)
+			code, got := p.wait(t), ""
+			for i := range blocks {
+				out, _ := os.ReadFile(filepath.Join(dir, fmt.Sprint("out.", i)))
+				got += string(out)
+			}
+			expect(t, code == 0, "got exit %d: %s%s; want 0", code, &p.log, got)
+			for _, want := range docBlocks(t, file, "text") {
+				has(t, "the output", numbers.ReplaceAllString(got, "N\n"), numbers.ReplaceAllString(want, "N\n"))
+			}
+		})
+	}
 }
 
 // TestTinyBox: 16 MiB are enough for the agent and its sensors, with a spool,
