@@ -44,27 +44,29 @@ import (
 )
 
 const (
-	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
-	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
-	maxJoined    = 16                    // changes that join an equal one; more make it once more
-	maxArguments = 4 << 10               // bytes of a command's arguments, with the cost of each
-	argumentCost = 32                    // bytes of memory that an argument takes beside its text
-	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
-	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
-	readSize     = 1 << 10               // bytes of output that are read at once: most sensors write one number
-	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
-	outputPause  = 2 * time.Millisecond  // then
-	helpTime     = 10 * time.Second      // that a sensor has for its help text
-	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
-	maxFailed    = 200                   // bytes of the line that says why a change failed, as encoded
-	nameCost     = 62                    // bytes of the tags around each name and its text
-	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
-	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
-	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
-	pipeTime     = 2 * time.Second       // to read the rest, where a process outside the group holds a pipe open
-	startTries   = 100                   // of a sensor that is just being written or replaced
-	startPause   = 10 * time.Millisecond // between two of them
-	orphanTime   = time.Second           // between two looks for orphans without a signal
+	maxTicket    = 1 << 10                // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
+	maxName      = 234                    // bytes of a sensor's name: its backup's is 21 longer, and fits 255
+	maxJoined    = 16                     // changes that join an equal one; more make it once more
+	maxArguments = 4 << 10                // bytes of a command's arguments, with the cost of each
+	argumentCost = 32                     // bytes of memory that an argument takes beside its text
+	maxOutput    = 4 << 10                // bytes of standard output: a number has 20, a help text a few hundred
+	maxReason    = 1 << 10                // bytes of standard error that are kept, the last ones
+	readSize     = 1 << 10                // bytes of output that are read at once: most sensors write one number
+	freeOutput   = 64 << 10               // bytes that are read at full speed, before each pause
+	outputPause  = 2 * time.Millisecond   // then
+	helpTime     = 10 * time.Second       // that a sensor has for its help text
+	maxHelp      = 1 << 10                // bytes of one help text in an answer to cmd_list_sensors, as encoded
+	maxFailed    = 200                    // bytes of the line that says why a change failed, as encoded
+	nameCost     = 62                     // bytes of the tags around each name and its text
+	maxHelps     = 48 << 10               // bytes of all of them with their names: an answer holds 64 KiB
+	badHelpTime  = time.Minute            // before a sensor that gave none is asked again
+	killTime     = 2 * time.Second        // from SIGTERM to SIGKILL, and from SIGKILL to giving up
+	pipeTime     = 200 * time.Millisecond // before only what a pipe holds is read, as others keep it open
+	pipeSize     = 64 << 10               // bytes that a pipe holds
+	emptyTime    = 10 * time.Millisecond  // without a byte, several times: a pipe holds nothing more
+	startTries   = 100                    // of a sensor that is just being written or replaced
+	startPause   = 10 * time.Millisecond  // between two of them
+	orphanTime   = time.Second            // between two looks for orphans without a signal
 )
 
 // newPrefix begins the name of a sensor's next version, complete and on the disk,
@@ -475,7 +477,7 @@ func reason(code int, why string, said []byte) string {
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
-// left the group and holds a pipe open delays the end by 2 s at most. The value of
+// left the group and holds a pipe open delays the end by 0.3 s at most. The value of
 // the reading is what the sensor printed, the last maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
@@ -502,10 +504,14 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		go func() {
 			s.waitEnded(context.Background(), p.pid)
 			reap(cmd)
+			output.finish()
+			said.finish()
 			s.remove(p)
 		}()
 		return reading{code: code, reason: why}
 	}
+	output.finish()
+	said.finish()
 	s.remove(p)
 	if stderr != nil {
 		said.kept = nil
@@ -547,7 +553,17 @@ func (r *runState) running() int {
 // at most while the next version lies there, else a few times. So is a file that is
 // open for writing: one just written still is for a moment, in a process that another
 // goroutine is starting.
-func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io.Writer) (*exec.Cmd, error) {
+func (s *sensors) start(p *process, dir string, args []string, output, said *capture) (*exec.Cmd, error) {
+	stdout, err := output.open()
+	if err != nil {
+		return nil, err
+	}
+	defer stdout.Close()
+	stderr, err := said.open()
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
 	file := filepath.Join(dir, s.executable)
 	for try := 1; ; try++ {
 		cmd := &exec.Cmd{
@@ -559,7 +575,6 @@ func (s *sensors) start(p *process, dir string, args []string, stdout, stderr io
 			Stdout:      stdout,
 			Stderr:      stderr,
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
-			WaitDelay:   pipeTime,
 		}
 		err := cmd.Start()
 		absent := errors.Is(err, syscall.ENOENT)
@@ -666,7 +681,7 @@ func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (code int, why strin
 // order: until the child is reaped, nobody else can get the number of its group.
 func reap(cmd *exec.Cmd) (code int) {
 	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	cmd.Wait() // its error is in the state, or says that somebody still holds a pipe
+	cmd.Wait() // its error is in the state
 	if cmd.ProcessState == nil {
 		return -int(syscall.SIGKILL) // nobody knows: not a success
 	}
@@ -758,22 +773,41 @@ func reserveThreads(n int) {
 	close(release)
 }
 
-// A capture keeps the last bytes of what a process writes.
+// A capture keeps the last bytes of what a process writes to a pipe.
 type capture struct {
 	limit int
 	copy  io.Writer // gets all that is written; may be nil
-	kept  []byte
+	kept  []byte    // once finish has returned
 	total int
+	pipe  *os.File      // the end to read from
+	ended chan struct{} // closed when all is read
 }
 
-// ReadFrom reads to the end of r. It is what os/exec calls.
-func (c *capture) ReadFrom(r io.Reader) (int64, error) {
-	return io.CopyBuffer(writerFunc(c.Write), r, make([]byte, readSize))
+// open makes the pipe, reads from it from now on, and returns the end to write to.
+func (c *capture) open() (w *os.File, err error) {
+	if c.pipe, w, err = os.Pipe(); err == nil {
+		c.ended = make(chan struct{})
+		go c.read()
+	}
+	return w, err
 }
 
-// Write never fails. A sensor that writes for ever must not cost the processor, so
+// read reads to the end of the pipe. After finish has set a deadline it reads what the
+// pipe holds and no more: somebody keeps it open, or the agent itself stood still.
+func (c *capture) read() {
+	defer close(c.ended)
+	defer c.pipe.Close()
+	source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
+	_, err := io.CopyBuffer(writerFunc(c.write), source, make([]byte, readSize))
+	for try := 0; try < 3 && errors.Is(err, os.ErrDeadlineExceeded); try++ {
+		c.pipe.SetReadDeadline(time.Now().Add(emptyTime))
+		_, err = io.CopyN(writerFunc(c.write), source, pipeSize)
+	}
+}
+
+// write never fails. A sensor that writes for ever must not cost the processor, so
 // it pauses after each 64 KiB.
-func (c *capture) Write(p []byte) (int, error) {
+func (c *capture) write(p []byte) (int, error) {
 	c.kept = append(c.kept, p...)
 	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	if c.copy != nil {
@@ -784,6 +818,14 @@ func (c *capture) Write(p []byte) (int, error) {
 		time.Sleep(outputPause)
 	}
 	return len(p), nil
+}
+
+// finish waits until all is read that a process wrote which has ended. Nothing of it is
+// lost, however slow the agent is.
+func (c *capture) finish() {
+	late := time.AfterFunc(pipeTime, func() { c.pipe.SetReadDeadline(time.Now()) })
+	defer late.Stop()
+	<-c.ended
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
