@@ -108,8 +108,6 @@ const (
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
 	logLines = 256 // lines of the log that wait to be written
-
-	spareThreads = 6 // beside those that run Go code: for files, names and signals
 )
 
 // The limits of the stand-in monitor.
@@ -792,7 +790,6 @@ func (a *agent) run(ctx context.Context) (err error) {
 	}
 	served := make(chan error, 1)
 	go func() { served <- a.handler.serve(a.listener) }()
-	reserveThreads(runtime.GOMAXPROCS(0) + spareThreads) // before a sensor can use them all up
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")

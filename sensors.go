@@ -67,6 +67,7 @@ const (
 	startTries   = 100                    // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond  // between two of them
 	orphanTime   = time.Second            // between two looks for orphans without a signal
+	spareThreads = 6                      // beside those that run Go code: for files, names and signals
 )
 
 // newPrefix begins the name of a sensor's next version, complete and on the disk,
@@ -101,6 +102,7 @@ type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
 	watch   sync.Once            // asks for SIGCHLD, at the first run
+	reserve sync.Once            // calls reserveThreads
 
 	mu        cond // guards what is below, and is broadcast at each SIGCHLD
 	processes map[*process]bool
@@ -564,6 +566,7 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 		return nil, err
 	}
 	defer stderr.Close()
+	s.reserve.Do(reserveThreads)
 	file := filepath.Join(dir, s.executable)
 	for try := 1; ; try++ {
 		cmd := &exec.Cmd{
@@ -754,13 +757,13 @@ func (r *runState) endedOrphan() int {
 	return pid
 }
 
-// reserveThreads makes threads for n goroutines that block at the same time. The
-// runtime keeps them. Without a reserve it would end the agent when it needs one
-// more thread while a sensor has used up the limit of processes.
-func reserveThreads(n int) {
+// reserveThreads makes threads for goroutines that block at the same time. The runtime
+// keeps them. Without this reserve, made before the first sensor starts, it would end the
+// agent when it needs one more thread while a sensor has used up the limit of processes.
+func reserveThreads() {
 	var all sync.WaitGroup
 	release := make(chan struct{})
-	for i := 0; i < n; i++ {
+	for i := 0; i < runtime.GOMAXPROCS(0)+spareThreads; i++ {
 		all.Add(1)
 		go func() {
 			runtime.LockOSThread()
