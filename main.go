@@ -788,8 +788,14 @@ func (a *agent) run(ctx context.Context) (err error) {
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
 	}
-	served := make(chan error, 1)
-	go func() { served <- a.handler.serve(a.listener) }()
+	ended, served := make(chan error), make(chan error, 1)
+	go func() { ended <- a.end(ctx, cancel, served) }()
+	served <- a.handler.serve(a.listener) // here, as the stack is large: growing one loads the runtime's tables
+	return <-ended
+}
+
+// end waits until ctx ends or the listener fails. Then it ends the agent, as run says.
+func (a *agent) end(ctx context.Context, cancel func(), served <-chan error) (err error) {
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")
