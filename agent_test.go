@@ -1037,7 +1037,10 @@ func (b *box) reload(t testing.TB, p *child, text string) string {
 	before := len(p.log.String())
 	writeTree(t, b.dir, files{"client.cfg": text})
 	p.signal(t, syscall.SIGHUP)
-	await(t, "the reload", func() bool { return strings.Contains(p.log.String()[before:], "in force") })
+	await(t, "the reload", func() bool { // its last line
+		lines := p.log.String()[before:]
+		return strings.Contains(lines, "is in force; monitor ") || strings.Contains(lines, "stay in force\n")
+	})
 	return p.log.String()[before:]
 }
 

@@ -136,9 +136,14 @@ var (
 func main() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1) // before anything else: an init may be quick
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
+	ends := make(chan os.Signal, 1)
+	signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		<-ends
+		signal.Reset(syscall.SIGINT) // a second one ends the process at once
+		cancel()
+	}()
 	log.SetFlags(0)
 	log.SetOutput(plainLog{w: os.Stderr})
 	closeOnExec()
@@ -1000,7 +1005,7 @@ type vitals struct {
 	deliveryTotals
 }
 
-// health lists what it can be asked.
+// health lists what it can be asked. A value less than 0 is not known.
 var health = []struct {
 	name, help string
 	value      func(vitals) int
@@ -1020,20 +1025,27 @@ var health = []struct {
 
 func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
 
-// residentKiB returns the resident memory of this process, 0 without a /proc.
+// residentKiB returns the resident memory of this process, -1 without a /proc.
 func residentKiB() int {
-	var all, resident int
-	text, _ := os.ReadFile("/proc/self/statm")
-	fmt.Sscan(string(text), &all, &resident)
-	return resident * (os.Getpagesize() >> 10)
+	text, _ := os.ReadFile("/proc/self/statm") // in pages: all, resident, ...
+	words := strings.Fields(string(text) + " - -")
+	pages, err := strconv.Atoi(words[1])
+	if err != nil {
+		return -1
+	}
+	return pages * (os.Getpagesize() >> 10)
 }
 
 // ownReading returns a reading of the agent itself.
 func (a *agent) ownReading(args []string) reading {
 	for _, h := range health {
-		if len(args) == 1 && args[0] == h.name {
-			return reading{value: fmt.Sprint(h.value(vitals{a, a.delivery.count()})), taken: time.Now()}
+		if len(args) != 1 || args[0] != h.name {
+			continue
 		}
+		if value := h.value(vitals{a, a.delivery.count()}); value >= 0 {
+			return reading{value: strconv.Itoa(value), taken: time.Now()}
+		}
+		return reading{code: exitFailed, taken: time.Now(), reason: h.name + " is not known: is there a /proc?"}
 	}
 	reason := fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))
 	return reading{code: exitUsage, taken: time.Now(), reason: reason}

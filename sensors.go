@@ -1882,23 +1882,31 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 	if sum != checksum(text) {
 		return p, false
 	}
-	if n, _ := fmt.Sscanf(text, "d %d", &p.record); n == 1 || strings.HasPrefix(text, "c ") {
+	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
+	var err, err2 error
+	number := func(i int) int64 {
+		n, wrong := strconv.ParseInt(words[i], 10, 64)
+		err = errors.Join(err, wrong)
+		return n
+	}
+	switch kind := words[0]; {
+	case kind == "c":
 		p.done = true
 		return p, true
-	}
-	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
-	var age, wall int64
-	n, _ := fmt.Sscanf(text, "r %d %s %d %d %d %s", &p.record, &p.takenAt.boot, &age, &wall, &p.code, &p.value)
-	if n < 6 || len(words) < 9 || p.record == 0 {
+	case kind == "d" && len(words) == 2:
+		p.done, p.record = true, uint64(max(0, number(1)))
+		return p, err == nil
+	case kind != "r" || len(words) < 9:
 		return p, false
 	}
-	p.takenAt.age, p.takenAt.wall = time.Duration(age)*time.Millisecond, time.UnixMilli(wall)
-	var err, err2 error
-	if _, err = parseDecimal(p.value); p.value == "-" {
-		p.value, err = "", nil
+	p.record, p.code, p.value = uint64(max(0, number(1))), int(number(5)), words[6]
+	p.takenAt = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
+	if _, err2 = parseDecimal(p.value); p.value == "-" {
+		p.value, err2 = "", nil
 	}
+	err = errors.Join(err, err2)
 	p.ticket, err2 = parseTicket(words[7], words[8])
-	return p, err == nil && err2 == nil
+	return p, p.record > 0 && err == nil && err2 == nil
 }
 
 // readingRecord returns the record of a reading, with its time corrected.
