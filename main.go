@@ -104,6 +104,7 @@ const (
 	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
 	reloadTries = 10               // before a file that does not rest is refused
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
+	greetPause  = time.Second      // from the start to the greeting of the monitor, which would delay the first answer
 	helloTime   = 5 * time.Second  // to see whether a peer speaks TLS
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
@@ -789,7 +790,13 @@ func (a *agent) run(ctx context.Context) (err error) {
 		version(), a.listener.Addr(), s.path, masked(s.monitor.String()))
 	a.logWarnings()
 	a.goBeside(func() { a.handleSignals(ctx) })
-	a.goBeside(func() { a.greet(ctx) })
+	a.goBeside(func() {
+		select {
+		case <-time.After(greetPause):
+			a.greet(ctx)
+		case <-ctx.Done():
+		}
+	})
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
 	}
