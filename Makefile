@@ -34,7 +34,8 @@ mips64le       = GOARCH=mips64le GOMIPS64=softfloat
 riscv64        = GOARCH=riscv64
 ppc64le        = GOARCH=ppc64le
 s390x          = GOARCH=s390x
-BOXES ?= amd64 386 386-softfloat armv5 armv6 armv7 arm64 mips mipsle mips64 mips64le riscv64 ppc64le s390x
+ALL    = amd64 386 386-softfloat armv5 armv6 armv7 arm64 mips mipsle mips64 mips64le riscv64 ppc64le s390x
+BOXES ?= $(ALL)
 DIST ?= dist
 
 # A tar.gz for each kind of box, which unpacks into one folder ready to copy, and
@@ -46,12 +47,13 @@ dist: $(BOXES:%=$(DIST)/picket-linux-%.tar.gz)
 
 $(DIST)/source: always
 	@git rev-parse --verify -q HEAD >/dev/null || { echo "make dist packs what git has committed: this is no git checkout" >&2; exit 1; }
+	@git status --porcelain | sed 's/^/make dist leaves out what is not committed: /' >&2
 	rm -rf $@ && mkdir -p $@
 	git archive HEAD | tar -xf - -C $@
 
 $(DIST)/picket-linux-%.tar.gz: $(DIST)/source
 	rm -rf $(DIST)/$* && mkdir -p $(DIST)/$*/picket
-	cd $(DIST)/source && CGO_ENABLED=0 GOOS=linux $($*) go build $(COMMITTED) -o $(abspath $(DIST))/$*/picket/picket .
+	cd $(DIST)/source && CGO_ENABLED=0 GOOS=linux $(or $($*),$(error no box "$*": make dist knows $(ALL))) go build $(COMMITTED) -o $(abspath $(DIST))/$*/picket/picket .
 	cd $(DIST)/source && cp -r client.cfg sensors contrib docs README.md $(abspath $(DIST))/$*/picket
 	tar -C $(DIST)/$* --sort=name --mtime=@$(BUILT) --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX -cf - picket | gzip -9n >$@
 
