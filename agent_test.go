@@ -3074,6 +3074,21 @@ func afterAMinute(d *delivery) {
 	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil })
 }
 
+// TestSpoolSlow: what a monitor does not take for seconds, though it is there, is on the
+// disk before any attempt has failed.
+func TestSpoolSlow(t *testing.T) {
+	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	attempts, answer := hold(m)
+	d := spoolDelivery(t, m, dir)
+	puts(d, 1, 3)
+	receive(t, "attempt", attempts)
+	awaitSpooled(t, dir, 3)
+	m.set(nil)
+	answer <- "ok"
+	gets(t, m, 1, 3)
+	awaitEmpty(t, dir)
+}
+
 // TestSpoolBroken: a spool that cannot be written is logged once. Readings are kept in
 // memory, and written when it works again. One that cannot be opened is not used.
 func TestSpoolBroken(t *testing.T) {
@@ -5209,6 +5224,9 @@ func TestProbe(t *testing.T) {
 	for request, want := range map[string]string{
 		"POST " + many + " HTTP/1.0\r\n\r\n":                              "405",
 		"GET " + many + " HTTP/1.0\r\nSec-Fetch-Site: cross-site\r\n\r\n": "403",
+		"GET /metrics HTTP/1.0\r\nHost: page.example:9810\r\n\r\n":        "403",
+		"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n":                "200",
+		"GET /metrics HTTP/1.0\r\nHost: [::1]:9810\r\n\r\n":               "200",
 	} {
 		equal(t, request, exchange(t, probes, request), want)
 	}

@@ -82,6 +82,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
@@ -808,6 +809,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 
 // end waits until ctx ends or the listener fails. Then it ends the agent, as run says.
 func (a *agent) end(ctx context.Context, cancel func(), served <-chan error) (err error) {
+	reserveThreads()
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")
@@ -1625,6 +1627,7 @@ func runMonitor(ctx context.Context, in invocation) error {
 	defer listener.Close()
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
 	p := newProber(clientTLS(*agentFiles), in.out)
+	p.host, _, _ = net.SplitHostPort(*probe) // Listen says what is wrong with it
 	if m.stored = p.stored; *probe == "" {
 		return m.serve(ctx, listener)
 	}
@@ -1753,6 +1756,7 @@ type prober struct {
 	handler *handler    // for its limits of HTTP; it answers no XML-RPC
 	tls     *tls.Config // the rules for calls of agents
 	out     io.Writer   // gets the readings that no probe waits for
+	host    string      // of -probe
 
 	mu      sync.Mutex                      // guards what is below
 	tickets map[string]chan<- storedReading // of readings that have not come; nil: the probe is over
@@ -1780,6 +1784,8 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
 	case r.Header.Get("Sec-Fetch-Site") == "cross-site": // a browser on this machine may show any page
 		status, text = http.StatusForbidden, "Another site's page must not ask.\n"
+	case !p.isOwnHost(r.Host):
+		status, text = http.StatusForbidden, "Ask by address, or by the name that -probe has.\n"
 	case r.URL.Path == "/probe":
 		status, text = p.answer(r)
 	case r.URL.Path == "/metrics":
@@ -1793,6 +1799,17 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", kind)
 	w.WriteHeader(status)
 	io.WriteString(w, text) // an error means that the peer has gone
+}
+
+// isOwnHost reports whether a request that names this host may be answered: an address,
+// localhost or the host of -probe. By any other name a page of another site might ask,
+// whose name leads here for a moment.
+func (p *prober) isOwnHost(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil || host == "" || host == "localhost" || host == p.host
 }
 
 const probePage = `<!DOCTYPE html>
@@ -1884,6 +1901,7 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		return http.StatusBadRequest, oneLine(masked(err.Error())) + "\n"
 	}
 	got, err := p.take(r.Context(), probe)
+	err = wrongScheme(r.Context(), probe.target, err)
 	var codes, values []string
 	for _, read := range probe.reads {
 		if r, ok := got[read]; ok {
@@ -1941,7 +1959,8 @@ func (p *prober) take(ctx context.Context, probe probe) (got map[probeRead]store
 	}
 	for _, read := range probe.reads {
 		if _, came := got[read]; !came && err == nil {
-			err = fmt.Errorf("no reading of %s in %v", cut(strings.TrimSpace(read.sensor+" "+read.args)), probe.wait)
+			what := cut(strings.TrimSpace(read.sensor + " " + read.args))
+			err = fmt.Errorf("no reading of %s in %v: does the [monitor] url of the box lead here?", what, probe.wait)
 		}
 	}
 	return got, err

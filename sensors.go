@@ -102,7 +102,6 @@ type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
 	watch   sync.Once            // asks for SIGCHLD, at the first run
-	reserve sync.Once            // calls reserveThreads
 
 	mu        cond // guards what is below, and is broadcast at each SIGCHLD
 	processes map[*process]bool
@@ -566,7 +565,6 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 		return nil, err
 	}
 	defer stderr.Close()
-	s.reserve.Do(reserveThreads)
 	file := filepath.Join(dir, s.executable)
 	for try := 1; ; try++ {
 		cmd := &exec.Cmd{
@@ -636,7 +634,7 @@ func whyNotStarted(file string, err error) string {
 	case errStat == nil && info.Mode()&0o111 == 0:
 		return "no run bit (chmod +x sets it)"
 	case errors.Is(err, syscall.EACCES):
-		return "permission denied: is it mounted noexec?"
+		return "permission denied: is it mounted noexec, or may the sensors' user not enter a directory above it?"
 	case isScript && strings.HasSuffix(line, "\r"):
 		return "Windows line ends"
 	case isScript && errors.Is(err, syscall.ENOENT):
@@ -758,7 +756,7 @@ func (r *runState) endedOrphan() int {
 }
 
 // reserveThreads makes threads for goroutines that block at the same time. The runtime
-// keeps them. Without this reserve, made before the first sensor starts, it would end the
+// keeps them. Without this reserve, made when the agent starts, it would end the
 // agent when it needs one more thread while a sensor has used up the limit of processes.
 func reserveThreads() {
 	var all sync.WaitGroup
@@ -1160,6 +1158,7 @@ const (
 	lastTime    = time.Second     // for each attempt when the agent ends
 	lastMisses  = 4               // attempts in a row that may fail then
 	spoolRetry  = time.Minute     // before a spool that could not be written is tried again
+	spoolAge    = 2 * time.Second // of a reading that the monitor still does not have: it belongs in the spool
 	spoolTime   = 5 * time.Second // for the last write to the spool when the agent ends
 )
 
@@ -1168,6 +1167,7 @@ type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
 	takenAt   clocks    // when the run ended, by all clocks of the box
+	put       time.Time // when the delivery got it
 	misses    int       // attempts that the monitor did not answer
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
@@ -1188,10 +1188,10 @@ type pendingReading struct {
 // may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
 // seconds, at most 5 minutes, ±50 %, however many readings wait.
 //
-// With a spool, a reading that the monitor did not take at the first attempt is
-// on the disk as soon as the disk allows, and so is every other one while the
-// monitor is away or the agent ends. A goroutine of its own writes the spool: a
-// disk that hangs holds up neither sensors nor the delivery.
+// With a spool, a reading that the monitor did not take at the first attempt, or
+// within a few seconds, is on the disk as soon as the disk allows, and so is every
+// other one while the monitor is away or the agent ends. A goroutine of its own writes
+// the spool: a disk that hangs holds up neither sensors nor the delivery.
 type delivery struct {
 	retry   time.Duration // the first backoff
 	clocks  func() clocks
@@ -1318,7 +1318,7 @@ func (d *delivery) put(ticket any, r reading) {
 	defer d.mu.Unlock()
 	now, since := d.clocks(), time.Since(r.taken)
 	taken := clocks{now.wall.Add(-since), now.age - since, now.boot}
-	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken}
+	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken, put: time.Now()}
 	if len(d.pending) == 0 {
 		d.movedAt = time.Now()
 	}
@@ -1334,7 +1334,7 @@ func (d *delivery) put(ticket any, r reading) {
 
 // saves reports whether a reading belongs in the spool, if there is one.
 func (d *delivery) saves(p *pendingReading) bool {
-	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0
+	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.put) >= spoolAge
 }
 
 // dropOldest drops the oldest of the readings that match.
@@ -1620,8 +1620,19 @@ func (d *delivery) writeSpool() {
 func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	var look time.Time // when to look for readings that have waited for long
 	for !d.closed {
 		var at time.Time
+		switch now := time.Now(); {
+		case d.inMemory == 0:
+			look = time.Time{}
+		case look.IsZero():
+			look = now.Add(spoolAge)
+		case !now.Before(look):
+			look = now.Add(spoolAge)
+			late := func(p *pendingReading) bool { return p.record == 0 && d.saves(p) }
+			d.unsaved = d.unsaved || slices.ContainsFunc(d.pending, late)
+		}
 		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
 			d.needsRewrite = true // the times in the file are wrong
 		}
@@ -1629,6 +1640,9 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 			if at = d.spool.retryAt; !time.Now().Before(at) {
 				return false
 			}
+		}
+		if at.IsZero() || !look.IsZero() && look.Before(at) {
+			at = look
 		}
 		d.mu.wait(context.Background(), at)
 	}
