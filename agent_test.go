@@ -1216,7 +1216,7 @@ func TestINI(t *testing.T) {
 	const le, be = "[\x00a\x00]\x00\n\x00", "\x00[\x00a\x00]\x00\n"
 	for text, line := range map[string]int{"\xff\xfe" + le: 1, "\xfe\xff" + be: 1, le: 1, be: 1, "[a]\nx = 1\n" + le: 3} {
 		_, err := parseINI("x", text)
-		equal(t, "UTF-16", err.Error(), fmt.Sprintf("x:%d: a NUL byte: the text, or a part of it, is UTF-16; save it as UTF-8", line))
+		has(t, "UTF-16", err, fmt.Sprintf("x:%d: a NUL byte: the text, or a part of it, is UTF-16", line))
 	}
 }
 
@@ -1318,6 +1318,18 @@ func TestLost(t *testing.T) {
 		change(&next)
 		equal(t, "what is lost", strings.Join(s.lost(&next), ", "), want)
 		equal(t, "the other way round", len(next.lost(&s)), 0)
+	}
+	reach := func(user *sensorUser) map[string]*ownSettings { return map[string]*ownSettings{"reach": {user: user}} }
+	for want, change := range map[string]func(before, next *settings){
+		"[sensor reach] user": func(_, next *settings) { next.own = nil },
+		"[sensor reach] user, [sensor x] user": func(before, next *settings) {
+			before.own["x"], next.own = &ownSettings{user: s.user}, reach(nil)
+		},
+		"": func(before, next *settings) { next.own, next.user = nil, s.user },
+	} {
+		before, next := settings{own: reach(s.user)}, settings{own: reach(s.user)}
+		change(&before, &next)
+		equal(t, "what is lost of a sensor's own", strings.Join(before.lost(&next), ", "), want)
 	}
 	empty, _ := (&ini{}).settings("")
 	equal(t, "lost by an empty client.cfg", len(s.lost(&empty)), 9)
@@ -1445,6 +1457,11 @@ func TestEditINIWhere(t *testing.T) {
 				link("../other/real")(t, dir)
 				bind(t, dir+"/other/real", dir+"/other/real", 0)
 			}},
+		{"mount point in a read-only directory", "etc/client.cfg: it is a mount point: mount its directory instead",
+			func(t *testing.T, dir string) {
+				bind(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY)
+				bind(t, dir+"/other/real", dir+"/etc/client.cfg", 0)
+			}},
 		{"mounted directory", "", func(t *testing.T, dir string) { bind(t, dir+"/other", dir+"/etc", 0) }},
 		{"read-only file system", "etc/client.cfg: …read-only file system",
 			func(t *testing.T, dir string) { bind(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY) }},
@@ -1456,7 +1473,8 @@ func TestEditINIWhere(t *testing.T) {
 			upper := t.TempDir()
 			mount(t, "tmpfs", upper, "tmpfs", 0, "")
 			writeTree(t, upper, files{"up/": "", "work/": ""})
-			mount(t, "overlay", dir+"/etc", "overlay", 0, "lowerdir="+dir+"/etc,upperdir="+upper+"/up,workdir="+upper+"/work")
+			layers := "lowerdir=" + dir + "/etc,upperdir=" + upper + "/up,workdir=" + upper + "/work"
+			mount(t, "overlay", dir+"/etc", "overlay", 0, layers)
 		}},
 		{"immutable file", "etc/client.cfg: …operation not permitted", func(t *testing.T, dir string) {
 			chattr := func(flag string) error {
@@ -1482,8 +1500,8 @@ func TestEditINIWhere(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
-			writeTree(t, dir, files{"etc/client.cfg": "[sensor]\nkeep = 1\n", "other/real": "[sensor]\nkeep = 1\n"})
-			writeTree(t, dir, files{"other/client.cfg": "[sensor]\nkeep = 1\n"})
+			const text = "[sensor]\nkeep = 1\n"
+			writeTree(t, dir, files{"etc/client.cfg": text, "other/real": text, "other/client.cfg": text})
 			test.prepare(t, dir)
 			file := filepath.Join(dir, "etc/client.cfg")
 			info, _ := os.Stat(file)
@@ -1497,7 +1515,8 @@ func TestEditINIWhere(t *testing.T) {
 			}
 			must(t, err)
 			now := get(os.Stat(file))
-			equal(t, "the file and its mode", fmt.Sprint(string(readFile(t, file)), now.Mode()), fmt.Sprint("[sensor]\nkeep = 2\n", info.Mode()))
+			equal(t, "its mode", now.Mode(), info.Mode())
+			equal(t, "the file", string(readFile(t, file)), "[sensor]\nkeep = 2\n")
 		})
 	}
 }

@@ -1110,6 +1110,12 @@ func replaceFile(file string, data []byte) error {
 	}
 	next := nextFile(file)
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NOFOLLOW, 0o600)
+	if errors.Is(err, syscall.EROFS) { // of the directory; the file may be a mount point that can be written
+		if w, err := os.OpenFile(file, os.O_WRONLY, 0); err == nil {
+			w.Close()
+			return errMountPoint
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -1129,7 +1135,7 @@ func replaceFile(file string, data []byte) error {
 		err = os.Rename(next, file)
 	}
 	if errors.Is(err, syscall.EBUSY) {
-		err = errors.New("it is a mount point: mount its directory instead")
+		err = errMountPoint
 	}
 	if err != nil {
 		os.Remove(next)
@@ -1137,6 +1143,8 @@ func replaceFile(file string, data []byte) error {
 	}
 	return syncDir(filepath.Dir(file))
 }
+
+var errMountPoint = errors.New("it is a mount point: mount its directory instead")
 
 // nextFile is where the new content of a file is written first. The name is
 // always the same, so that the next start finds what a power cut left.
