@@ -1684,7 +1684,7 @@ func TestReadingNotStarted(t *testing.T) {
 		mount(t, "none", noexec, "tmpfs", syscall.MS_NOEXEC, "")
 		writeTree(t, noexec, files{"check": "#!/bin/sh\n"})
 		must(t, os.Symlink(filepath.Join(noexec, "check"), file))
-		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec?")
+		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec, or may the sensors' user not enter a directory above it?")
 		must(t, os.Remove(file))
 	})
 	writeTree(t, s.path, files{"s/check/": "", "empty/": "", "file": ""})

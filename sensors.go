@@ -550,10 +550,9 @@ func (r *runState) running() int {
 // start starts the executable in dir. It is named relative to dir, so that it
 // and its interpreter see one version even while the directory is replaced.
 //
-// Where there is none it is tried again, as it may just be replaced: for a second
-// at most while the next version lies there, else a few times. So is a file that is
-// open for writing: one just written still is for a moment, in a process that another
-// goroutine is starting.
+// Where the sensor is just being replaced it is tried again, for a second at most.
+// So is a file that is open for writing: one just written still is for a moment, in a
+// process that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, output, said *capture) (*exec.Cmd, error) {
 	stdout, err := output.open()
 	if err != nil {
@@ -585,10 +584,13 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			p.pid = cmd.Process.Pid
 			s.mu.Unlock()
 			return cmd, nil
-		case try >= startTries || !absent && !errors.Is(err, syscall.ETXTBSY):
+		case try >= startTries:
 			return nil, err
-		case absent && !exists(filepath.Join(s.path, newPrefix+p.sensor)):
+		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
+		case absent && exists(file): // it was away a moment ago, or else its interpreter is
 			try += startTries / 4
+		default:
+			return nil, err
 		}
 		time.Sleep(startPause)
 	}
