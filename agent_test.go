@@ -5947,7 +5947,9 @@ func TestStarts(t *testing.T) {
 		"no /proc":            `exec unshare --mount sh -c 'umount -l /proc && exec "$@"' sh "$@"`,
 		"no directory":        `mkdir gone && cd gone && rmdir ../gone && exec "$@" -c "$OLDPWD/client.cfg"`,
 	} {
+		name, script := name, script
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			switch name {
 			case "blocked signals":
 				needs(t, "python3")
