@@ -1931,7 +1931,7 @@ func TestHelpTexts(t *testing.T) {
 	must(t, errors.Join(os.Chmod(filepath.Join(s.path, "still/check"), 0o644), os.Symlink("x", s.path+"/empty/check")))
 	got, err := s.helpTexts(ctx)
 	must(t, err)
-	has(t, "one without the run bit", got["still"], "no help: still options: exit 126: …no run bit …")
+	has(t, "one without the run bit", got["still"], "no help: still options: exit 126: …no run bit (chmod +x sets it)")
 	delete(got, "still")
 	equal(t, "the texts", got, files{
 		"silent": "no help: silent options: nothing said",
@@ -1942,7 +1942,7 @@ func TestHelpTexts(t *testing.T) {
 	must(t, err)
 	equal(t, "names", names, []string{"mute", "s", "silent", "still"})
 	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory `+
-		`sensor "empty": there is … sensor "script": there is … sensor "still": check may not be run: chmod 755 …/still/check sensor "xx…`+
+		`sensor "empty": there is … sensor "script": there is … sensor "xx…`+
 		`: its name is not plain text of at most 234 bytes]`)
 	s.path += "/none"
 	if _, err := s.helpTexts(ctx); err == nil {

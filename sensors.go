@@ -289,7 +289,7 @@ func splitWords(s string) ([]string, error) {
 }
 
 // names lists the sensors: the directories with the executable in them. It also
-// says of each directory that cannot be run as a sensor what is missing.
+// says of each other directory what it lacks to be a sensor.
 func (s *sensors) names() (names, missing []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
@@ -312,9 +312,7 @@ func (s *sensors) names() (names, missing []string, err error) {
 			what = fmt.Sprintf("its name is not plain text of at most %d bytes", maxName)
 		case !isFile:
 			what = fmt.Sprintf("there is no file %s in its directory", s.executable)
-		case info.Mode()&0o111 == 0:
-			what = fmt.Sprintf("%s may not be run: chmod 755 %s", s.executable, filepath.Join(dir, s.executable))
-		default:
+		default: // if it cannot be started, its help text says why
 			continue
 		}
 		missing = append(missing, fmt.Sprintf("sensor %s: %s", cut(e.Name()), what))
