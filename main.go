@@ -27,8 +27,8 @@
 // # What lasts
 //
 // A reading of an acknowledged command is in memory until the monitor has
-// answered, and with [monitor] spool on the disk from the first failed attempt
-// on. Limits, and what happens at each, are with the constants.
+// answered, and with [monitor] spool on the disk as well once an attempt has failed
+// or some seconds have passed. Limits, and what happens at each, are with the constants.
 //
 // # Files
 //
