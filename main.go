@@ -1901,7 +1901,6 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		return http.StatusBadRequest, oneLine(masked(err.Error())) + "\n"
 	}
 	got, err := p.take(r.Context(), probe)
-	err = wrongScheme(r.Context(), probe.target, err)
 	var codes, values []string
 	for _, read := range probe.reads {
 		if r, ok := got[read]; ok {
@@ -1940,6 +1939,7 @@ func (p *prober) take(ctx context.Context, probe probe) (got map[probeRead]store
 		ticket := p.newTicket(arrived)
 		asked[ticket] = read
 		if _, err = c.call(ctx, "cmd_submit_reading", ticket, read.sensor, read.args); err != nil {
+			err = wrongScheme(ctx, probe.target, err)
 			break // the box is away or busy
 		}
 		acknowledged++
