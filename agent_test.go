@@ -6058,8 +6058,10 @@ func TestStoryTLS(t *testing.T) {
 		return picket(append(args, "cmd_submit_reading", "7", "s")...)
 	}
 	equal(t, "a call", call("-cert", pair.certificate, "-key", pair.key, "-ca", pair.ca), "exit 0\nOK\n")
-	probe := scrape(t, monitor.address(t), "/probe?target=https://localhost:"+port+"&read=s", "")
+	probes := monitor.address(t)
+	probe := scrape(t, probes, "/probe?target=https://localhost:"+port+"&read=s", "")
 	has(t, "a probe", probe, `picket_reading{sensor="s",args=""} 1`)
+	has(t, "a plain probe", scrape(t, probes, "/probe?target=localhost:"+port+"&read=s", ""), "it speaks TLS there")
 	box := loadTLS(t, b.dir, "box") // which the agent does not know by name
 	for _, flags := range [][]string{{"-ca", pair.ca}, {"-ca", pair.ca, "-cert", box.certificate, "-key", box.key}, {}} {
 		has(t, fmt.Sprint(flags), call(flags...), "exit 1\n")
