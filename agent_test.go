@@ -4364,12 +4364,15 @@ func TestHostile(t *testing.T) {
 		u, elsewhere := otherUsersBox(t, his...)
 		before := describeTree(t, elsewhere)
 		var over atomic.Bool
+		var turn sync.Mutex // the exchanges pause while the test looks: it would wait for a pipe
 		done := asUser(t, otherUID, func() {
 			for random := mathrand.New(mathrand.NewSource(1)); !over.Load(); {
+				turn.Lock()
 				plant(random, u.sensors.path, elsewhere)
 				if random.Intn(4) == 0 {
 					plant(random, u.backup, elsewhere)
 				}
+				turn.Unlock()
 			}
 		})
 		from := demo(t, 2, entry("demo/lib/data", "2"))
@@ -4377,11 +4380,13 @@ func TestHostile(t *testing.T) {
 			u.plainInstall(from)
 			u.rollback(ctx, "demo")
 			u.recover(ctx)
+			turn.Lock()
 			filepath.WalkDir(filepath.Dir(u.backup), func(file string, e fs.DirEntry, err error) error {
 				copied := err == nil && e.Type().IsRegular() && holdsSecret(file, elsewhere)
 				expect(t, !copied, "%q: got a secret in %s; want none", his, file)
 				return nil
 			})
+			turn.Unlock()
 			total("changes while their directories were exchanged", 3)
 		}
 		over.Store(true)
