@@ -845,11 +845,7 @@ func (a *agent) goBeside(f func()) {
 // follows: whether readings arrive is seen when there are some.
 func (a *agent) greet(ctx context.Context) {
 	monitor := a.delivery.monitor()
-	v, err := monitor.call(ctx, "healthcheck")
-	if err == nil && v != "OK" {
-		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
-	}
-	switch err = wrongScheme(ctx, monitor.url, err); {
+	switch err := wrongScheme(ctx, monitor.url, checkHealth(ctx, monitor)); {
 	case ctx.Err() != nil: // the agent ends
 	case err != nil:
 		log.Printf(warning+"monitor %s: healthcheck: %s", masked(monitor.url.String()), oneLine(err.Error()))

@@ -1200,12 +1200,18 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 	}
 	next := newClient(u, c.timeout, c.tls)
 	defer next.close()
-	if v, err = next.call(ctx, "healthcheck"); err == nil && v != "OK" {
-		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
-	}
-	if err != nil {
+	if err := checkHealth(ctx, next); err != nil {
 		return nil, fmt.Errorf("healthcheck of %s: %w", masked(u.String()), err)
 	}
 	log.Printf("monitor %s: answers", masked(u.String()))
 	return u, nil
+}
+
+// checkHealth returns an error unless the monitor of a client answers that it is well.
+func checkHealth(ctx context.Context, c *client) error {
+	v, err := c.call(ctx, "healthcheck")
+	if err == nil && v != "OK" {
+		err = fmt.Errorf("got %s", cut(fmt.Sprint(v)))
+	}
+	return err
 }
