@@ -734,7 +734,7 @@ func plainJSON(v any) any {
 // printed, and the error as it would be logged.
 func picket(args ...string) string {
 	var out bytes.Buffer
-	code, err := execute(ctx, make(chan os.Signal, 1), args, &out)
+	code, err := execute(ctx, nil, args, &out)
 	if err != nil {
 		fmt.Fprintf(&out, "picket: %v\n", err)
 	}
@@ -1286,7 +1286,7 @@ func TestSettings(t *testing.T) {
 	}
 	got, found := (&ini{}).settings("/dir")
 	equal(t, "findings", len(found), 0)
-	equal(t, "the defaults", got, settings{
+	equal(t, "the defaults", got, &settings{
 		executable: "check", help: "options", path: "/dir/sensors", backup: "/dir/sensors_backup",
 		timeout: 30 * time.Second, concurrency: 4, update: true, keep: 3, maxPackage: 4 << 20, maxUnpacked: 16 << 20,
 		monitor:        &url.URL{Scheme: "http", Host: "localhost:8081", Path: "/xmlrpc/"},
@@ -1332,7 +1332,7 @@ func TestLost(t *testing.T) {
 		equal(t, "what is lost of a sensor's own", strings.Join(before.lost(&next), ", "), want)
 	}
 	empty, _ := (&ini{}).settings("")
-	equal(t, "lost by an empty client.cfg", len(s.lost(&empty)), 9)
+	equal(t, "lost by an empty client.cfg", len(s.lost(empty)), 9)
 }
 
 // TestIrregular: a FIFO, a socket, a device or a directory in the place of a

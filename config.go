@@ -630,7 +630,8 @@ func (c *ini) finding(section, name string, err error) finding {
 
 // settings checks all options. The findings are in the order of the file, one for
 // each option. The settings can be used if none of them is wrong.
-func (c *ini) settings(dir string) (s settings, found []finding) {
+func (c *ini) settings(dir string) (s *settings, found []finding) {
+	s = &settings{}
 	report := func(section, name string, err error) {
 		f := c.finding(section, name, err)
 		same := func(other finding) bool { return other.at == f.at && other.grave >= f.grave }
@@ -638,7 +639,7 @@ func (c *ini) settings(dir string) (s settings, found []finding) {
 			found = append(found, f)
 		}
 	}
-	for _, o := range c.options(&s, dir) {
+	for _, o := range c.options(s, dir) {
 		value, err := c.value(o.section, o.name)
 		switch {
 		case err != nil:

@@ -136,12 +136,11 @@ var (
 )
 
 func main() {
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1) // before anything else: an init may be quick
-	ends := make(chan os.Signal, 1)
-	signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
 	ctx, cancel := context.WithCancel(context.Background())
-	go func() {
+	ends, caught := make(chan os.Signal, 1), make(chan struct{})
+	go func() { // beside the start, as each signal takes two switches between threads
+		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
+		close(caught)
 		<-ends
 		signal.Reset(syscall.SIGINT) // a second one ends the process at once
 		cancel()
@@ -151,7 +150,7 @@ func main() {
 	closeOnExec()
 	time.Local = localZone()
 	out := &output{w: os.Stdout}
-	code, err := execute(ctx, signals, os.Args[1:], out)
+	code, err := execute(ctx, caught, os.Args[1:], out)
 	if code == 0 && out.err != nil {
 		code, err = exitFailed, out.err
 	}
@@ -182,14 +181,14 @@ func closeOnExec() {
 // picket leads the session of the terminal. Then the kernel also sends SIGHUP,
 // which is ignored for this moment. A session for each sensor would be simpler,
 // but a sensor that leads one hangs up each modem that it opens.
-func leaveTerminal(signals chan<- os.Signal) {
+func leaveTerminal() {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return // there is none
 	}
 	defer tty.Close()
 	signal.Ignore(syscall.SIGHUP)
-	defer signal.Notify(signals, syscall.SIGHUP)
+	defer signal.Reset(syscall.SIGHUP)
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
@@ -238,7 +237,7 @@ type subcommand struct {
 	name, args  string
 	least, most int // arguments; most < 0: any number
 	needs       int // what execute does before
-	run         func(context.Context, invocation) error
+	run         func(context.Context, *invocation) error
 	page        string // the first line is its line of "picket help"
 }
 
@@ -317,29 +316,27 @@ It runs sensors of its own, in TMPDIR or /tmp, then each one that is installed.
 
 // An invocation is one call of the program.
 type invocation struct {
-	config   string // the -c of the command line
-	signals  <-chan os.Signal
-	usage    string // the line to type
+	config   string          // the -c of the command line
+	caught   <-chan struct{} // closed when SIGINT and SIGTERM end ctx
+	usage    string          // the line to type
 	args     []string
 	out      io.Writer
 	file     string // client.cfg, where it is needed
-	settings settings
+	settings *settings
 }
 
 // usageError returns an error that ends with the line to type.
-func (in invocation) usageError(format string, args ...any) error {
+func (in *invocation) usageError(format string, args ...any) error {
 	return usagef(format+"; type: %s", append(args, in.usage)...)
 }
 
 // execute runs the program with the arguments of its command line, and returns
 // its exit code and what there is to say. Its error shows no password.
-func execute(ctx context.Context, signals chan os.Signal, args []string, out io.Writer) (int, error) {
-	in := invocation{signals: signals, out: out, usage: helpUsage}
+func execute(ctx context.Context, caught <-chan struct{}, args []string, out io.Writer) (int, error) {
+	in := &invocation{caught: caught, out: out, usage: helpUsage}
 	c, err := in.findSubcommand(args)
 	if err == nil && c.needs >= needsNoTTY {
-		leaveTerminal(signals)
-	} else if err == nil { // signals that mean something to an agent only
-		signal.Reset(syscall.SIGHUP, syscall.SIGUSR1)
+		leaveTerminal()
 	}
 	if err == nil && (c.needs == needsFile || c.needs == needsSettings) {
 		in.file, err = findConfig(in.config)
@@ -373,7 +370,8 @@ func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
 
 // findSubcommand returns the subcommand that a command line names, keeps the
 // arguments behind its name and checks their number.
-func (in *invocation) findSubcommand(args []string) (c subcommand, err error) {
+func (in *invocation) findSubcommand(args []string) (c *subcommand, err error) {
+	c = &subcommand{} // none
 	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
 	flags.StringVar(&in.config, "c", "", "")
 	version := flags.Bool("version", false, "")
@@ -384,10 +382,10 @@ func (in *invocation) findSubcommand(args []string) (c subcommand, err error) {
 		in.args = []string{"version"}
 	}
 	words := 0
-	for _, candidate := range subcommands {
-		name := strings.Fields(candidate.name)
+	for i := range subcommands {
+		name := strings.Fields(subcommands[i].name)
 		if n := len(name); n >= words && n <= len(in.args) && slices.Equal(name, in.args[:n]) {
-			c, words = candidate, n
+			c, words = &subcommands[i], n
 		}
 	}
 	in.args = in.args[words:]
@@ -403,13 +401,13 @@ func (in *invocation) findSubcommand(args []string) (c subcommand, err error) {
 	return c, nil
 }
 
-func (c subcommand) usage() string {
+func (c *subcommand) usage() string {
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
 }
 
 // help prints the page of a subcommand and of those whose names begin with its
 // name, or a line of each. The subcommand help is asked for others.
-func (in invocation) help(asked subcommand) error {
+func (in *invocation) help(asked *subcommand) error {
 	name := asked.name
 	if asked.run == nil {
 		name = strings.Join(in.args, " ")
@@ -433,7 +431,7 @@ func (in invocation) help(asked subcommand) error {
 	return nil
 }
 
-func (in invocation) helpAll() {
+func (in *invocation) helpAll() {
 	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [COMMAND]\n\n")
 	for _, c := range subcommands {
 		summary, _, _ := strings.Cut(c.page, "\n")
@@ -443,7 +441,7 @@ func (in invocation) helpAll() {
 		"%s; check: the sensor's.\n", exitCodes)
 }
 
-func runVersion(_ context.Context, in invocation) error {
+func runVersion(_ context.Context, in *invocation) error {
 	fmt.Fprintln(in.out, "picket", version())
 	return nil
 }
@@ -480,16 +478,16 @@ func findConfig(named string) (string, error) {
 }
 
 // readSettings returns the settings of a file.
-func readSettings(file string) (settings, error) {
+func readSettings(file string) (*settings, error) {
 	c, err := readINI(file)
 	if err != nil {
-		return settings{}, &exitError{exitUsage, err}
+		return nil, &exitError{exitUsage, err}
 	}
 	return checkSettings(c)
 }
 
 // checkSettings returns the settings of a text, and logs the warnings.
-func checkSettings(c *ini) (settings, error) {
+func checkSettings(c *ini) (*settings, error) {
 	s, found := c.settings(filepath.Dir(c.name))
 	s.file = c.name
 	return s, report(found, wrong)
@@ -515,25 +513,29 @@ func report(found []finding, grave int) error {
 // runUnderInit runs the agent. Process 1 would start an agent that ends with
 // an error, say for a wrong client.cfg, again without a pause: so under process
 // 1 it waits first, 30 s or until a signal comes.
-func runUnderInit(ctx context.Context, in invocation) error {
-	err := runAgent(ctx, in)
+func runUnderInit(ctx context.Context, in *invocation) error {
+	signals, caught := make(chan os.Signal, 8), make(chan struct{})
+	go func() {
+		<-in.caught
+		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
+		close(caught)
+	}()
+	err := runAgent(ctx, in, signals, caught)
 	if err == nil || os.Getppid() != 1 {
 		return err
 	}
 	log.Printf("%v; ends in %v, or at a signal", maskedError{err}, initTime)
 	select {
 	case <-time.After(initTime):
-	case <-in.signals:
+	case <-signals:
 	case <-ctx.Done():
 	}
 	code, _ := exitCode(err)
 	return &exitError{code: code}
 }
 
-func runAgent(ctx context.Context, in invocation) error {
-	// Caught and dropped: a reader of the log that ends, or a file that may not
-	// grow, must not end the agent. Ignored, they would be ignored in sensors too.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGXFSZ)
+// runAgent runs the agent. It answers once the signals are caught.
+func runAgent(ctx context.Context, in *invocation, signals <-chan os.Signal, caught <-chan struct{}) error {
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
@@ -549,20 +551,21 @@ func runAgent(ctx context.Context, in invocation) error {
 	if err != nil {
 		return err
 	}
-	a.signals = in.signals
-	a.applied = func(s settings) { logs.useSyslog.Store(s.syslog); limitMemory(s) }
+	a.signals = signals
+	a.applied = func(s *settings) { logs.useSyslog.Store(s.syslog); limitMemory(s) }
 	a.applied(s)
 	if os.Getenv("GOGC") == "" { // collect when the heap has grown by a quarter; later, as it delays the first answer
 		defer time.AfterFunc(time.Second, func() { debug.SetGCPercent(25) }).Stop()
 	}
 	a.recover(ctx)
+	<-caught
 	return a.run(ctx)
 }
 
 // limitMemory makes the collector of garbage work harder from 12 MiB on, plus
 // what a full queue and a full spool take. GOMEMLIMIT in the environment has
 // precedence.
-func limitMemory(s settings) {
+func limitMemory(s *settings) {
 	limit := int64(12<<20) + int64(s.queue)<<10
 	if s.spool != "" {
 		limit += 6 * s.spoolSize
@@ -642,6 +645,9 @@ func (w *logWriter) close() {
 
 func (w *logWriter) run() {
 	defer close(w.done)
+	// Caught and dropped: a reader of the log that ends, or a file that may not
+	// grow, must not end the agent. Ignored, they would be ignored in sensors too.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGXFSZ)
 	for line := range w.lines {
 		if n := w.lost.Swap(0); n > 0 {
 			line = fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")) + line
@@ -668,7 +674,7 @@ func toSyslog(line string) error {
 
 // Active is the settings in force and what was built from them.
 type active struct {
-	settings settings
+	settings *settings
 	sensors  *sensors
 	updater  *updater
 }
@@ -682,7 +688,7 @@ type agent struct {
 	events   logLimit // for commands and runs: a busy monitor must not fill a log
 	started  time.Time
 	signals  <-chan os.Signal // SIGHUP and SIGUSR1
-	applied  func(settings)   // is called with new settings
+	applied  func(*settings)  // is called with new settings
 
 	beside sync.WaitGroup  // what runs beside the queue
 	ctx    context.Context // for work that has no place in the queue
@@ -696,14 +702,14 @@ type agent struct {
 }
 
 // newAgent returns an agent that listens but does not answer yet: run does.
-func newAgent(s settings) (*agent, error) {
+func newAgent(s *settings) (*agent, error) {
 	listener, err := net.Listen("tcp", s.listen)
 	if err != nil {
 		return nil, fmt.Errorf("[agent] listen: %w", err)
 	}
 	a := &agent{
 		listener: listener, events: logLimit{burst: 1000, perSecond: 10}, started: time.Now(),
-		applied: func(settings) {}, failed: make(map[string]string),
+		applied: func(*settings) {}, failed: make(map[string]string),
 	}
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
@@ -716,7 +722,7 @@ func newAgent(s settings) (*agent, error) {
 }
 
 // activate builds what settings describe.
-func activate(s settings) *active {
+func activate(s *settings) *active {
 	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
 	sensors.own = s.own
 	return &active{s, sensors, &updater{
@@ -726,14 +732,14 @@ func activate(s settings) *active {
 }
 
 // readingZone returns the zone in which the times of readings are sent.
-func readingZone(s settings) *time.Location {
+func readingZone(s *settings) *time.Location {
 	if s.utc {
 		return time.UTC
 	}
 	return time.Local
 }
 
-func monitorClient(s settings) *client {
+func monitorClient(s *settings) *client {
 	return newClient(s.monitor, s.monitorTimeout, clientTLS(s.monitorTLS))
 }
 
@@ -792,11 +798,10 @@ func (a *agent) run(ctx context.Context) (err error) {
 	a.logWarnings()
 	a.goBeside(func() { a.handleSignals(ctx) })
 	a.goBeside(func() {
-		select {
-		case <-time.After(greetPause):
-			a.greet(ctx)
-		case <-ctx.Done():
-		}
+		pause, cancel := context.WithTimeout(ctx, greetPause)
+		defer cancel()
+		<-pause.Done()
+		a.greet(ctx)
 	})
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
@@ -809,7 +814,6 @@ func (a *agent) run(ctx context.Context) (err error) {
 
 // end waits until ctx ends or the listener fails. Then it ends the agent, as run says.
 func (a *agent) end(ctx context.Context, cancel func(), served <-chan error) (err error) {
-	reserveThreads()
 	select {
 	case <-ctx.Done():
 		log.Print(notice + "ending")
@@ -937,7 +941,7 @@ func (a *agent) reload(ctx context.Context) {
 	a.changing.Lock()
 	defer a.changing.Unlock()
 	before := a.active.Load()
-	s, err := rereadSettings(ctx, &before.settings)
+	s, err := rereadSettings(ctx, before.settings)
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
@@ -972,7 +976,7 @@ func (a *agent) reload(ctx context.Context) {
 // rereadSettings returns the settings of client.cfg as soon as two reads of it,
 // a second apart, are equal: it may be half written. It refuses settings that
 // lack a protection which is in force.
-func rereadSettings(ctx context.Context, before *settings) (s settings, err error) {
+func rereadSettings(ctx context.Context, before *settings) (s *settings, err error) {
 	text, err := readSmall(before.file, maxConfig)
 	for same, tries := false, 0; err == nil && !same; tries++ {
 		if tries == reloadTries {
@@ -994,7 +998,10 @@ func rereadSettings(ctx context.Context, before *settings) (s settings, err erro
 	if err == nil {
 		s, err = checkSettings(c)
 	}
-	if lost := before.lost(&s); err == nil && len(lost) > 0 {
+	if err != nil {
+		return s, err
+	}
+	if lost := before.lost(s); len(lost) > 0 {
 		err = fmt.Errorf("%s: it lacks %s: a reload gives up no protection that is in force, only a start does",
 			before.file, strings.Join(lost, ", "))
 	}
@@ -1253,10 +1260,11 @@ func (a *agent) move(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	now := *a.active.Load()
-	now.settings.monitor = u
-	a.active.Store(&now)
-	a.delivery.configure(monitorClient(now.settings), readingZone(now.settings), now.settings.noValue)
+	now := a.active.Load()
+	s := *now.settings
+	s.monitor = u
+	a.active.Store(&active{&s, now.sensors, now.updater})
+	a.delivery.configure(monitorClient(&s), readingZone(&s), s.noValue)
 	log.Printf(notice+"move: from now on the monitor is %s", masked(u.String()))
 	return nil
 }
@@ -1287,7 +1295,7 @@ func healthcheck(_ request, params []any) (any, error) {
 	return "OK", noParams("healthcheck", params)
 }
 
-func runCheck(ctx context.Context, in invocation) error {
+func runCheck(ctx context.Context, in *invocation) error {
 	asksHelp := len(in.args) == 2 && in.args[1] == in.settings.help
 	if in.args[0] == ownSensor && asksHelp {
 		fmt.Fprintln(in.out, ownHelp())
@@ -1317,7 +1325,7 @@ func runCheck(ctx context.Context, in invocation) error {
 	return &exitError{r.code, fmt.Errorf("sensor %s: %s", name, r.reason)}
 }
 
-func runList(ctx context.Context, in invocation) error {
+func runList(ctx context.Context, in *invocation) error {
 	sensors := activate(in.settings).sensors
 	texts, err := sensors.helpTexts(ctx)
 	if err != nil {
@@ -1357,7 +1365,7 @@ func indent(text, by string) string {
 	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
 }
 
-func runUpdate(ctx context.Context, in invocation) error {
+func runUpdate(ctx context.Context, in *invocation) error {
 	c := monitorClient(in.settings)
 	defer c.close()
 	return changeSensor(in, "update", in.args[0], func(u *updater, name string) error {
@@ -1365,13 +1373,13 @@ func runUpdate(ctx context.Context, in invocation) error {
 	})
 }
 
-func runRollback(ctx context.Context, in invocation) error {
+func runRollback(ctx context.Context, in *invocation) error {
 	return changeSensor(in, "rollback", in.args[0], func(u *updater, name string) error {
 		return u.rollback(ctx, name)
 	})
 }
 
-func runInstall(ctx context.Context, in invocation) error {
+func runInstall(ctx context.Context, in *invocation) error {
 	name := filepath.Base(in.args[0])
 	for _, suffix := range []string{".tar", ".tar.bz2", ".tar.gz", ".tbz2", ".tgz"} {
 		if before, ok := strings.CutSuffix(name, suffix); ok {
@@ -1385,7 +1393,7 @@ func runInstall(ctx context.Context, in invocation) error {
 }
 
 // changeSensor makes a change of a sensor by hand.
-func changeSensor(in invocation, verb, name string, change func(u *updater, name string) error) error {
+func changeSensor(in *invocation, verb, name string, change func(u *updater, name string) error) error {
 	name, err := sensorOnDisk(name)
 	if err != nil {
 		return err
@@ -1399,7 +1407,7 @@ func changeSensor(in invocation, verb, name string, change func(u *updater, name
 
 // runConfig prints every option as INI, with its value or default. A password
 // in a URL is not shown.
-func runConfig(_ context.Context, in invocation) error {
+func runConfig(_ context.Context, in *invocation) error {
 	c, err := readINI(in.file)
 	if err != nil {
 		return &exitError{exitUsage, err}
@@ -1412,7 +1420,7 @@ func runConfig(_ context.Context, in invocation) error {
 		log.Print(warning + text)
 	}
 	effective := &ini{name: in.file, values: make(map[iniKey]iniValue)}
-	for _, o := range c.options(&s, "") {
+	for _, o := range c.options(s, "") {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
 			err = effective.set(o.section, o.name, redacted(value))
@@ -1425,7 +1433,7 @@ func runConfig(_ context.Context, in invocation) error {
 	return nil
 }
 
-func runConfigGet(_ context.Context, in invocation) error {
+func runConfigGet(_ context.Context, in *invocation) error {
 	c, err := readINI(in.file)
 	if err != nil {
 		return &exitError{exitUsage, err}
@@ -1442,7 +1450,7 @@ func runConfigGet(_ context.Context, in invocation) error {
 	return nil
 }
 
-func runConfigSet(ctx context.Context, in invocation) error {
+func runConfigSet(ctx context.Context, in *invocation) error {
 	if len(in.args)%3 != 0 {
 		return in.usageError("config set: arguments missing or too many")
 	}
@@ -1454,7 +1462,7 @@ func runConfigSet(ctx context.Context, in invocation) error {
 	})
 }
 
-func runConfigUnset(ctx context.Context, in invocation) error {
+func runConfigUnset(ctx context.Context, in *invocation) error {
 	return editConfig(ctx, in.file, nil, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
 }
 
@@ -1504,7 +1512,7 @@ func isNamed(set []string, key iniKey) bool {
 
 // checkAll checks the settings of a text and the key that they name. An agent
 // starts with a wrong key, but takes no packages.
-func checkAll(c *ini) (settings, []finding) {
+func checkAll(c *ini) (*settings, []finding) {
 	s, found := c.settings(filepath.Dir(c.name))
 	if _, err := readKeys(s.publicKey); s.publicKey != "" && err != nil {
 		found = append(found, c.finding("sensor", "public_key", tolerated{err}))
@@ -1522,7 +1530,7 @@ func tlsFlags(flags *flag.FlagSet, prefix string) *tlsFiles {
 }
 
 // loadTLS reads the certificates that flags with a prefix name. Its error names the flag.
-func (in invocation) loadTLS(t *tlsFiles, prefix string) error {
+func (in *invocation) loadTLS(t *tlsFiles, prefix string) error {
 	option, err := t.load()
 	if option == "certificate" {
 		option = "cert"
@@ -1533,7 +1541,7 @@ func (in invocation) loadTLS(t *tlsFiles, prefix string) error {
 	return nil
 }
 
-func runCall(ctx context.Context, in invocation) error {
+func runCall(ctx context.Context, in *invocation) error {
 	flags := flag.NewFlagSet("call", flag.ContinueOnError)
 	files := tlsFlags(flags, "")
 	if err := in.parse(flags, in.args); err != nil {
@@ -1589,7 +1597,7 @@ func readable(v any) string {
 	return fmt.Sprint(v)
 }
 
-func runMonitor(ctx context.Context, in invocation) error {
+func runMonitor(ctx context.Context, in *invocation) error {
 	flags := flag.NewFlagSet("monitor", flag.ContinueOnError)
 	listen := flags.String("listen", "127.0.0.1:8081", "")
 	probe := flags.String("probe", "", "")
@@ -2045,16 +2053,18 @@ func family(name, kind, help string, samples ...string) string {
 	return text
 }
 
-// selfFiles is what the selftest's agent and monitor have: sensors that behave
+// selfFiles returns what the selftest's agent and monitor have: sensors that behave
 // and misbehave, and packages of newer versions of two of them.
-var selfFiles = map[string]string{
-	"client.cfg":               "[sensor]\ntimeout = 2\n[agent]\nlisten = 127.0.0.1:0\n",
-	"sensors/good/check":       "#!/bin/sh\necho 42\n",
-	"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
-	"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
-	"sensors/garbage/check":    "#!/bin/sh\necho hello\n",
-	"packages/good.tar.bz2":    tarOf("good/check", "#!/bin/sh\necho 43\n"),
-	"packages/garbage.tar.bz2": tarOf("garbage/check", "#!/bin/sh\nexit 1\n"),
+func selfFiles() map[string]string {
+	return map[string]string{
+		"client.cfg":               "[sensor]\ntimeout = 2\n[agent]\nlisten = 127.0.0.1:0\n",
+		"sensors/good/check":       "#!/bin/sh\necho 42\n",
+		"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
+		"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
+		"sensors/garbage/check":    "#!/bin/sh\necho hello\n",
+		"packages/good.tar.bz2":    tarOf("good/check", "#!/bin/sh\necho 43\n"),
+		"packages/garbage.tar.bz2": tarOf("garbage/check", "#!/bin/sh\nexit 1\n"),
+	}
 }
 
 // tarOf returns an archive, not compressed, with one file.
@@ -2100,8 +2110,8 @@ func (t *selftest) row(verdict, what, outcome string) {
 
 // runSelftest has an agent and a stand-in monitor go through selfSteps, and then
 // takes a reading from each sensor that is installed.
-func runSelftest(ctx context.Context, in invocation) error {
-	s, err := settings{}, error(nil)
+func runSelftest(ctx context.Context, in *invocation) error {
+	s, err := &settings{}, error(nil)
 	file, absent := findConfig(in.config)
 	if absent == nil {
 		s, err = readSettings(file)
@@ -2139,7 +2149,7 @@ func runSelftest(ctx context.Context, in invocation) error {
 func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
-	for name, text := range selfFiles {
+	for name, text := range selfFiles() {
 		file := filepath.Join(dir, name)
 		err = errors.Join(err, os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o755))
 	}

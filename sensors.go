@@ -101,7 +101,7 @@ type sensors struct {
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
-	watch   sync.Once            // asks for SIGCHLD, at the first run
+	watch   sync.Once            // prepares the process for its first run
 
 	mu        cond // guards what is below, and is broadcast at each SIGCHLD
 	processes map[*process]bool
@@ -486,6 +486,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if p == nil {
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
+	s.watchChildren()
 	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, copy: stderr}
 	cmd, err := s.start(p, dir, args, output, said)
 	if err != nil {
@@ -696,7 +697,6 @@ func reap(cmd *exec.Cmd) (code int) {
 // waitEnded waits until a child has ended, and leaves it to be reaped. It
 // reports false where ctx ends first. It blocks no thread.
 func (r *runState) waitEnded(ctx context.Context, pid int) bool {
-	r.watchChildren()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for {
@@ -709,9 +709,13 @@ func (r *runState) waitEnded(ctx context.Context, pid int) bool {
 	}
 }
 
-// watchChildren makes each SIGCHLD from here on wake those who wait.
+// watchChildren makes each SIGCHLD from here on wake those who wait. It also makes the
+// threads that the agent needs when a sensor has used up the limit of processes.
 func (r *runState) watchChildren() {
-	r.watch.Do(func() { signal.Notify(r.mu.signals, syscall.SIGCHLD) })
+	r.watch.Do(func() {
+		reserveThreads()
+		signal.Notify(r.mu.signals, syscall.SIGCHLD)
+	})
 }
 
 // endedChild looks at one child or, for 0, at all of them, and returns the number of
@@ -756,8 +760,8 @@ func (r *runState) endedOrphan() int {
 }
 
 // reserveThreads makes threads for goroutines that block at the same time. The runtime
-// keeps them. Without this reserve, made when the agent starts, it would end the
-// agent when it needs one more thread while a sensor has used up the limit of processes.
+// keeps them. Without this reserve it would end the agent when it needs one more
+// thread while a sensor has used up the limit of processes.
 func reserveThreads() {
 	var all sync.WaitGroup
 	release := make(chan struct{})
