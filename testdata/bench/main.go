@@ -1,5 +1,5 @@
-// The yardstick of picket's benchmarks: a program with the imports that the agent
-// cannot do without, and as little else as possible.
+// The yardstick of picket's benchmarks: a program with the agent's imports and as
+// little else as possible.
 //
 //	listen          serves HTTP and answers every request with OK
 //	serve SENSOR    so, and each request makes it run the sensor, two at once
@@ -10,20 +10,39 @@ package main
 
 import (
 	"archive/tar"
+	"bytes"
 	"compress/bzip2"
+	"compress/gzip"
+	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/xml"
+	"flag"
 	"fmt"
+	"hash/crc32"
 	"io"
+	"log"
 	"log/syslog"
+	"math/rand"
 	"net"
 	"net/http"
+	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"os/user"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -99,17 +118,29 @@ func send() {
 	}
 }
 
-// unused links what the agent uses beside net/http's server and os/exec.
+// unused links what the agent imports beside net/http's server and os/exec.
 func unused() {
 	resp, err := http.Get(os.Args[1])
 	if err != nil {
 		panic(err)
 	}
-	h, err := tar.NewReader(bzip2.NewReader(resp.Body)).Next()
+	z, err := gzip.NewReader(resp.Body)
+	h, err2 := tar.NewReader(bzip2.NewReader(z)).Next()
 	var v struct{ A string }
-	fmt.Println(h, err, xml.NewDecoder(resp.Body).Decode(&v))
+	fmt.Println(h, err, err2, xml.NewDecoder(resp.Body).Decode(&v))
 	http.ServeTLS(nil, nil, "", "")
 	w, err := syslog.New(syslog.LOG_DAEMON, "")
 	fmt.Println(w, err)
 	fmt.Println(user.Lookup(os.Args[1]))
+	flag.Parse()
+	signal.Notify(make(chan os.Signal), syscall.SIGHUP)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	pair, err := tls.X509KeyPair(nil, nil)
+	fmt.Println(ctx, pair, err, x509.NewCertPool().AppendCertsFromPEM(nil))
+	u, err := url.Parse(os.Args[1])
+	fmt.Println(u, err, netip.MustParsePrefix(os.Args[1]), filepath.Clean(os.Args[1]))
+	key := base64.StdEncoding.EncodeToString([]byte(os.Args[1]))
+	fmt.Println(ed25519.Verify([]byte(key), nil, nil), hex.EncodeToString([]byte(key)), crc32.ChecksumIEEE([]byte(key)))
+	log.Print(rand.Int(), slices.Index(os.Args, ""), bytes.ToLower([]byte(key)), debug.SetGCPercent(1))
 }
