@@ -864,8 +864,9 @@ func (c command) sameWork(d command) bool {
 // A job is a command in the queue.
 type job struct {
 	command
-	turn   int    // when it may run, among those that wait in its lane
-	joined []*job // equal changes that waited when it began, and have its outcome
+	turn    int        // when it may run, among those that wait in its lane
+	joined  []*job     // equal changes that waited when it began, and have its outcome
+	entered chan error // gets nil when it finds room, or a fault
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
@@ -955,8 +956,8 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // what runs
 
-	mu       cond // guards what is below, and is broadcast when a job outside gets in or the queue closes
-	size     int  // of waiting, in each lane
+	mu       sync.Mutex // guards what is below
+	size     int        // of waiting, in each lane
 	readings lane
 	changes  lane
 	active   map[any]*job // waiting or running, by ticket
@@ -1008,32 +1009,41 @@ func (q *queue) running() (names []string) {
 // other command with a known ticket takes the ticket away: the monitor has given
 // it to two commands, and only the later one's reading is delivered.
 func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	j := &job{command: c, entered: make(chan error, 1)}
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	j := &job{command: c}
 	q.outside = append(q.outside, j)
 	q.admit()
-	for err := error(nil); err == nil && !q.closed && slices.Contains(q.outside, j); {
-		err = q.mu.wait(ctx, deadline)
+	q.mu.Unlock()
+	if len(j.entered) == 0 {
+		ctx, cancel := context.WithDeadline(ctx, deadline)
+		defer cancel()
+		select {
+		case err := <-j.entered:
+			return err
+		case <-ctx.Done():
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if at := slices.Index(q.outside, j); at >= 0 { // else it has just found room
+			q.outside = slices.Delete(q.outside, at, at+1)
+			return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
+		}
 	}
-	at := slices.Index(q.outside, j)
-	if at < 0 {
-		return nil
-	}
-	q.outside = slices.Delete(q.outside, at, at+1)
-	if q.closed {
-		return faultf(faultBusy, "the agent is shutting down")
-	}
-	return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
+	return <-j.entered
 }
 
-// admit lets in the jobs that wait for room, as far as there is any.
+// admit lets in the jobs that wait for room, as far as there is any. A queue that is
+// closed refuses them.
 func (q *queue) admit() {
-	before := len(q.outside)
-	q.outside = slices.DeleteFunc(q.outside, q.enter)
-	if len(q.outside) < before || q.closed {
-		q.mu.broadcast()
-	}
+	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
+		if q.enter(j) {
+			j.entered <- nil
+			return true
+		} else if q.closed {
+			j.entered <- faultf(faultBusy, "the agent is shutting down")
+		}
+		return q.closed
+	})
 }
 
 // enter gives a command a place in the queue, or reports false if there is no room.
