@@ -300,22 +300,17 @@ func (s *sensors) names() (names, missing []string, err error) {
 		if info, err := os.Stat(dir); err != nil || !info.IsDir() || e.Name()[0] == '.' {
 			continue
 		}
-		_, bad := sensorName(e.Name())
+		name, bad := sensorName(e.Name())
 		info, err := os.Stat(filepath.Join(dir, s.executable))
-		isFile := err == nil && !info.IsDir()
-		if bad == nil && isFile {
-			names = append(names, e.Name())
-		}
-		what := ""
 		switch {
 		case bad != nil:
-			what = fmt.Sprintf("its name is not plain text of at most %d bytes", maxName)
-		case !isFile:
-			what = fmt.Sprintf("there is no file %s in its directory", s.executable)
+			why := fmt.Sprintf("its name is not plain text of at most %d bytes", maxName)
+			missing = append(missing, fmt.Sprintf("sensor %s: %s", cut(e.Name()), why))
+		case err != nil || info.IsDir():
+			missing = append(missing, fmt.Sprintf("sensor %s: there is no file %s in its directory", cut(name), s.executable))
 		default: // if it cannot be started, its help text says why
-			continue
+			names = append(names, name)
 		}
-		missing = append(missing, fmt.Sprintf("sensor %s: %s", cut(e.Name()), what))
 	}
 	return names, missing, nil
 }
@@ -606,10 +601,8 @@ func notStarted(file string, err error) reading {
 	var cause *os.PathError
 	if errors.As(err, &cause) && cause.Op == "fork/exec" { // else there is no pipe, say, or no /dev/null
 		err = cause.Err // without the name of the file, which is relative
-		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
-			if !exists(file) {
-				return reading{code: codeNotFound, reason: "no such sensor"}
-			}
+		if isAbsent := errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR); isAbsent && !exists(file) {
+			return reading{code: codeNotFound, reason: "no such sensor"}
 		}
 		if why := whyNotStarted(file, err); why != "" {
 			err = errors.New(why)
