@@ -1300,19 +1300,18 @@ func TestSettings(t *testing.T) {
 
 // TestLost: each protection that goes away is named.
 func TestLost(t *testing.T) {
-	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1), listen: "10.0.0.1:80"}
+	s := settings{user: &sensorUser{}, publicKey: "k", allow: make([]netip.Prefix, 1)}
 	s.monitorTLS.ca, s.agentTLS = "c", tlsFiles{certificate: "c", ca: "c", name: "n"}
 	for want, change := range map[string]func(*settings){
-		"[sensor] user":                 func(s *settings) { s.user = nil },
-		"[sensor] update = no":          func(s *settings) { s.update = true },
-		"[sensor] public_key":           func(s *settings) { s.publicKey = "" },
-		"[monitor] ca":                  func(s *settings) { s.monitorTLS.ca = "" },
-		"[agent] allow":                 func(s *settings) { s.allow = nil },
-		"[agent] listen on one address": func(s *settings) { s.listen = "[::]:80" },
-		"[agent] certificate":           func(s *settings) { s.agentTLS.certificate = "" },
-		"[agent] client_ca":             func(s *settings) { s.agentTLS.ca = "" },
-		"[agent] client_name":           func(s *settings) { s.agentTLS.name = "" },
-		"":                              func(s *settings) { s.allow, s.publicKey, s.listen = make([]netip.Prefix, 2), "other", "localhost:80" },
+		"[sensor] user":        func(s *settings) { s.user = nil },
+		"[sensor] update = no": func(s *settings) { s.update = true },
+		"[sensor] public_key":  func(s *settings) { s.publicKey = "" },
+		"[monitor] ca":         func(s *settings) { s.monitorTLS.ca = "" },
+		"[agent] allow":        func(s *settings) { s.allow = nil },
+		"[agent] certificate":  func(s *settings) { s.agentTLS.certificate = "" },
+		"[agent] client_ca":    func(s *settings) { s.agentTLS.ca = "" },
+		"[agent] client_name":  func(s *settings) { s.agentTLS.name = "" },
+		"":                     func(s *settings) { s.allow, s.publicKey = make([]netip.Prefix, 2), "other" },
 	} {
 		next := s
 		change(&next)
@@ -1332,7 +1331,7 @@ func TestLost(t *testing.T) {
 		equal(t, "what is lost of a sensor's own", strings.Join(before.lost(&next), ", "), want)
 	}
 	empty, _ := (&ini{}).settings("")
-	equal(t, "lost by an empty client.cfg", len(s.lost(empty)), 9)
+	equal(t, "lost by an empty client.cfg", len(s.lost(empty)), 8)
 }
 
 // TestIrregular: a FIFO, a socket, a device or a directory in the place of a
@@ -1418,11 +1417,11 @@ func TestEditINI(t *testing.T) {
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer cancel()
 	has(t, "a lock that another process holds", edit(short, "z"), "another process holds it")
+	must(t, plant())
 	if err := recoverINI(link); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("recover: got %v; want an error that says so, too", err)
 	}
 	lock.Close()
-	must(t, plant())
 	if replaceFile(target, []byte("x")) == nil {
 		t.Error("got no error where a link was planted meanwhile")
 	}
@@ -5638,7 +5637,7 @@ func TestReloadProtects(t *testing.T) {
 	protections := "certificate = " + pair.certificate + "\nkey = " + pair.key +
 		"\nallow = 127.0.0.1\nclient_ca = " + pair.ca + "\nclient_name = monitor\n" +
 		"[monitor]\nca = " + pair.ca + "\n[sensor]\nupdate = no\npublic_key = key.pub\n"
-	names := "[sensor] update = no, [sensor] public_key, [monitor] ca, [agent] listen on one address, " +
+	names := "[sensor] update = no, [sensor] public_key, [monitor] ca, " +
 		"[agent] allow, [agent] certificate, [agent] client_ca, [agent] client_name"
 	if os.Geteuid() == 0 {
 		protections, names = protections+"user = nobody\n", "[sensor] user, "+names

@@ -376,7 +376,6 @@ func (s *settings) lost(next *settings) (names []string) {
 		{"[sensor] update = no", !s.update, !next.update},
 		{"[sensor] public_key", s.publicKey != "", next.publicKey != ""},
 		{"[monitor] ca", s.monitorTLS.ca != "", next.monitorTLS.ca != ""},
-		{"[agent] listen on one address", isOneAddress(s.listen), isOneAddress(next.listen)},
 		{"[agent] allow", len(s.allow) > 0, len(next.allow) > 0},
 		{"[agent] certificate", s.agentTLS.certificate != "", next.agentTLS.certificate != ""},
 		{"[agent] client_ca", s.agentTLS.ca != "", next.agentTLS.ca != ""},
@@ -407,14 +406,6 @@ func (s *settings) longest() time.Duration {
 		d = max(d, own.timeout)
 	}
 	return d
-}
-
-// isOneAddress reports whether who listens there is reached by one address of the
-// box only.
-func isOneAddress(listen string) bool {
-	host, _, _ := net.SplitHostPort(listen) // address has checked it
-	addr, err := netip.ParseAddr(host)
-	return host != "" && (err != nil || !addr.IsUnspecified())
 }
 
 // TLSFiles are the files that a section names for TLS, and what is in them.
@@ -554,18 +545,21 @@ func optionsOf(section string) (names []string) {
 
 // options lists the options of all sections, those of each [sensor NAME] as well.
 func (c *ini) options(s *settings, dir string) []option {
-	list := s.options(dir)
-	s.own = make(map[string]*ownSettings)
+	var names []string
 	for key := range c.values {
 		if name := sensorOf(key.section); name != "" && key.option == "" {
-			own := &ownSettings{}
-			s.own[name] = own
-			list = append(list, option{key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
-				option{key.section, "user", "", store(&own.user, otherUser)})
+			names = append(names, name)
 		}
 	}
-	bySection := func(a, b option) int { return strings.Compare(a.section, b.section) }
-	slices.SortStableFunc(list[len(known):], bySection)
+	slices.Sort(names)
+	list := s.options(dir)
+	s.own = make(map[string]*ownSettings)
+	for _, name := range names {
+		own := &ownSettings{}
+		s.own[name] = own
+		list = append(list, option{"sensor " + name, "timeout", "30s", store(&own.timeout, sensorTime)},
+			option{"sensor " + name, "user", "", store(&own.user, otherUser)})
+	}
 	return list
 }
 
@@ -1036,6 +1030,12 @@ func openRegular(file string) (f *os.File, err error) {
 	return f, nil
 }
 
+// exists reports whether there is anything with this name.
+func exists(file string) bool {
+	_, err := os.Lstat(file)
+	return err == nil
+}
+
 // editINI reads a file, lets change alter it and saves it where it did. If
 // anything fails, the file stays as it was. Processes that edit the same file
 // wait for each other, for up to 10 s.
@@ -1071,6 +1071,9 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 // recoverINI removes what editINI left at a power cut. It does not wait: while
 // another process holds the lock, it returns context.DeadlineExceeded.
 func recoverINI(file string) error {
+	if target, err := filepath.EvalSymlinks(file); err != nil || !exists(nextFile(target)) {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 0)
 	defer cancel()
 	return editINI(ctx, file, func(*ini) error { return nil })
@@ -1120,18 +1123,9 @@ func replaceFile(file string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	if err = keepOwner(f, old); err == nil {
-		err = f.Chmod(old.Mode())
-	}
-	if err == nil {
-		_, err = f.Write(data)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
+	owner := old.Sys().(*syscall.Stat_t)
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)), f.Chmod(old.Mode()), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(next, file)
 	}
@@ -1151,19 +1145,6 @@ var errMountPoint = errors.New("it is a mount point: mount its directory instead
 // always the same, so that the next start finds what a power cut left.
 func nextFile(file string) string {
 	return filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".picket")
-}
-
-// keepOwner gives f the owner and group of old, where they differ.
-func keepOwner(f *os.File, old os.FileInfo) error {
-	now, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	was, is := old.Sys().(*syscall.Stat_t), now.Sys().(*syscall.Stat_t)
-	if was.Uid == is.Uid && was.Gid == is.Gid {
-		return nil
-	}
-	return f.Chown(int(was.Uid), int(was.Gid))
 }
 
 // syncDir writes the entries of a directory to the disk, so that a rename lasts.

@@ -590,12 +590,6 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 	}
 }
 
-// exists reports whether there is anything with this name.
-func exists(file string) bool {
-	_, err := os.Lstat(file)
-	return err == nil
-}
-
 // notStarted returns the reading of a sensor that could not be started.
 func notStarted(file string, err error) reading {
 	var cause *os.PathError
