@@ -3746,9 +3746,7 @@ func TestClientURL(t *testing.T) {
 func TestClientAddresses(t *testing.T) {
 	port, endDead := deadAddress(t)
 	c := newClient(&url.URL{Scheme: "http", Host: fmt.Sprint("monitor:", port)}, time.Second, nil)
-	c.lookup = func(context.Context, string, string) ([]netip.Addr, error) {
-		return []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("127.0.0.3")}, nil
-	}
+	c.lookup = func(context.Context, string) ([]string, error) { return []string{"127.0.0.2", "127.0.0.3"}, nil }
 	var silent atomic.Bool // whether 127.0.0.2 leaves its callers waiting
 	serveAt := func(host string) *http.Server {
 		answer := func(w http.ResponseWriter, r *http.Request) {

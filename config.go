@@ -41,6 +41,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"syscall"
@@ -667,7 +668,7 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 		report("agent", "client_name", errors.New("needs client_ca"))
 	}
 	found = append(found, c.strangers()...)
-	slices.SortStableFunc(found, func(a, b finding) int { return a.line - b.line })
+	sort.SliceStable(found, func(i, j int) bool { return found[i].line < found[j].line })
 	return s, found
 }
 

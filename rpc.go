@@ -1062,7 +1062,7 @@ type client struct {
 	timeout time.Duration // of a call as a whole
 	tls     *tls.Config
 	http    *http.Client
-	lookup  func(ctx context.Context, network, host string) ([]netip.Addr, error)
+	lookup  func(ctx context.Context, host string) ([]string, error)
 
 	first atomic.Int32 // the index of the address to begin with
 }
@@ -1073,7 +1073,7 @@ func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
 	if config == nil {
 		config = newTLS(time.Time{})
 	}
-	c := &client{url: u, timeout: timeout, tls: config, lookup: net.DefaultResolver.LookupNetIP}
+	c := &client{url: u, timeout: timeout, tls: config, lookup: net.DefaultResolver.LookupHost}
 	if host, _, hasZone := strings.Cut(u.Hostname(), "%"); hasZone && config.ServerName == "" {
 		config = config.Clone()
 		config.ServerName = host // a certificate is of an address without a zone
@@ -1173,16 +1173,16 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.C
 	if err != nil {
 		return nil, err
 	}
-	addresses, err := c.lookup(ctx, "ip", host)
+	addresses, err := c.lookup(ctx, host)
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(addresses, netip.Addr.Compare) // a server of names may turn them
+	slices.Sort(addresses) // a server of names may turn them
 	n := len(addresses)
 	dialer := net.Dialer{Timeout: c.timeout / time.Duration(n)}
 	for i, first := 0, int(c.first.Load()); i < n; i++ {
 		at := (first + i) % n
-		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(addresses[at].Unmap().String(), port))
+		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(addresses[at], port))
 		if err == nil {
 			c.first.Store(int32(at))
 			return conn, nil
