@@ -66,7 +66,6 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -2054,27 +2053,24 @@ func family(name, kind, help string, samples ...string) string {
 }
 
 // selfFiles returns what the selftest's agent and monitor have: sensors that behave
-// and misbehave, and packages of newer versions of two of them.
+// and misbehave, and packages of newer versions of two of them, as tar and bzip2
+// make them. To read one: echo TEXT | base64 -d | tar xjO
 func selfFiles() map[string]string {
+	good, _ := base64.StdEncoding.DecodeString(
+		"QlpoOTFBWSZTWYEZB0EAADPbgcqQaADfgAEAfumeAAAAiAggAFQ1ENMjTQaB6QGnlBKSaDTQNABo" +
+			"0GnDYqUFEogVwcwW1k6AoLnrg6N7+8WiMUIbSIUFfru2LATnLH0h4IlohzE1mxpm9LEwUr8XckU4UJCBGQdB")
+	garbage, _ := base64.StdEncoding.DecodeString(
+		"QlpoOTFBWSZTWVyoZLIAADRbgMqQaAD6gAgAeukeQEgIIABUVqYmmNQepgQaD0EopoNNGjQAGhpu" +
+			"6SqFU4gW9QaMc2lAUGcMjfKHMcXCNUQ2mQGlGMmtO9Wh0Vp8oJUqnb70TT/igTVkehAFxdyRThQkFyoZLIA=")
 	return map[string]string{
 		"client.cfg":               "[sensor]\ntimeout = 2\n[agent]\nlisten = 127.0.0.1:0\n",
 		"sensors/good/check":       "#!/bin/sh\necho 42\n",
 		"sensors/failing/check":    "#!/bin/sh\necho no such thing >&2; exit 3\n",
 		"sensors/hanging/check":    "#!/bin/sh\nsleep 60\n",
 		"sensors/garbage/check":    "#!/bin/sh\necho hello\n",
-		"packages/good.tar.bz2":    tarOf("good/check", "#!/bin/sh\necho 43\n"),
-		"packages/garbage.tar.bz2": tarOf("garbage/check", "#!/bin/sh\nexit 1\n"),
+		"packages/good.tar.bz2":    string(good),    // good/check prints 43
+		"packages/garbage.tar.bz2": string(garbage), // garbage/check exits with 1
 	}
-}
-
-// tarOf returns an archive, not compressed, with one file.
-func tarOf(name, content string) string {
-	var b strings.Builder
-	w := tar.NewWriter(&b) // writing to a Builder cannot fail
-	w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(content))})
-	io.WriteString(w, content)
-	w.Close()
-	return b.String()
 }
 
 // selfSteps lists what the selftest asks its agent for, and what must come of it.
