@@ -794,7 +794,8 @@ func (a *agent) run(ctx context.Context) (err error) {
 	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
 		version(), a.listener.Addr(), s.path, masked(s.monitor.String()))
-	a.goBeside(func() { a.logWarnings(); a.handleSignals(ctx) })
+	a.logWarnings()
+	a.goBeside(func() { a.handleSignals(ctx) })
 	a.goBeside(func() {
 		pause, cancel := context.WithTimeout(ctx, greetPause)
 		defer cancel()
