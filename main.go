@@ -795,31 +795,35 @@ func (a *agent) run(ctx context.Context) (err error) {
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
 		version(), a.listener.Addr(), s.path, masked(s.monitor.String()))
 	a.logWarnings()
-	a.goBeside(func() { a.handleSignals(ctx) })
-	a.goBeside(func() {
-		pause, cancel := context.WithTimeout(ctx, greetPause)
-		defer cancel()
-		<-pause.Done()
-		a.greet(ctx)
-	})
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
 	}
 	ended, served := make(chan error), make(chan error, 1)
-	go func() { ended <- a.end(ctx, cancel, served) }()
+	go func() { ended <- a.supervise(ctx, cancel, served) }()
 	served <- a.handler.serve(a.listener) // here, as the stack is large: growing one loads the runtime's tables
 	return <-ended
 }
 
-// end waits until ctx ends or the listener fails. Then it ends the agent, as run says.
-func (a *agent) end(ctx context.Context, cancel func(), served <-chan error) (err error) {
-	select {
-	case <-ctx.Done():
-		log.Print(notice + "ending")
-	case err = <-served:
-		err = fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
-		cancel()
+// supervise greets the monitor and does what signals ask, until ctx ends or the
+// listener fails. Then it ends the agent, as run says.
+func (a *agent) supervise(ctx context.Context, cancel func(), served <-chan error) (err error) {
+	for pause := time.After(greetPause); ctx.Err() == nil; {
+		select {
+		case <-ctx.Done():
+		case err = <-served:
+			err = fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
+			cancel()
+		case <-pause:
+			a.goBeside(func() { a.greet(ctx) })
+		case s := <-a.signals:
+			if s == syscall.SIGHUP {
+				a.reload(ctx)
+			} else {
+				log.Print(notice + a.healthLine())
+			}
+		}
 	}
+	log.Print(notice + "ending")
 	a.cancel()
 	a.delivery.putLast()
 	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
@@ -914,22 +918,6 @@ func (a *agent) logWarnings() {
 	}
 	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
 		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
-	}
-}
-
-// handleSignals does what signals ask until ctx ends.
-func (a *agent) handleSignals(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case s := <-a.signals:
-			if s == syscall.SIGHUP {
-				a.reload(ctx)
-			} else {
-				log.Print(notice + a.healthLine())
-			}
-		}
 	}
 }
 
