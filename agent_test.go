@@ -7380,12 +7380,18 @@ func (b *bench) print() {
 	}
 }
 
-// startPicket starts the agent with a monitor and with more in its client.cfg.
-func (b *bench) startPicket(monitor, more string) (p *child, address string) {
+// configure writes a client.cfg with a monitor and with more in it.
+func (b *bench) configure(monitor, more string) (file string) {
 	b.Helper()
 	const config = "[monitor]\nurl = http://%s/xmlrpc/\n%s[sensor]\nconcurrency = %d\n[agent]\nlisten = 127.0.0.1:0\n"
 	writeTree(b, b.dir, files{"client.cfg": fmt.Sprintf(config, monitor, more, benchConcurrency)})
-	return b.start(b.picket, "-c", filepath.Join(b.dir, "client.cfg"))
+	return filepath.Join(b.dir, "client.cfg")
+}
+
+// startPicket starts the agent with a monitor and with more in its client.cfg.
+func (b *bench) startPicket(monitor, more string) (p *child, address string) {
+	b.Helper()
+	return b.start(b.picket, "-c", b.configure(monitor, more))
 }
 
 // start starts a program and returns where it serves.
@@ -7408,21 +7414,21 @@ func (b *bench) size(file string) float64 {
 
 // started measures what a program takes until and while it waits for the first call.
 func (b *bench) started() {
-	first := func(start func() (*child, string)) (milliseconds, resident float64) {
+	first := func(name string, args ...string) (milliseconds, resident float64) {
 		begun := time.Now()
-		p, address := start()
+		p, address := b.start(name, args...)
 		w := b.dial(address)
 		w.exchange(posted(string(encodeCall("healthcheck"))))
 		milliseconds = float64(time.Since(begun).Microseconds()) / 1000
 		w.Close()
 		b.stop(p)
-		p, _ = start()
+		p, _ = b.start(name, args...)
 		defer b.stop(p)
 		time.Sleep(100 * time.Millisecond) // it is idle
 		return milliseconds, float64(residentMemory(b, p.Process.Pid, "VmRSS"))
 	}
-	time1, size1 := first(func() (*child, string) { return b.startPicket("127.0.0.1:1", "") })
-	time2, size2 := first(func() (*child, string) { return b.start(b.yardstick, "listen") })
+	time1, size1 := first(b.picket, "-c", b.configure("127.0.0.1:1", ""))
+	time2, size2 := first(b.yardstick, "listen")
 	b.add("resident memory, idle, KiB", "<= 1.15", size1, size2)
 	b.add("from exec to first answer, ms", "<= 1.3", time1, time2)
 }
