@@ -599,7 +599,7 @@ func bearsName(c *x509.Certificate, name string) bool {
 type handler struct {
 	methods map[string]method
 	refused logLimit
-	turn    chan struct{} // is full while a message of more than smallMessage is decoded or answered
+	turn    sync.Mutex // held while a message of more than smallMessage is decoded or its answer encoded
 	http    *http.Server
 	count   atomic.Int64 // calls and connections refused
 
@@ -615,9 +615,6 @@ type peerConn struct {
 	host string      // the peer's
 	key  string      // limitKey of that
 	tls  *tls.Config // the rules for TLS that were in force when it came
-
-	ctx    context.Context // of its requests; it ends when the connection is closed
-	cancel context.CancelFunc
 
 	// handler.mu guards what is below.
 	working bool      // a call is being answered on it
@@ -640,7 +637,6 @@ func newHandler(methods []method) *handler {
 	h := &handler{
 		methods: make(map[string]method),
 		refused: logLimit{burst: 20, perSecond: 0.2},
-		turn:    make(chan struct{}, 1),
 		access:  &access{},
 		conns:   make(map[*peerConn]bool),
 		most:    maxConns,
@@ -656,8 +652,10 @@ func newHandler(methods []method) *handler {
 		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     log.New(writerFunc(h.refuseLine), "", 0),
-		ConnContext:                  func(_ context.Context, c net.Conn) context.Context { return peerOf(c).ctx },
 		ConnState:                    h.connChanged,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, peerKey{}, peerOf(c))
+		},
 	}
 	for _, m := range append(methods, h.introspection()...) {
 		h.methods[m.name] = m
@@ -705,7 +703,6 @@ func (h *handler) admit(c net.Conn) net.Conn {
 	defer h.mu.Unlock()
 	host := hostOf(c.RemoteAddr().String())
 	p := &peerConn{Conn: c, host: host, key: limitKey(host), tls: h.access.tls, since: time.Now()}
-	p.ctx, p.cancel = context.WithCancel(context.WithValue(context.Background(), peerKey{}, p))
 	h.conns[p] = true
 	if len(h.conns) > h.most {
 		closes := h.connToClose(p)
@@ -718,10 +715,9 @@ func (h *handler) admit(c net.Conn) net.Conn {
 	return p
 }
 
-// close closes a connection and cancels the call on it. The caller holds h.mu.
+// close closes a connection, which cancels the call on it. The caller holds h.mu.
 func (h *handler) close(p *peerConn) {
 	delete(h.conns, p)
-	p.cancel()
 	p.Conn.Close() // without TLS's farewell, which may take a while
 }
 
@@ -855,7 +851,7 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
 	p, ok := r.Context().Value(peerKey{}).(*peerConn)
 	if !ok { // the handler runs in a server that is not its own
-		p = &peerConn{tls: h.rules().tls, ctx: context.Background()}
+		p = &peerConn{tls: h.rules().tls}
 	}
 	if !h.setWorking(p, true) {
 		panic(http.ErrAbortHandler) // as if the connection had been closed a moment before
@@ -868,7 +864,7 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	peer := hostOf(r.RemoteAddr)
 	var name string
 	var params []any
-	h.inTurn(p, len(message), func() { name, params, err = decodeCall(message) })
+	h.inTurn(len(message), func() { name, params, err = decodeCall(message) })
 	if err != nil {
 		h.refuse("%s: %v", peer, err)
 		return http.StatusOK, encodeResponse(nil, err)
@@ -878,22 +874,17 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	if _, isText := v.(string); !isText { // as OK is; a list may be long
 		size = maxMessage
 	}
-	h.inTurn(p, size, func() { answer = h.encode(peer, name, v, err) })
+	h.inTurn(size, func() { answer = h.encode(peer, name, v, err) })
 	return http.StatusOK, answer
 }
 
 // inTurn calls f, which decodes a message of that size or encodes its answer. It does
 // so for one message at a time, because one of 64 KiB may take 4 MiB for a moment.
-// Small messages do not wait. If the connection is closed while a message waits, the
-// request ends.
-func (h *handler) inTurn(p *peerConn, size int, f func()) {
+// Small messages do not wait.
+func (h *handler) inTurn(size int, f func()) {
 	if size > smallMessage {
-		select {
-		case h.turn <- struct{}{}:
-		case <-p.ctx.Done():
-			panic(http.ErrAbortHandler)
-		}
-		defer func() { <-h.turn }()
+		h.turn.Lock()
+		defer h.turn.Unlock()
 	}
 	f()
 }
