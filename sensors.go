@@ -72,7 +72,7 @@ const (
 
 // newPrefix begins the name of a sensor's next version, complete and on the disk,
 // until that is in its place.
-const newPrefix = ".picket-new-"
+const newPrefix = ".picket-next-"
 
 const (
 	noHelp      = "no help: "   // begins the text of a sensor that did not give one

@@ -67,11 +67,12 @@ const (
 	dirSpace     = 4 << 10     // bytes that a directory is taken to need
 	lockTime     = time.Minute // to wait for another process that changes sensors
 
-	hidden        = ".picket-"         // begins all names that picket makes among the sensors
-	stagingPrefix = ".picket-staging-" // the package, unpacked
-	gonePrefix    = ".picket-gone-"    // the version that was replaced: runs may be in it
-	lockName      = ".picket-lock"     // of older versions
-	oldPrefix     = ".picket-old-"     // of older versions: the replaced version of a sensor
+	hidden        = ".picket-"               // begins all names that picket makes for itself
+	stagingPrefix = ".picket-staging-"       // the package, unpacked
+	gonePrefix    = ".picket-gone-"          // the version that was replaced: runs may be in it
+	olderPrefix   = ".picket-new-"           // of older versions: the new version of a sensor
+	oldPrefix     = ".picket-old-"           // of older versions: the replaced version of a sensor
+	olderBackups  = ".*_????-??-??T??:??:??" // of older versions: half made or half removed
 	backupLayout  = "2006-01-02T15:04:05"
 )
 
@@ -137,7 +138,9 @@ func fromFile(file string) source {
 // sensor. The installed version becomes a backup. An error means that nothing has changed.
 func (u *updater) install(ctx context.Context, name string, from source) error {
 	c := &change{updater: u, ctx: ctx, name: name, from: from}
-	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, c.giveAway, c.replace)
+	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, func() error {
+		return c.give(c.staging, name)
+	}, c.replace)
 }
 
 // rollback puts the newest backup of a sensor in its place and removes it from the backups. The
@@ -145,7 +148,7 @@ func (u *updater) install(ctx context.Context, name string, from source) error {
 func (u *updater) rollback(ctx context.Context, name string) error {
 	c, newest := &change{updater: u, ctx: ctx, name: name}, ""
 	return c.make(func() error {
-		backups, err := c.backupsOf(name, false)
+		backups, err := c.backupsOf(name)
 		if err == nil && len(backups) == 0 {
 			err = errors.New("there is no backup")
 		}
@@ -164,9 +167,8 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 // interrupted itself and called again. It does not wait for the lock: the process that holds it has
 // recovered already. If nothing was interrupted, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
-	entries, err := os.ReadDir(u.sensors.path)
-	isHidden := func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), hidden) }
-	if err != nil || !exists(u.backup) && !slices.ContainsFunc(entries, isHidden) {
+	left, _ := fs.Glob(os.DirFS(u.sensors.path), hidden+"*")
+	if !exists(u.sensors.path) || len(left) == 0 && !exists(u.backup) {
 		return nil
 	}
 	c := &change{updater: u, ctx: ctx}
@@ -176,7 +178,10 @@ func (u *updater) recover(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
-	return c.settle()
+	if err := c.settle(); err != nil {
+		return err
+	}
+	return c.settle() // of the versions that the first call replaced
 }
 
 // ownerWarning returns a line for the log, or "" if there is nothing to warn of. It warns an agent
@@ -204,6 +209,7 @@ type change struct {
 	backups   dir
 	staging   dir
 	archive   *os.File // the package
+	published string   // the latest backup that was published
 	tooLate   bool     // to call it off: the installed version is half removed
 }
 
@@ -215,8 +221,10 @@ func (c *change) make(steps ...func() error) error {
 	if err := c.begin(lockTime); err != nil {
 		return err
 	}
+	c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	err := c.settle()
-	if err != nil && c.isUnsettled() {
+	if err != nil && (c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name) ||
+		c.backups.has(newPrefix+c.name)) {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
@@ -266,8 +274,6 @@ func (c *change) begin(wait time.Duration) (err error) {
 		if err := chown(c.backups.File, c.owner); err != nil {
 			return err
 		}
-	} else if c.name != "" {
-		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
 	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
 		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
@@ -330,13 +336,10 @@ func (c *change) try() error {
 	}
 }
 
-// giveAway gives the staged version to the owner of the directory of sensors, so that an agent that
-// runs as him can replace it, and syncs it.
-func (c *change) giveAway() error { return c.give(c.staging, c.name) }
-
-// give is giveAway for a file, or a directory with all that is in it. It works from the inside out:
-// what the owner could already exchange is not touched any more. A trial may have made links, sockets
-// and files that cannot be read; they stay as they are.
+// give gives a file, or a directory with all that is in it, to the owner of the directory of sensors, so
+// that an agent that runs as him can replace it, and syncs it. It works from the inside out: what the
+// owner could already exchange is not touched any more. A trial may have made links, sockets and files
+// that cannot be read; they stay as they are.
 func (c *change) give(in dir, name string) error {
 	f, err := in.open(name, 0)
 	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) || errors.Is(err, fs.ErrPermission) {
@@ -361,80 +364,51 @@ func (c *change) give(in dir, name string) error {
 // any time. If the rest fails twice, the change is called off, as long as the installed version is
 // whole.
 func (c *change) replace() (err error) {
-	backup, newName := "", newPrefix+c.name
+	next := newPrefix + c.name
 	if c.installed.has(c.name) {
-		if backup, err = c.backUp(c.name, c.name); err != nil {
+		err = errors.Join(c.copy(c.installed, c.name, c.backups, next), syncFile(c.backups.File))
+		if err != nil {
 			return err
 		}
 	}
-	if err = c.staging.rename(c.name, c.installed, newName); err != nil && !c.installed.has(newName) {
+	if err = c.staging.rename(c.name, c.installed, next); err != nil && !c.installed.has(next) {
 		return err
 	}
-	if err = c.finish(c.name); err != nil { // perhaps what failed once works now
-		err = c.finish(c.name)
+	c.published = ""                                         // settle may have published another
+	for try := 1; try <= 2 && c.installed.has(next); try++ { // perhaps what failed once works now
+		err = c.finish(next, c.name)
 	}
-	if err == nil || !c.installed.has(newName) {
+	if !c.installed.has(next) {
 		c.tidy(err) // of the last sync: the new version is in its place, as all can see
 		return nil
 	}
 	if !c.tooLate {
-		c.tidy(c.undo(backup))
+		c.tidy(c.undo())
 	}
 	return err
 }
 
-// undo takes back a change that was decided but could not be finished. The backup, "" if there was
-// no installed version, is hidden again only when nothing can finish the change any more.
-func (c *change) undo(backup string) error {
-	if backup != "" && !c.installed.has(c.name) {
+// undo takes back a change that was decided but could not be finished. The backup is removed only when
+// nothing can finish the change any more.
+func (c *change) undo() error {
+	if c.published != "" && !c.installed.has(c.name) {
 		if err := c.installed.rename(gonePrefix+c.name, c.installed, c.name); err != nil {
 			return err
 		}
 	}
-	if err := c.discard(newPrefix+c.name, c.name); err != nil || backup == "" || !c.backups.has(backup) {
-		return err
+	err := c.installed.rename(newPrefix+c.name, c.staging, c.name)
+	if err == nil && c.backups.has(c.published) {
+		err = c.removeBackup(c.published)
 	}
-	return c.backups.rename(backup, c.backups, "."+backup)
+	return err
 }
 
-// backUp makes a hidden backup of a file among the sensors that is a version of this sensor, and
-// returns the name that it gets when it is published. The name holds the local time. If the clock is
-// behind the newest backup, it holds the second after that, so that the order of names is that of age.
-func (c *change) backUp(name, file string) (backup string, err error) {
-	backups, err := c.backupsOf(name, false)
-	if err != nil {
-		return "", err
-	}
-	stamp := time.Now().Format(backupLayout)
-	if n := len(backups); n > 0 {
-		if newest := strings.TrimPrefix(backups[n-1], name+"_"); newest >= stamp {
-			t, _ := time.Parse(backupLayout, newest) // parseBackup has checked it
-			stamp = t.Add(time.Second).Format(backupLayout)
-		}
-	}
-	backup = name + "_" + stamp
-	if err := c.copy(c.installed, file, c.backups, "."+backup); err != nil {
-		return "", err
-	}
-	return backup, syncFile(c.backups.File)
-}
-
-// finish publishes the backup of a sensor and puts .picket-new-NAME in its place. For an instant
-// there is no sensor, and new runs wait. If finish was interrupted or failed, it can be called again.
-func (c *change) finish(name string) error {
-	if !c.installed.has(newPrefix + name) {
-		return syncFile(c.installed.File) // the rename below was the last step
-	}
-	made, err := c.backupsOf(name, true)
-	if err != nil {
-		return err
-	}
-	for _, backup := range made {
-		if err := c.backups.rename(backup, c.backups, backup[1:]); err != nil {
-			return err
-		}
-	}
-	if c.installed.has(name) {
+// finish publishes the backup of a sensor, if one was made, and puts a file among the sensors in the
+// place of the sensor. For an instant there is no sensor, and new runs wait. If finish was interrupted
+// or failed, it can be called again.
+func (c *change) finish(file, name string) error {
+	err := c.publish(name)
+	if err == nil && c.installed.has(name) {
 		err = c.discard(name, name)
 	}
 	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
@@ -448,51 +422,67 @@ func (c *change) finish(name string) error {
 	if err != nil {
 		return err
 	}
-	return c.installed.rename(newPrefix+name, c.installed, name)
+	return c.installed.rename(file, c.installed, name)
 }
 
-// settle finishes the changes that were decided, and removes what is left of all others. If that
-// fails for one sensor, settle goes on with the next.
-//
-// Older versions of picket left .picket-lock, and another name decided: a new version counts there
-// once the installed one was renamed to .picket-old-NAME. What they hid among the backups may not be
-// complete.
-func (c *change) settle() error {
-	files, err := c.installed.names()
-	isOlder := slices.Contains(files, lockName)
-	if err = errors.Join(err, c.removeHiddenBackups(isOlder)); err != nil {
+// publish makes the hidden backup of a sensor, if there is one, its newest. Its name holds the local
+// time. If the clock is behind the newest backup, it holds the second after that, so that the order of
+// names is that of age.
+func (c *change) publish(name string) error {
+	backups, err := c.backupsOf(name)
+	if err != nil || !c.backups.has(newPrefix+name) {
 		return err
 	}
-	var errs []error
-	for _, file := range files { // in order: the new version of a sensor before the old one
-		if name, ok := versionOf(file, newPrefix); ok {
-			if isOlder && c.installed.has(name) && !c.installed.has(oldPrefix+name) {
-				errs = append(errs, c.discard(file, name))
-			} else {
-				errs = append(errs, c.finish(name))
-			}
-		}
-		if name, ok := versionOf(file, oldPrefix); ok && !c.installed.has(newPrefix+name) {
-			errs = append(errs, c.settleOld(name))
+	stamp := time.Now().Format(backupLayout)
+	if n := len(backups); n > 0 {
+		if newest := strings.TrimPrefix(backups[n-1], name+"_"); newest >= stamp {
+			t, _ := time.Parse(backupLayout, newest) // backupsOf has checked it
+			stamp = t.Add(time.Second).Format(backupLayout)
 		}
 	}
-	errs = append(errs, c.removeRubbish())
-	if isOlder && errors.Join(errs...) == nil {
-		return c.installed.remove(lockName)
+	c.published = name + "_" + stamp
+	return c.backups.rename(newPrefix+name, c.backups, c.published)
+}
+
+// settle finishes the changes that were decided, and removes what is left of all others; unless this is
+// recovery, versions that were replaced stay. If that fails for one sensor, settle goes on with the next.
+func (c *change) settle() error {
+	backups, err := c.backups.names()
+	files, err2 := c.installed.names()
+	errs := []error{err, err2}
+	for _, backup := range backups {
+		isOlder, _ := path.Match(olderBackups, backup)
+		if isOlder || strings.HasPrefix(backup, hidden) && !c.installed.has(backup) {
+			errs = append(errs, c.backups.remove(backup)) // half made or half removed
+		}
+	}
+	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
+		switch prefix, name := versionOf(file); {
+		case prefix == newPrefix:
+			errs = append(errs, c.finish(file, name))
+		case prefix == olderPrefix && (!c.installed.has(name) || c.installed.has(oldPrefix+name)):
+			errs = append(errs, c.finish(file, name))
+		case prefix == oldPrefix:
+			errs = append(errs, c.settleOld(name))
+		case strings.HasPrefix(file, hidden) && (c.name == "" || !strings.HasPrefix(file, gonePrefix)):
+			errs = append(errs, c.installed.remove(file))
+		}
 	}
 	return errors.Join(errs...)
 }
 
 // settleOld makes a backup of the version that an older picket moved out of the way, or puts it back
-// if nothing is in its place.
-func (c *change) settleOld(name string) error {
+// if nothing is in its place. It waits until the new version is there, if that was decided.
+func (c *change) settleOld(name string) (err error) {
 	old := oldPrefix + name
-	if !c.installed.has(name) {
+	switch {
+	case c.installed.has(olderPrefix + name):
+		return nil
+	case !c.installed.has(name):
 		return c.installed.rename(old, c.installed, name)
 	}
-	backup, err := c.backUp(name, old)
-	if err == nil {
-		err = c.backups.rename("."+backup, c.backups, backup)
+	if err = c.copy(c.installed, old, c.backups, newPrefix+name); err == nil {
+		err = c.publish(name)
 	}
 	if err == nil {
 		err = c.discard(old, name)
@@ -500,8 +490,8 @@ func (c *change) settleOld(name string) error {
 	return err
 }
 
-// discard renames one version of a sensor to .picket-gone-NAME, and removeRubbish removes it later: runs
-// may be in it, and a version that is half removed must not be taken for a whole one.
+// discard renames one version of a sensor to .picket-gone-NAME, and settle removes it later: runs may
+// be in it, and a version that is half removed must not be taken for a whole one.
 func (c *change) discard(file, name string) error {
 	if err := c.installed.remove(gonePrefix + name); err != nil {
 		return err
@@ -509,65 +499,32 @@ func (c *change) discard(file, name string) error {
 	return c.installed.rename(file, c.installed, gonePrefix+name)
 }
 
-// versionOf returns the name of a sensor if the file is a version of it, a hidden name with this
-// prefix.
-func versionOf(file, prefix string) (name string, ok bool) {
-	name, ok = strings.CutPrefix(file, prefix)
-	_, err := sensorName(name) // above all it is not ".."
-	return name, ok && err == nil
+// versionOf splits the hidden name of a version of a sensor that settle may still need. Of any other
+// name it returns "".
+func versionOf(file string) (prefix, name string) {
+	for _, prefix := range []string{newPrefix, olderPrefix, oldPrefix} {
+		name, ok := strings.CutPrefix(file, prefix)
+		if _, err := sensorName(name); ok && err == nil { // above all it is not ".."
+			return prefix, name
+		}
+	}
+	return "", ""
 }
 
-// removeRubbish removes all hidden names of picket among the sensors, except those of versions that
-// settle still needs and, unless this is recovery, of versions that were replaced.
-func (c *change) removeRubbish() error {
-	return c.installed.removeWhere(func(file string) bool {
-		_, isNew := versionOf(file, newPrefix)
-		_, isOld := versionOf(file, oldPrefix)
-		keep := isNew || isOld || file == lockName || c.name != "" && strings.HasPrefix(file, gonePrefix)
-		return !keep && strings.HasPrefix(file, hidden)
-	})
-}
-
-// removeHiddenBackups removes the backups that are half made or half removed. A backup that finish
-// will publish stays, unless all are to be removed.
-func (c *change) removeHiddenBackups(all bool) error {
-	return c.backups.removeWhere(func(file string) bool {
-		name, isHidden, ok := parseBackup(file)
-		return ok && isHidden && (all || !c.installed.has(newPrefix+name))
-	})
-}
-
-// isUnsettled reports whether something is left of an earlier change of this sensor.
-func (c *change) isUnsettled() bool {
-	made, err := c.backupsOf(c.name, true)
-	return err != nil || len(made) > 0 || c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name)
-}
-
-// backupsOf lists the published or the hidden backups of a sensor, the oldest first.
-func (c *change) backupsOf(name string, wantHidden bool) ([]string, error) {
+// backupsOf lists the backups of a sensor, the oldest first.
+func (c *change) backupsOf(name string) ([]string, error) {
 	files, err := c.backups.names()
 	return slices.DeleteFunc(files, func(file string) bool {
-		of, isHidden, ok := parseBackup(file)
-		return !ok || of != name || isHidden != wantHidden
+		stamp, ok := strings.CutPrefix(file, name+"_")
+		_, err := time.Parse(backupLayout, stamp)
+		return !ok || err != nil
 	}), err
-}
-
-// parseBackup splits the name of a backup. It returns the name of its sensor and whether the backup
-// is hidden, because it is being made or removed. Of any other name it reports that it is not ok.
-func parseBackup(file string) (name string, isHidden, ok bool) {
-	file, isHidden = strings.CutPrefix(file, ".")
-	i := len(file) - len("_"+backupLayout)
-	if i < 1 || file[i] != '_' {
-		return "", false, false
-	}
-	_, err := time.Parse(backupLayout, file[i+1:])
-	return file[:i], isHidden, err == nil
 }
 
 // prune removes the oldest backups of the sensor, so that keep of them remain; 0 removes none. It logs
 // each that it removes.
 func (c *change) prune() error {
-	backups, err := c.backupsOf(c.name, false)
+	backups, err := c.backupsOf(c.name)
 	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
 		if err = c.removeBackup(backups[0]); err == nil {
 			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
@@ -576,51 +533,40 @@ func (c *change) prune() error {
 	return err
 }
 
-// removeBackup removes a backup. It hides the backup first: nobody can take it for one while half of
-// it is removed.
+// removeBackup removes a backup of the sensor. It hides the backup first: nobody can take it for one
+// while half of it is removed.
 func (c *change) removeBackup(backup string) error {
-	if err := c.backups.rename(backup, c.backups, "."+backup); err != nil {
+	if err := c.backups.rename(backup, c.backups, newPrefix+c.name); err != nil {
 		return err
 	}
-	return c.backups.remove("." + backup)
+	return c.backups.remove(newPrefix + c.name)
 }
 
 // copy copies a sensor, or part of one, with its owner. When it returns nil, the copy is on the disk.
-// It links files where that is possible, which takes no space, and copies links as they are.
+// It links what can be linked, which takes no space, and copies links as they are.
 func (c *change) copy(from dir, name string, to dir, as string) error {
-	info, err := os.Lstat(from.at(name))
-	if err != nil {
-		return err
+	if to.do("link", as, func(path string) error { return os.Link(from.at(name), path) }) == nil {
+		return nil
 	}
-	switch info.Mode().Type() {
-	case fs.ModeDir:
-	case fs.ModeSymlink: // of an administrator's own sensor
-		target, err := os.Readlink(from.at(name))
-		if err != nil {
-			return err
-		}
+	if target, err := os.Readlink(from.at(name)); err == nil { // of an administrator's own sensor
 		return to.do("link", as, func(path string) error { return os.Symlink(target, path) })
-	case 0:
-		if to.do("link", as, func(path string) error { return os.Link(from.at(name), path) }) == nil {
-			return nil
-		}
-	default:
-		return fmt.Errorf("copy %s: neither a file nor a directory", from.path(name))
 	}
 	f, err := from.open(name, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if info, err = f.Stat(); err != nil { // of what is there now
+	info, err := f.Stat()
+	switch {
+	case err != nil:
 		return err
-	}
-	if !info.IsDir() {
+	case info.Mode().IsRegular():
 		if err := to.enoughSpace(info.Size()); err != nil {
 			return err
 		}
-		// A pipe that somebody has put in its place has the size 0, so that it is not read.
 		return to.write(as, io.LimitReader(f, info.Size()), info.Mode().Perm(), ownerOf(info))
+	case !info.IsDir():
+		return fmt.Errorf("copy %s: neither a file nor a directory", f.Name())
 	}
 	target, err := to.mkdir(as, info.Mode().Perm()|0o700)
 	if err != nil {
@@ -645,8 +591,7 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 // change they ask updater.step.
 type dir struct {
 	*os.File
-	depth int // of directories in each other, from one that was opened by its path
-	step  func(what string) error
+	step func(what string) error
 }
 
 // at returns a path that leads to a name in this very directory, wherever that was moved to. Only
@@ -663,9 +608,7 @@ func (d dir) has(name string) bool { return exists(d.at(name)) }
 
 // names lists the directory, in the order of bytes.
 func (d dir) names() ([]string, error) {
-	if _, err := d.Seek(0, io.SeekStart); err != nil {
-		return nil, err
-	}
+	d.Seek(0, io.SeekStart) // it may have been listed before
 	names, err := d.Readdirnames(-1)
 	slices.Sort(names)
 	return names, err
@@ -680,7 +623,7 @@ const createNew = syscall.O_RDWR | syscall.O_CREAT | syscall.O_EXCL
 // open opens a file or directory for reading, or with these flags in addition. It does not follow a
 // link, and does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
-	if d.depth == maxNesting {
+	if strings.Count(d.Name(), "/") >= maxNesting {
 		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
 	}
 	if flags&syscall.O_CREAT != 0 {
@@ -693,7 +636,7 @@ func (d dir) open(name string, flags int) (dir, error) {
 	if err != nil {
 		return dir{}, &os.PathError{Op: "open", Path: d.path(name), Err: err}
 	}
-	return dir{os.NewFile(uintptr(fd), d.path(name)), d.depth + 1, d.step}, nil
+	return dir{os.NewFile(uintptr(fd), d.path(name)), d.step}, nil
 }
 
 // ask asks step before a change.
@@ -763,50 +706,28 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
-// remove removes a name, with all that is in it. A name that does not exist is no error.
+// remove removes a name, with all that is in it. A name that does not exist is no error. remove enters a
+// directory only after opening it, so that it follows no link.
 func (d dir) remove(name string) error {
-	if err := d.ask("remove", name); err != nil {
-		return err
-	}
-	return d.removeAll(name)
-}
-
-// removeWhere removes all names for which isRubbish reports true. If one cannot be removed, it goes
-// on with the next.
-func (d dir) removeWhere(isRubbish func(name string) bool) error {
-	names, err := d.names()
-	errs := []error{err}
-	for _, name := range names {
-		if isRubbish(name) {
-			errs = append(errs, d.remove(name))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// removeAll is remove without asking step. It enters a directory only after opening it, so that it
-// follows no link.
-func (d dir) removeAll(name string) error {
-	err := os.Remove(d.at(name))
+	err := d.do("remove", name, os.Remove)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if os.Geteuid() != 0 { // a trial may have left a directory that its owner cannot enter; root can
 		os.Chmod(d.at(name), 0o700)
 	}
-	if inner, err := d.open(name, syscall.O_DIRECTORY); err == nil {
-		defer inner.Close()
-		names, _ := inner.names()
-		for _, name := range names {
-			if err := inner.removeAll(name); err != nil {
-				return err
-			}
-		}
-		if os.Remove(d.at(name)) == nil {
-			return nil
+	inner, errOpen := d.open(name, syscall.O_DIRECTORY)
+	if errOpen != nil {
+		return err
+	}
+	defer inner.Close()
+	names, _ := inner.names()
+	for _, name := range names {
+		if err := inner.remove(name); err != nil {
+			return err
 		}
 	}
-	return &os.PathError{Op: "remove", Path: d.path(name), Err: errors.Unwrap(err)}
+	return d.do("remove", name, os.Remove)
 }
 
 // enoughSpace returns an error if size more bytes would not leave spaceReserve of the file system
@@ -942,7 +863,8 @@ func (c *change) unpack() error {
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	p := &unpacking{change: c, contents: contents, left: c.maxUnpacked}
+	tooLarge := fmt.Errorf("unpacks to more than max_unpacked, %d bytes", c.maxUnpacked)
+	p := &unpacking{change: c, contents: contents, left: c.maxUnpacked, tooLarge: tooLarge}
 	for r := tar.NewReader(p); ; {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -985,22 +907,19 @@ type unpacking struct {
 	*change
 	contents io.Reader
 	left     int64 // bytes that may still come
+	tooLarge error // when nothing is left
 	ended    bool  // the latest Read found nothing more
 	entries  int   // files and directories so far
 }
 
 func (p *unpacking) Read(b []byte) (int, error) {
 	if p.left <= 0 {
-		return 0, p.tooLarge()
+		return 0, p.tooLarge
 	}
 	n, err := p.contents.Read(b[:min(int64(len(b)), p.left)])
 	p.left -= int64(n)
 	p.ended = n == 0 && errors.Is(err, io.EOF)
 	return n, err
-}
-
-func (p *unpacking) tooLarge() error {
-	return fmt.Errorf("unpacks to more than max_unpacked, %d bytes", p.maxUnpacked)
 }
 
 // entry unpacks one entry of the package, or returns why it does not belong there.
@@ -1103,7 +1022,7 @@ func (p *unpacking) count(size int64, in dir) error {
 		return fmt.Errorf("more than %d entries", maxEntries)
 	}
 	if size > p.left {
-		return p.tooLarge()
+		return p.tooLarge
 	}
 	return in.enoughSpace(size + dirSpace)
 }
@@ -1115,7 +1034,7 @@ func (c *change) checkVersion() error {
 	if err != nil {
 		return fmt.Errorf("version: %w", err)
 	}
-	backups, err := c.backupsOf(c.name, false)
+	backups, err := c.backupsOf(c.name)
 	newest, _ := c.installed.version(c.name) // without a valid one there is nothing to compare
 	for _, backup := range backups {
 		if v, _ := c.backups.version(backup); slices.Compare(v, newest) > 0 {
