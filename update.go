@@ -221,7 +221,6 @@ func (c *change) make(steps ...func() error) error {
 	if err := c.begin(lockTime); err != nil {
 		return err
 	}
-	c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	err := c.settle()
 	if err != nil && (c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name) ||
 		c.backups.has(newPrefix+c.name)) {
@@ -274,6 +273,8 @@ func (c *change) begin(wait time.Duration) (err error) {
 		if err := chown(c.backups.File, c.owner); err != nil {
 			return err
 		}
+	} else if c.name != "" {
+		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
 	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
 		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
@@ -374,9 +375,9 @@ func (c *change) replace() (err error) {
 	if err = c.staging.rename(c.name, c.installed, next); err != nil && !c.installed.has(next) {
 		return err
 	}
-	c.published = ""                                         // settle may have published another
-	for try := 1; try <= 2 && c.installed.has(next); try++ { // perhaps what failed once works now
-		err = c.finish(next, c.name)
+	c.published = "" // settle may have published another one
+	for try := 1; try <= 2 && c.installed.has(next); try++ {
+		err = c.finish(next, c.name) // perhaps what failed once works now
 	}
 	if !c.installed.has(next) {
 		c.tidy(err) // of the last sync: the new version is in its place, as all can see
@@ -397,10 +398,10 @@ func (c *change) undo() error {
 		}
 	}
 	err := c.installed.rename(newPrefix+c.name, c.staging, c.name)
-	if err == nil && c.backups.has(c.published) {
-		err = c.removeBackup(c.published)
+	if err != nil || c.published == "" || !c.backups.has(c.published) {
+		return err
 	}
-	return err
+	return c.removeBackup(c.published)
 }
 
 // finish publishes the backup of a sensor, if one was made, and puts a file among the sensors in the
@@ -408,7 +409,10 @@ func (c *change) undo() error {
 // or failed, it can be called again.
 func (c *change) finish(file, name string) error {
 	err := c.publish(name)
-	if err == nil && c.installed.has(name) {
+	if err != nil {
+		return err
+	}
+	if c.installed.has(name) {
 		err = c.discard(name, name)
 	}
 	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
@@ -458,10 +462,11 @@ func (c *change) settle() error {
 	}
 	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
 		switch prefix, name := versionOf(file); {
-		case prefix == newPrefix:
+		case prefix == newPrefix,
+			prefix == olderPrefix && (!c.installed.has(name) || c.installed.has(oldPrefix+name)):
 			errs = append(errs, c.finish(file, name))
-		case prefix == olderPrefix && (!c.installed.has(name) || c.installed.has(oldPrefix+name)):
-			errs = append(errs, c.finish(file, name))
+		case prefix == olderPrefix:
+			errs = append(errs, c.discard(file, name))
 		case prefix == oldPrefix:
 			errs = append(errs, c.settleOld(name))
 		case strings.HasPrefix(file, hidden) && (c.name == "" || !strings.HasPrefix(file, gonePrefix)):
@@ -709,6 +714,10 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 // remove removes a name, with all that is in it. A name that does not exist is no error. remove enters a
 // directory only after opening it, so that it follows no link.
 func (d dir) remove(name string) error {
+	if err := d.ask("remove", name); err != nil {
+		return err
+	}
+	d.step = nil // for a test it is one step
 	err := d.do("remove", name, os.Remove)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil
