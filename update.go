@@ -209,6 +209,7 @@ type change struct {
 	backups   dir
 	staging   dir
 	archive   *os.File // the package
+	entries   int      // files and directories that were unpacked
 	published string   // the latest backup that was published
 	tooLate   bool     // to call it off: the installed version is half removed
 }
@@ -791,12 +792,11 @@ func (c *change) verify() error {
 	if err != nil {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
-	var number string
-	var signature []byte
 	text, err := c.from.signature(c.ctx)
-	if err == nil {
-		number, signature, err = parseSignify(text, ed25519.SignatureSize)
+	if err != nil {
+		return fmt.Errorf("verify: signature: %w", err)
 	}
+	number, signature, err := parseSignify(text, ed25519.SignatureSize)
 	if err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
@@ -865,31 +865,36 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	return "", nil, err
 }
 
-// unpack unpacks the package into the staging directory. An archive that is cut off, even between two entries, is
-// an error; what follows the end of an archive is ignored.
+// unpack unpacks the package into the staging directory. An archive that is cut off, even between two
+// entries, is an error; what follows the end of an archive is ignored. It fails when more comes than may
+// be unpacked: a package of 785 bytes can unpack to 1 GiB.
 func (c *change) unpack() error {
 	contents, err := uncompressed(bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage)))
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	tooLarge := fmt.Errorf("unpacks to more than max_unpacked, %d bytes", c.maxUnpacked)
-	p := &unpacking{change: c, contents: contents, left: c.maxUnpacked, tooLarge: tooLarge}
-	for r := tar.NewReader(p); ; {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			break
+	left := c.maxUnpacked
+	limited := io.TeeReader(contents, writerFunc(func(p []byte) (int, error) {
+		if left -= int64(len(p)); left < 0 {
+			return 0, fmt.Errorf("unpacks to more than max_unpacked, %d bytes", c.maxUnpacked)
 		}
-		if err != nil {
-			return fmt.Errorf("unpack: %w", err)
-		}
-		if err := p.entry(h, r); err != nil {
+		return len(p), nil
+	}))
+	// Reading on fails, but tar reads no further than to the two blocks of zeros that end an archive.
+	cutOff := io.TeeReader(strings.NewReader("x"), writerFunc(func([]byte) (int, error) {
+		return 0, errors.New("the archive is cut off")
+	}))
+	r := tar.NewReader(io.MultiReader(limited, cutOff))
+	h, err := r.Next()
+	for ; err == nil; h, err = r.Next() {
+		if err := c.entry(h, r); err != nil {
 			return fmt.Errorf("unpack %s: %w", cut(h.Name), err)
 		}
 	}
-	if p.ended { // before the two blocks of zeros that end an archive
-		return errors.New("unpack: the archive is cut off")
+	if errors.Is(err, io.EOF) {
+		_, err = io.Copy(io.Discard, limited) // at the very end checksums are compared
 	}
-	if _, err := io.Copy(io.Discard, p); err != nil { // at the very end checksums are compared
+	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
 	if !c.staging.has(c.name) {
@@ -910,46 +915,25 @@ func uncompressed(r *bufio.Reader) (io.Reader, error) {
 	return r, nil
 }
 
-// An unpacking is the state of one unpack. It reads the archive, and fails when more comes than it may
-// read: a package of 785 bytes can unpack to 1 GiB.
-type unpacking struct {
-	*change
-	contents io.Reader
-	left     int64 // bytes that may still come
-	tooLarge error // when nothing is left
-	ended    bool  // the latest Read found nothing more
-	entries  int   // files and directories so far
-}
-
-func (p *unpacking) Read(b []byte) (int, error) {
-	if p.left <= 0 {
-		return 0, p.tooLarge
-	}
-	n, err := p.contents.Read(b[:min(int64(len(b)), p.left)])
-	p.left -= int64(n)
-	p.ended = n == 0 && errors.Is(err, io.EOF)
-	return n, err
-}
-
 // entry unpacks one entry of the package, or returns why it does not belong there.
-func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
+func (c *change) entry(h *tar.Header, r io.Reader) error {
 	name, err := entryName(h)
 	if err != nil || name == "" {
 		return err
 	}
-	if top, _, _ := strings.Cut(name, "/"); top != p.name {
-		return fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(p.name))
+	if top, _, _ := strings.Cut(name, "/"); top != c.name {
+		return fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(c.name))
 	}
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
 	if h.Typeflag == tar.TypeDir {
-		d, err := p.directory(name)
+		d, err := c.directory(name)
 		if err != nil {
 			return err
 		}
 		defer d.Close()
 		return d.Chmod(mode | 0o700)
 	}
-	parent, err := p.directory(path.Dir(name))
+	parent, err := c.directory(path.Dir(name))
 	if err != nil {
 		return err
 	}
@@ -957,7 +941,7 @@ func (p *unpacking) entry(h *tar.Header, r io.Reader) error {
 	if parent.has(path.Base(name)) {
 		return errors.New("twice in the package")
 	}
-	if err := p.count(h.Size, parent); err != nil {
+	if err := c.count(h.Size, parent); err != nil {
 		return err
 	}
 	return parent.write(path.Base(name), r, mode|0o400, nil)
@@ -1006,11 +990,11 @@ func entryName(h *tar.Header) (string, error) {
 
 // directory opens a directory of the package. If it is missing, directory makes it with mode 755,
 // which its own entry may change later.
-func (p *unpacking) directory(name string) (dir, error) {
+func (c *change) directory(name string) (dir, error) {
 	if name == "." {
-		return p.staging.open(".", syscall.O_DIRECTORY)
+		return c.staging.open(".", syscall.O_DIRECTORY)
 	}
-	parent, err := p.directory(path.Dir(name))
+	parent, err := c.directory(path.Dir(name))
 	if err != nil {
 		return dir{}, err
 	}
@@ -1018,20 +1002,17 @@ func (p *unpacking) directory(name string) (dir, error) {
 	if parent.has(path.Base(name)) {
 		return parent.open(path.Base(name), syscall.O_DIRECTORY)
 	}
-	if err := p.count(0, parent); err != nil {
+	if err := c.count(0, parent); err != nil {
 		return dir{}, err
 	}
 	return parent.mkdir(path.Base(name), 0o755)
 }
 
 // count counts a file or directory of the package, including one that appears only in the path of a
-// file. It fails if there are too many, or if size bytes of content are too much.
-func (p *unpacking) count(size int64, in dir) error {
-	if p.entries++; p.entries > maxEntries {
+// file. It fails if there are too many, or if there is no space for size bytes of content.
+func (c *change) count(size int64, in dir) error {
+	if c.entries++; c.entries > maxEntries {
 		return fmt.Errorf("more than %d entries", maxEntries)
-	}
-	if size > p.left {
-		return p.tooLarge
 	}
 	return in.enoughSpace(size + dirSpace)
 }
@@ -1078,11 +1059,8 @@ func (d dir) version(name string) (version []uint64, err error) {
 		return nil, err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	var text []byte
-	if err == nil && info.Mode().IsRegular() { // a pipe may keep its reader waiting for ever
-		text, err = io.ReadAll(io.LimitReader(f, maxVersion+1))
-	}
+	f.SetReadDeadline(time.Now()) // a pipe may keep its reader waiting for ever; a file cannot
+	text, err := io.ReadAll(io.LimitReader(f, maxVersion+1))
 	if err != nil {
 		return nil, err
 	}
