@@ -19,16 +19,16 @@ package main
 // A change makes these names one after the other. They tell recover how far it had come when the
 // power went:
 //
-//	sensors/.picket-staging-dlk3...            the package, unpacked and tried here
-//	sensors_backup/.disk_2010-03-07T21:24:33   the installed version, being linked or copied
-//	sensors/.picket-new-disk                   the new version: this rename decides, recover does the rest
-//	sensors_backup/disk_2010-03-07T21:24:33    the installed version, a backup from here on
-//	sensors/.picket-gone-disk                  the installed version, out of the way
-//	sensors/disk                               the new version
+//	sensors/.picket-staging-dlk3...           the package, unpacked and tried here
+//	sensors_backup/.picket-next-disk          the installed version, being linked or copied
+//	sensors/.picket-next-disk                 the new version: this rename decides, recover does the rest
+//	sensors_backup/disk_2010-03-07T21:24:33   the installed version, a backup from here on
+//	sensors/.picket-gone-disk                 the installed version, out of the way
+//	sensors/disk                              the new version
 //
 // The last but one stays until the next change of the sensor or the next start, as runs may still be in
-// it. recover removes it, and every other hidden name: nothing in it is needed. It also finishes or undoes what older
-// versions of picket left, .picket-lock and .picket-old-disk.
+// it. recover removes it, and every other hidden name. It also finishes or undoes what older versions of
+// picket left: .picket-lock, .picket-new-disk and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -60,7 +60,7 @@ import (
 const (
 	maxEntries   = 1024        // files and directories in a package
 	maxPath      = 255         // bytes of an entry's name
-	maxNesting   = 200         // directories in each other: maxPath allows for 128
+	maxNesting   = 200         // directories above a file: maxPath allows for 128 in a package
 	maxKeyFile   = 4 << 10     // bytes of a public key or signature: they have about 150
 	maxVersion   = 256         // bytes that are read of a file named version
 	spaceReserve = 256 << 10   // bytes of a file system that an update leaves free
@@ -197,8 +197,7 @@ func (u *updater) ownerWarning() string {
 		"give it to root with chown -R 0:0 %s", u.sensors.path, ownerOf(sensors).Uid, u.sensors.path)
 }
 
-// A change is the state of one change of a sensor, or of recovery. Its directories are open, and
-// locked for all other changes.
+// A change is the state of one change of a sensor, or of recovery. Its directories are open and locked.
 type change struct {
 	*updater
 	ctx       context.Context
@@ -211,7 +210,7 @@ type change struct {
 	archive   *os.File // the package
 	entries   int      // files and directories that were unpacked
 	published string   // the latest backup that was published
-	tooLate   bool     // to call it off: the installed version is half removed
+	tooLate   bool     // to undo it: the installed version is half removed
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
@@ -230,10 +229,8 @@ func (c *change) make(steps ...func() error) error {
 	c.tidy(err)
 	c.tidy(c.installed.remove(gonePrefix + c.name))
 	c.staging, err = c.installed.mkdir(stagingPrefix+strconv.FormatInt(time.Now().UnixNano(), 36), 0o711)
-	for _, step := range steps {
-		if err == nil {
-			err = step()
-		}
+	for i := 0; err == nil && i < len(steps); i++ {
+		err = steps[i]()
 	}
 	if err == nil {
 		c.tidy(c.prune())
@@ -242,8 +239,7 @@ func (c *change) make(steps ...func() error) error {
 	return err
 }
 
-// tidy logs an error that does not decide whether the change was made. recover will try again what
-// failed.
+// tidy logs an error that does not decide whether the change was made. recover tries again what failed.
 func (c *change) tidy(err error) {
 	if err != nil {
 		log.Printf(warning+"tidy sensors: %v", err)
@@ -271,9 +267,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 	}
 	c.owner = ownerOf(sensors)
 	if isNew {
-		if err := chown(c.backups.File, c.owner); err != nil {
-			return err
-		}
+		c.tidy(chown(c.backups.File, c.owner))
 	} else if c.name != "" {
 		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
@@ -283,8 +277,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 	return nil
 }
 
-// close closes the directories and the package, and so unlocks the backups. Closing what was never
-// opened does nothing.
+// close closes the directories, which unlocks the backups, and the package, as far as they are open.
 func (c *change) close() {
 	for _, f := range []*os.File{c.installed.File, c.backups.File, c.staging.File, c.archive} {
 		f.Close()
@@ -315,8 +308,7 @@ func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 // ownerOf returns the user and the group that a file belongs to, among what else the system knows.
 func ownerOf(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }
 
-// chown gives an open file to an owner, unless that is nil. Only root can do so; for other users
-// chown does nothing, as they change only what is theirs.
+// chown gives an open file to an owner, unless that is nil. Only root can; others own what they change.
 func chown(f *os.File, owner *syscall.Stat_t) error {
 	if owner == nil || os.Geteuid() != 0 {
 		return nil
@@ -324,8 +316,7 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// try runs the staged version once, with the help argument. It must exit 0 within the sensors'
-// time-out.
+// try runs the staged version with the help argument. It must exit 0 within the sensors' time-out.
 func (c *change) try() error {
 	s, dir := c.sensors.of(c.name), c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
@@ -361,10 +352,9 @@ func (c *change) give(in dir, name string) error {
 	return errors.Join(err, chown(f.File, c.owner), syncFile(f.File))
 }
 
-// replace puts the staged version in the place of the sensor, and the installed one among the
-// backups. One rename decides: before it nothing has changed, after it settle can do the rest at
-// any time. If the rest fails twice, the change is called off, as long as the installed version is
-// whole.
+// replace puts the staged version in the place of the sensor, and the installed one among the backups.
+// One rename decides: before it nothing has changed, after it settle can do the rest at any time. If the
+// rest fails twice, the change is undone, as long as the installed version is whole.
 func (c *change) replace() (err error) {
 	next := newPrefix + c.name
 	if c.installed.has(c.name) {
@@ -390,8 +380,7 @@ func (c *change) replace() (err error) {
 	return err
 }
 
-// undo takes back a change that was decided but could not be finished. The backup is removed only when
-// nothing can finish the change any more.
+// undo takes back a change that was decided. The backup goes last, when nothing can finish the change.
 func (c *change) undo() error {
 	if c.published != "" && !c.installed.has(c.name) {
 		if err := c.installed.rename(gonePrefix+c.name, c.installed, c.name); err != nil {
@@ -405,9 +394,8 @@ func (c *change) undo() error {
 	return c.removeBackup(c.published)
 }
 
-// finish publishes the backup of a sensor, if one was made, and puts a file among the sensors in the
-// place of the sensor. For an instant there is no sensor, and new runs wait. If finish was interrupted
-// or failed, it can be called again.
+// finish publishes the backup of a sensor, if one was made, and puts a new version in its place. For an
+// instant there is no sensor, and new runs wait. finish may be interrupted and called again.
 func (c *change) finish(file, name string) error {
 	err := c.publish(name)
 	if err != nil {
@@ -430,9 +418,8 @@ func (c *change) finish(file, name string) error {
 	return c.installed.rename(file, c.installed, name)
 }
 
-// publish makes the hidden backup of a sensor, if there is one, its newest. Its name holds the local
-// time. If the clock is behind the newest backup, it holds the second after that, so that the order of
-// names is that of age.
+// publish makes the hidden backup of a sensor, if there is one, its newest. The name holds the local time
+// or, to keep the order of age where the clock is behind, the second after that of the newest backup.
 func (c *change) publish(name string) error {
 	backups, err := c.backupsOf(name)
 	if err != nil || !c.backups.has(newPrefix+name) {
@@ -440,10 +427,8 @@ func (c *change) publish(name string) error {
 	}
 	stamp := time.Now().Format(backupLayout)
 	if n := len(backups); n > 0 {
-		if newest := strings.TrimPrefix(backups[n-1], name+"_"); newest >= stamp {
-			t, _ := time.Parse(backupLayout, newest) // backupsOf has checked it
-			stamp = t.Add(time.Second).Format(backupLayout)
-		}
+		newest, _ := time.Parse(backupLayout, strings.TrimPrefix(backups[n-1], name+"_")) // it has this form
+		stamp = max(stamp, newest.Add(time.Second).Format(backupLayout))
 	}
 	c.published = name + "_" + stamp
 	return c.backups.rename(newPrefix+name, c.backups, c.published)
@@ -505,8 +490,7 @@ func (c *change) discard(file, name string) error {
 	return c.installed.rename(file, c.installed, gonePrefix+name)
 }
 
-// versionOf splits the hidden name of a version of a sensor that settle may still need. Of any other
-// name it returns "".
+// versionOf splits the hidden name of a version that settle may need. Of any other name it returns "".
 func versionOf(file string) (prefix, name string) {
 	for _, prefix := range []string{newPrefix, olderPrefix, oldPrefix} {
 		name, ok := strings.CutPrefix(file, prefix)
@@ -527,8 +511,7 @@ func (c *change) backupsOf(name string) ([]string, error) {
 	}), err
 }
 
-// prune removes the oldest backups of the sensor, so that keep of them remain; 0 removes none. It logs
-// each that it removes.
+// prune removes, and logs, the oldest backups of the sensor, so that keep of them remain; 0 removes none.
 func (c *change) prune() error {
 	backups, err := c.backupsOf(c.name)
 	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
@@ -580,16 +563,11 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	}
 	defer target.Close()
 	names, err := f.names()
-	for _, name := range names {
-		if err == nil {
-			err = c.copy(f, name, target, name)
-		}
-	}
-	if err != nil {
-		return err
+	for i := 0; err == nil && i < len(names); i++ {
+		err = c.copy(f, names[i], target, names[i])
 	}
 	// He gets it last: until here he cannot change it.
-	return errors.Join(chown(target.File, ownerOf(info)), syncFile(target.File))
+	return errors.Join(err, chown(target.File, ownerOf(info)), syncFile(target.File))
 }
 
 // A dir is an open directory. All its methods work in that directory and nowhere else, whatever its
@@ -623,19 +601,17 @@ func (d dir) names() ([]string, error) {
 // path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
-// createNew are the flags to make a file, and to open it for reading and writing. It must not exist.
-const createNew = syscall.O_RDWR | syscall.O_CREAT | syscall.O_EXCL
-
-// open opens a file or directory for reading, or with these flags in addition. It does not follow a
-// link, and does not wait for the other end of a pipe.
+// open opens a file or directory for reading. With O_CREAT it makes a file and opens it for writing, too.
+// It does not follow a link, and does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if strings.Count(d.Name(), "/") >= maxNesting {
-		return dir{}, fmt.Errorf("%s: more than %d directories in each other", d.Name(), maxNesting)
+		return dir{}, fmt.Errorf("%s: in more than %d directories", d.Name(), maxNesting)
 	}
 	if flags&syscall.O_CREAT != 0 {
 		if err := d.ask("create", name); err != nil {
 			return dir{}, err
 		}
+		flags |= syscall.O_RDWR | syscall.O_EXCL
 	}
 	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
 	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
@@ -667,8 +643,7 @@ func (d dir) do(what, name string, change func(path string) error) error {
 
 // rename renames a file or directory. When it returns nil, the new name is on the disk.
 func (d dir) rename(name string, to dir, newName string) error {
-	err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
-	if err != nil {
+	if err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) }); err != nil {
 		return err
 	}
 	return syncFile(to.File)
@@ -698,10 +673,9 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 	return made, err
 }
 
-// write makes a file with this content and mode, and syncs it. Root gives it to the owner, unless
-// that is nil.
+// write makes a file with this content and mode, and syncs it. Root gives it to the owner, if there is one.
 func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
-	f, err := d.open(name, createNew)
+	f, err := d.open(name, syscall.O_CREAT)
 	if err != nil {
 		return err
 	}
@@ -744,9 +718,7 @@ func (d dir) remove(name string) error {
 // free, or if hardly another file can be made.
 func (d dir) enoughSpace(size int64) error {
 	var s syscall.Statfs_t
-	if err := syscall.Fstatfs(int(d.Fd()), &s); err != nil {
-		return &os.PathError{Op: "statfs", Path: d.Name(), Err: err}
-	}
+	syscall.Fstatfs(int(d.Fd()), &s) // where that fails, only writing tells
 	if s.Files > 0 && s.Ffree < spaceReserve/dirSpace {
 		return fmt.Errorf("no space: %d files can still be made in %s", s.Ffree, d.Name())
 	}
@@ -758,10 +730,9 @@ func (d dir) enoughSpace(size int64) error {
 	return nil
 }
 
-// fetch writes the package to the staging directory, and no more of it than is allowed. No sensor can
-// have the name of the file.
+// fetch writes the package to the staging directory. No sensor can have the name of the file.
 func (c *change) fetch() error {
-	f, err := c.staging.open(".package", createNew)
+	f, err := c.staging.open(".package", syscall.O_CREAT)
 	if err != nil {
 		return err
 	}
@@ -869,7 +840,15 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 // entries, is an error; what follows the end of an archive is ignored. It fails when more comes than may
 // be unpacked: a package of 785 bytes can unpack to 1 GiB.
 func (c *change) unpack() error {
-	contents, err := uncompressed(bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage)))
+	packed := bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage))
+	var contents io.Reader = packed
+	var err error
+	switch magic, _ := packed.Peek(3); { // an error comes again
+	case string(magic) == "BZh":
+		contents = bzip2.NewReader(packed)
+	case strings.HasPrefix(string(magic), "\x1f\x8b"):
+		contents, err = gzip.NewReader(packed)
+	}
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
@@ -901,18 +880,6 @@ func (c *change) unpack() error {
 		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
 	return nil
-}
-
-// uncompressed recognises bzip2, gzip and plain tar by what they begin with.
-func uncompressed(r *bufio.Reader) (io.Reader, error) {
-	magic, _ := r.Peek(3) // an error comes again
-	switch {
-	case string(magic) == "BZh":
-		return bzip2.NewReader(r), nil
-	case strings.HasPrefix(string(magic), "\x1f\x8b"):
-		return gzip.NewReader(r)
-	}
-	return r, nil
 }
 
 // entry unpacks one entry of the package, or returns why it does not belong there.
@@ -1031,16 +998,16 @@ func (c *change) checkVersion() error {
 			newest = v
 		}
 	}
+	dotted := func(v []uint64) string { return strings.ReplaceAll(strings.Trim(fmt.Sprint(v), "[]"), " ", ".") }
 	switch {
 	case err != nil:
 		return err
 	case slices.Compare(offered, newest) >= 0:
 		return nil
 	case offered == nil:
-		return fmt.Errorf("version: none in the package; %s is known here", versionText(newest))
+		return fmt.Errorf("version: none in the package; %s is known here", dotted(newest))
 	}
-	return fmt.Errorf("version: %s is older than %s, which is known here",
-		versionText(offered), versionText(newest))
+	return fmt.Errorf("version: %s is older than %s, which is known here", dotted(offered), dotted(newest))
 }
 
 // version reads the file version of a sensor, decimal numbers with dots between them. It returns nil
@@ -1075,11 +1042,6 @@ func (d dir) version(name string) (version []uint64, err error) {
 		version = version[:len(version)-1]
 	}
 	return version, nil
-}
-
-// versionText writes a version with dots.
-func versionText(version []uint64) string {
-	return strings.ReplaceAll(strings.Trim(fmt.Sprint(version), "[]"), " ", ".")
 }
 
 // nextMonitor asks the monitor where to move to, and returns that URL if a monitor answers there.
