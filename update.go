@@ -184,9 +184,8 @@ func (u *updater) recover(ctx context.Context) error {
 	return c.settle() // of the versions that the first call replaced
 }
 
-// ownerWarning returns a line for the log, or "" if there is nothing to warn of. It warns an agent
-// that runs as root if the sensors belong to another user, but the backups to root. tar leaves them
-// so when it keeps the user number of whoever packed the sensors.
+// ownerWarning returns a line for the log, or "". It warns root if the sensors belong to another user, but
+// the backups to root: tar leaves them so when it keeps the user number of whoever packed the sensors.
 func (u *updater) ownerWarning() string {
 	sensors, err := os.Stat(u.sensors.path)
 	backups, err2 := os.Stat(u.backup)
@@ -522,8 +521,7 @@ func (c *change) prune() error {
 	return err
 }
 
-// removeBackup removes a backup of the sensor. It hides the backup first: nobody can take it for one
-// while half of it is removed.
+// removeBackup removes a backup of the sensor. It is hidden first: half of it must not be taken for one.
 func (c *change) removeBackup(backup string) error {
 	if err := c.backups.rename(backup, c.backups, newPrefix+c.name); err != nil {
 		return err
@@ -629,8 +627,7 @@ func (d dir) ask(what, name string) error {
 	return d.step(what + " " + d.path(name))
 }
 
-// do asks step and then makes a change at the path of a name. Its error shows the usual path, not
-// the one through /proc.
+// do asks step, then makes a change at the path of a name. Its error shows the usual path, not that in /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
 	if err := d.ask(what, name); err != nil {
 		return err
@@ -914,8 +911,7 @@ func (c *change) entry(h *tar.Header, r io.Reader) error {
 	return parent.write(path.Base(name), r, mode|0o400, nil)
 }
 
-// entryName returns the name of an entry, a plain path, or "" for an entry that is left out. It refuses
-// what no sensor needs.
+// entryName returns the plain path of an entry, or "" if it is left out. It refuses what no sensor needs.
 func entryName(h *tar.Header) (string, error) {
 	name := strings.TrimSuffix(strings.TrimPrefix(h.Name, "./"), "/")
 	switch h.Typeflag {
@@ -955,8 +951,7 @@ func entryName(h *tar.Header) (string, error) {
 	return name, nil
 }
 
-// directory opens a directory of the package. If it is missing, directory makes it with mode 755,
-// which its own entry may change later.
+// directory opens a directory of the package, or makes it with mode 755, which its entry may change later.
 func (c *change) directory(name string) (dir, error) {
 	if name == "." {
 		return c.staging.open(".", syscall.O_DIRECTORY)
