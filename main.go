@@ -1652,10 +1652,8 @@ func (r storedReading) String() string {
 type monitor struct {
 	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string                    // the URL that agents move to; "" is none
-	stored   func(storedReading) error // is called for each reading, one at a time
+	stored   func(storedReading) error // is called for each reading, perhaps for several at once
 	tls      *tls.Config               // nil: without TLS
-
-	mu sync.Mutex // guards the calls of stored
 }
 
 // serve answers agents until ctx ends.
@@ -1709,8 +1707,6 @@ func (m *monitor) store(r request, params []any) (any, error) {
 		return nil, faultf(faultParams,
 			"cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	return "OK", m.stored(s)
 }
 
@@ -1989,6 +1985,7 @@ func (p *prober) forget(asked map[any]probeRead) {
 func (p *prober) stored(r storedReading) error {
 	ticket, _ := r.ticket.(string)
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	arrived, known := p.tickets[ticket]
 	delete(p.tickets, ticket)
 	result, remark := "stored", ""
@@ -2000,9 +1997,6 @@ func (p *prober) stored(r storedReading) error {
 	p.counts[result]++
 	if arrived != nil {
 		arrived <- r // which has room
-	}
-	p.mu.Unlock()
-	if arrived != nil {
 		return nil
 	}
 	_, err := fmt.Fprintf(p.out, "%s%s\n", r, remark)
