@@ -5531,8 +5531,12 @@ func TestTLS(t *testing.T) {
 
 // TestWrongScheme: a TLS port that is asked in plain HTTP, and the other way round, is
 // named as that, at the agent's start and by picket call. A peer that is away is not.
+// No move leads from TLS to plain HTTP.
 func TestWrongScheme(t *testing.T) {
-	_, secure := serveTLS(t, (&monitor{}).methods(), newCA(t, "ca").valid(t, "box"))
+	pair := newCA(t, "ca").valid(t, "box")
+	_, secure := serveTLS(t, (&monitor{next: "http://127.0.0.1:1/"}).methods(), pair)
+	_, err := nextMonitor(ctx, testClient(t, secure, clientTLS(pair)), httpURL)
+	has(t, "a move", err, "from https to http://127.0.0.1:1/")
 	secure.Scheme = "http"
 	plain := *newRecorder(t).url
 	plain.Scheme = "https"
@@ -5598,41 +5602,6 @@ func TestBuildTime(t *testing.T) {
 	equal(t, "the time", buildTime().Unix(), int64(1790000000))
 }
 
-// TestReload: a valid client.cfg comes into force as a whole, any other changes nothing;
-// the work goes on meanwhile.
-func TestReload(t *testing.T) {
-	gate, gated := gatedSensor(t)
-	b := newBox(t, "[sensor]\npath = one\n", files{
-		"one/s/check": printing(1), "two/s/check": printing(2), "one/gated/check": gated,
-	})
-	first, second := b.recorder, newRecorder(t)
-	p := b.start(t)
-	mustCall(t, b.client, "cmd_submit_reading", 1, "gated")
-	wants(t, b.read(t, 2, "s"), "ticket 2: exit 0, value 1")
-	first.set(away)
-	mustCall(t, b.client, "cmd_submit_reading", 3, "s")
-	await(t, "a try to deliver it", func() bool { return first.tries.Load() > 1 })
-
-	must(t, syscall.Mkfifo(filepath.Join(b.dir, "fifo"), 0o600))
-	for text, want := range map[string]string{
-		"[sensor]\npth = two\ntimeout = x\n":        `client.cfg:3: [sensor] timeout: "x" is not a time`,
-		"[agent]\ncertificate = fifo\nkey = fifo\n": "client.cfg:2: [agent] certificate: …fifo: not a regular file",
-	} {
-		has(t, text, b.reload(t, p, text), "reload: …"+want+"…stay in force")
-	}
-	mustCall(t, b.client, "cmd_submit_reading", 4, "s") // of path one, still
-
-	text := "[sensor]\npath = two\nconcurrency = 3\n[monitor]\nurl = " + second.url.String() +
-		"\n[agent]\nallow = 127.0.0.1\nlisten = 127.0.0.1:1\n"
-	has(t, "the reload", b.reload(t, p, text), "[agent] listen…in force at the next start")
-	equal(t, "what was undelivered", getsAll(t, second, 2), map[any]string{3: "0 1", 4: "0 1"})
-	wantLog(t, &p.log, "monitor "+second.url.String()+": answers")
-	b.recorder = second
-	wants(t, b.read(t, 5, "s"), "ticket 5: exit 0, value 2")
-	gate.open(t)
-	wants(t, receive(t, "the sensor that ran all the while", second.readings), "ticket 1: exit 0, value 3")
-}
-
 // TestReloadProtects: no reload takes away a protection that is in force, as one
 // would that meets a client.cfg which is empty or half written. SIGTERM does not
 // wait for a reload.
@@ -5661,28 +5630,6 @@ func TestReloadProtects(t *testing.T) {
 	p.signal(t, syscall.SIGHUP, syscall.SIGTERM)
 	equal(t, "SIGTERM after a SIGHUP", p.wait(t), 0)
 	equal(t, "reloads", strings.Count(p.log.String(), "in force"), strings.Count(before, "in force"))
-}
-
-// TestHealth: the agent is a sensor itself, and logs all of it at SIGUSR1.
-func TestHealth(t *testing.T) {
-	b := newBox(t, "", nil)
-	p := b.start(t)
-	asked := 0
-	ask := func(args ...any) storedReading { asked++; return b.ask(t, "cmd_submit_reading", 1, "picket", args) }
-	wants(t, ask("last_delivery_age"), "ticket 1: exit 0, value …")
-	p.signal(t, syscall.SIGUSR1)
-	wantLog(t, &p.log, "health: … last_delivery_age …\n")
-	line := regexp.MustCompile(`health: (.*)\n`).FindStringSubmatch(p.log.String())[1]
-	want := `^uptime \d+ queued 0 running 0 undelivered [01] delivered [01] dropped 0 refused 0 ` +
-		`rss_kb \d{4,} spool_bytes 0 last_delivery_age \d+$`
-	expect(t, regexp.MustCompile(want).MatchString(line), "got %s; want %s", line, want)
-	names := strings.Fields(line)
-	for i := 0; i < len(names); i += 2 {
-		got := ask(names[i])
-		_, err := strconv.ParseUint(got.value, 10, 64)
-		expect(t, err == nil && got.code == 0, "%s: got %+v; want a number", names[i], got)
-	}
-	await(t, "all are counted", func() bool { asked++; return b.health(t, "delivered") == fmt.Sprint(asked-1) })
 }
 
 // firstAddress reads the line with which a program says where it serves.
@@ -5732,53 +5679,6 @@ func TestLog(t *testing.T) {
 	}
 }
 
-// A logFile is a log that is a file.
-type logFile string
-
-func (f logFile) String() string {
-	text, _ := os.ReadFile(string(f)) // it may not be there yet
-	return string(text)
-}
-
-// TestLogLines: what goes well is a line where verbose is set, and what goes wrong
-// always is. In a file each line has the local time. At its end the agent says for
-// what it waits.
-func TestLogLines(t *testing.T) {
-	gate, gated := gatedSensor(t)
-	b := newBox(t, "", files{
-		"sensors/s/check": printing(1), "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 3",
-		"sensors/gated/check": gated,
-	})
-	log := logFile(filepath.Join(b.dir, "log"))
-	cmd := wrapped(self(t, b.dir), "sh", "-c", `exec "$@" 2>log`, "sh")
-	must(t, cmd.Start())
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	wantLog(t, log, ": answers\n")
-	b.client = clientOf(t, servesAt.FindStringSubmatch(log.String())[1])
-	wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
-	wants(t, b.read(t, 2, "fail"), "ticket 2: exit 3, value nan")
-	wantFault(t, b.client, "cmd_submit_reading", 3, "../s")
-	wantLog(t, log, `: sensor fail: exit 3 in …ms: "broken"…fault -32602: cmd_submit_reading: "../s" is not the name`)
-	expect(t, !strings.Contains(log.String(), "ticket 1"), "got %s; want no line for what goes well", log)
-	b.configure(t, b.config+"verbose = yes\n")
-	must(t, cmd.Process.Signal(syscall.SIGHUP))
-	wantLog(t, log, "is in force;…: answers\n")
-	wants(t, b.read(t, 4, "s"), "ticket 4: exit 0, value 1")
-	wantLog(t, log, ": command cmd_submit_reading from 127.0.0.1: ticket 4, sensor s\n…: sensor s: exit 0 in …ms\n")
-	mustCall(t, b.client, "cmd_submit_reading", 5, "gated")
-	await(t, "it runs", func() bool { return b.health(t, "running") == "1" })
-	must(t, cmd.Process.Signal(syscall.SIGTERM))
-	wantLog(t, log, "ending\n…ending: waits for sensor gated, at most 5s\n")
-	b.set(away)
-	gate.open(t)
-	wantLog(t, log, "ending: waits for the monitor to take 1 reading, at most 5s\n")
-	must(t, cmd.Wait())
-	for _, line := range splitLines(log.String()) {
-		_, err := time.ParseInLocation("2006-01-02T15:04:05 picket: ", line[:min(len(line), 28)], time.Local)
-		expect(t, err == nil, "got %q; want the time at its beginning", line)
-	}
-}
-
 // zoneAhead is a zone as OpenWrt has it in TZ, which is five and a half hours ahead.
 const zoneAhead = "TZ=XST-5:30"
 
@@ -5792,7 +5692,7 @@ func isAhead(t *testing.T, what, layout, text string) {
 	expect(t, age > -time.Second && age < patience, "%s: got %s; want %s", what, text, now.Format(layout))
 }
 
-// TestOneZone: readings and backups have the time of the box's zone.
+// TestOneZone: readings, backups and a log that is a file have the time of the box's zone.
 func TestOneZone(t *testing.T) {
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
 		"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1),
@@ -5804,6 +5704,14 @@ func TestOneZone(t *testing.T) {
 	isAhead(t, "the reading", dateTimeLayout, fmt.Sprint(got.time))
 	_, name, _ := strings.Cut(filepath.Base(glob(t, filepath.Join(b.dir, "backup/*"))[0]), "_")
 	isAhead(t, "the backup", backupLayout, name)
+	writeTree(t, b.dir, files{"taken.cfg": "[agent]\nlisten = " + b.client.url.Host + "\n"})
+	fails := wrapped(self(t, b.dir, "-c", "taken.cfg"), "sh", "-c", `exec "$@" 2>log`, "sh")
+	fails.Env = cmd.Env
+	expect(t, fails.Run() != nil, "an address that is taken: got no error; want one")
+	for _, line := range splitLines(string(readFile(t, filepath.Join(b.dir, "log")))) {
+		at, _, _ := strings.Cut(line, " picket: ")
+		isAhead(t, "the log", "2006-01-02T15:04:05", at)
+	}
 }
 
 // TestSyslog: each line goes to the local syslog with its severity, and to standard
@@ -6125,89 +6033,168 @@ func TestStoryFragment(t *testing.T) {
 	}
 }
 
-// TestStories runs the stories of testdata/stories.txt.
+// TestStories runs the stories of testdata/stories.txt. After each the agent has nothing
+// left to do, and has counted what the monitors got; no process is left of it.
 func TestStories(t *testing.T) {
-	for _, story := range cases(t, "testdata/stories.txt") {
-		t.Run(story.name, func(t *testing.T) {
-			log := logged(t)
-			b, lines := storyBox(t, strings.Split(strings.TrimSpace(story.text), "\n"))
-			b.run(t)
-			var err error
-			for _, line := range lines {
-				want, follows := strings.CutPrefix(line, "\t")
-				switch text, ofLog := strings.CutPrefix(want, "log "); {
-				case ofLog:
-					wantLog(t, log, text+"\n")
-				case strings.HasPrefix(want, "fault "):
-					has(t, "the fault", err, want+": ")
-				case follows:
-					wants(t, receive(t, want, b.readings), want)
-				default:
-					method, params, _ := strings.Cut(line, " ")
-					_, err = b.client.call(ctx, method, fromJSON(t, params)...)
-				}
+	for _, c := range cases(t, "testdata/stories.txt") {
+		t.Run(c.name, func(t *testing.T) {
+			marked, s := mark(t), newStory(t)
+			for _, line := range splitLines(c.text) {
+				s.step(t, line)
 			}
+			if s.agent.ProcessState == nil {
+				before, figures := len(s.agent.log.String()), "queued 0 running 0 undelivered 0 delivered %d dropped 0 refused …"
+				await(t, "nothing is left", func() bool {
+					s.agent.signal(t, syscall.SIGUSR1)
+					return like(s.agent.log.String()[before:], "…health: uptime … "+fmt.Sprintf(figures, s.stored))
+				})
+				s.agent.terminate(t)
+			}
+			equal(t, "readings of which no line tells", len(s.untold)+len(s.got), 0)
+			awaitNone(t, marked)
 		})
 	}
 }
 
-// storyBox makes the box that a story begins with, and returns its further lines.
-func storyBox(t *testing.T, lines []string) (*box, []string) {
-	more, tree := "", files{"packages/": ""}
-	for ; ; lines = lines[1:] {
-		kind, rest, _ := strings.Cut(lines[0], " ")
-		name, script, _ := strings.Cut(rest, ": ")
-		switch script = "#!/bin/sh\n" + script + "\n"; kind {
-		case "sensor":
-			tree["sensors/"+name+"/check"] = script
-		case "package":
-			tree["packages/"+name+".tar.bz2"] = packageOf(t, entry(name+"/", ""), entry(name+"/check", script))
-		case "option":
-			more += strings.Replace(rest, " ", "\n", 1) + "\n"
-		default:
-			return newBox(t, more, tree), lines
+// A story is a box with two monitors, whose agent is a child.
+type story struct {
+	*box
+	agent  *child
+	err    error        // of the latest call
+	said   string       // by the latest call or shell command
+	later  chan string  // what calls in the background said
+	held   chan attempt // to store a reading at a monitor that waits
+	hold   chan bool    // is closed when that monitor goes on
+	got    chan string  // readings that the monitors get
+	untold []string     // those of which no line has told
+	stored int          // how many there were
+	read   int          // bytes of the log of which lines have told
+}
+
+func newStory(t *testing.T) *story {
+	s := &story{
+		box: newBox(t, "", files{"packages/": ""}), later: make(chan string, 10), got: make(chan string, 1000),
+		hold: make(chan bool), held: make(chan attempt, 10),
+	}
+	next := newRecorder(t)
+	for from, m := range map[string]*recorder{"": s.recorder, "next ": next} {
+		from := from
+		m.stored = func(r storedReading) error {
+			_, text, _ := strings.Cut(r.String(), " 127.0.0.1 ")
+			s.got <- from + text
+			return nil
 		}
 	}
+	t.Cleanup(func() {
+		if t.Failed() && s.agent != nil {
+			t.Logf("the log is %s", &s.agent.log)
+		}
+	})
+	ill := func(request, []any) (any, error) { return "ILL", nil }
+	t.Setenv("SICK", serve(t, newHandler([]method{{"healthcheck", "string", "", ill}})).String())
+	t.Setenv("NEXT", next.url.String())
+	t.Setenv("MONITOR", s.url.String())
+	return s
 }
 
-// TestStory: each command of a multicall is stored once, and then nothing is left.
-func TestStory(t *testing.T) {
-	b := newBox(t, "", files{
-		"sensors/words/check": "#!/bin/sh\necho $#", "sensors/fail/check": "#!/bin/sh\necho broken >&2; exit 2",
-	})
-	b.run(t)
-	wantFault(t, b.client, "cmd_submit_reading", strings.Repeat("x", maxTicket+1), "words")
-	equal(t, "the list", mustCall(t, b.client, "cmd_list_sensors"), any(map[string]any{
-		"picket": ownHelp(), "words": "1", "fail": `no help: fail options: exit 2: "broken"`,
-	}))
-	calls := []any{}
-	for i := 0; i < 20; i++ {
-		calls = append(calls, map[string]any{"methodName": "cmd_submit_reading", "params": []any{i, "words"}})
+// step takes a line of a story.
+func (s *story) step(t *testing.T, line string) {
+	t.Helper()
+	word, rest, _ := strings.Cut(line, " ")
+	name, script, _ := strings.Cut(rest, ": ")
+	if !strings.HasPrefix(line, "\t") {
+		must(t, s.err)
 	}
-	equal(t, "answers", len(mustCall(t, b.client, "system.multicall", calls).([]any)), 20)
-	gets(t, b.recorder, 0, 19)
-	await(t, "nothing is left", func() bool {
-		return b.health(t, "queued") == "0" && b.health(t, "running") == "0" && b.health(t, "undelivered") == "0"
-	})
+	switch word {
+	case "sensor":
+		writeSensor(t, filepath.Join(s.dir, "sensors"), name, script)
+	case "package":
+		base := filepath.Base(name)
+		check := entry(base+"/check", "#!/bin/sh\n"+script+"\n")
+		writeTree(t, s.packages, files{name + ".tar.bz2": packageOf(t, entry(base+"/", ""), check)})
+	case "option":
+		s.configure(t, s.config+strings.Replace(rest, " ", "\n", 1)+"\n")
+	case "$":
+		s.said = runTool(t, s.dir, "sh", "-e", "-c", rest)
+	case "next":
+		s.next = os.ExpandEnv(rest)
+	case "monitor":
+		close(s.hold) // what it holds is refused now
+		hold := make(chan bool)
+		s.hold = hold
+		s.set(func(w http.ResponseWriter, a attempt) bool {
+			if a.method != "cmd_store_probe_data" || rest == "takes all" {
+				return false
+			}
+			if rest == "holds readings" {
+				s.held <- a
+				<-hold
+			}
+			return away(w, a)
+		})
+	case "&":
+		call := s.call(t, rest)
+		go func() { s.later <- verdict(call()) }()
+	default:
+		if strings.HasPrefix(line, "\t") {
+			s.follows(t, strings.TrimPrefix(word, "\t"), os.ExpandEnv(rest))
+			return
+		}
+		if s.agent == nil {
+			s.agent = s.start(t)
+			t.Setenv("AGENT", fmt.Sprint(s.agent.Process.Pid))
+		}
+		var v any
+		v, s.err = s.call(t, line)()
+		s.said = readable(v)
+	}
 }
 
-// TestStoryQueueFull: a full queue makes the dispatcher wait, not fail.
-func TestStoryQueueFull(t *testing.T) {
-	lines := logged(t)
-	gate, gated := gatedSensor(t)
-	b := newBox(t, "queue = 1\nverbose = yes\n[sensor]\nconcurrency = 1\n", files{"sensors/gated/check": gated})
-	b.run(t)
-	mustCall(t, b.client, "cmd_submit_reading", 1, "gated")
-	mustCall(t, b.client, "cmd_submit_reading", 2, "gated")
-	waited := make(chan error, 1)
-	go func() {
-		_, err := b.client.call(ctx, "cmd_submit_reading", 3, "gated")
-		waited <- err
-	}()
-	wantLog(t, lines, "ticket 3, sensor gated")
-	gate.open(t)
-	must(t, receive(t, "room", waited))
-	gets(t, b.recorder, 1, 3)
+// call returns the call of a command: its name, and its parameters as JSON.
+func (s *story) call(t *testing.T, command string) func() (any, error) {
+	method, text, _ := strings.Cut(command, " ")
+	params := fromJSON(t, text)
+	return func() (any, error) { return s.client.call(ctx, method, params...) }
+}
+
+// follows wants what a line tells that follows from the one before.
+func (s *story) follows(t *testing.T, word, want string) {
+	t.Helper()
+	switch word {
+	case "fault":
+		has(t, "the fault", s.err, "fault "+want+": ")
+		s.err = nil
+	case "says":
+		expect(t, like(strings.Join(strings.Fields(s.said), " "), want), "got %q; want %q", s.said, want)
+	case "later":
+		equal(t, "a call in the background", receive(t, "its answer", s.later), want)
+	case "held":
+		receive(t, "a reading that the monitor holds", s.held)
+	case "log":
+		part := regexp.MustCompile("(?s)" + strings.ReplaceAll(regexp.QuoteMeta(want), "…", ".*?"))
+		await(t, "the log has "+want, func() bool {
+			place := part.FindStringIndex(s.agent.log.String()[s.read:])
+			if place != nil {
+				s.read += place[1]
+			}
+			return place != nil
+		})
+	case "lacks":
+		expect(t, !strings.Contains(s.agent.log.String(), want), "got %q in the log; want it not there", want)
+	case "exit":
+		equal(t, "exit", fmt.Sprint(s.agent.wait(t)), want)
+	default: // a reading
+		want = word + " " + want
+		for i := -1; i < 0; {
+			i = slices.IndexFunc(s.untold, func(got string) bool { return like(got, want) })
+			if i < 0 {
+				s.untold = append(s.untold, receive(t, fmt.Sprintf("%s, but %q", want, s.untold), s.got))
+				s.stored++
+			} else {
+				s.untold = slices.Delete(s.untold, i, i+1)
+			}
+		}
+	}
 }
 
 // TestStoryHanging: an old dispatcher gives its commands over one connection, waits for
@@ -6217,6 +6204,7 @@ func TestStoryHanging(t *testing.T) {
 	hang := "#!/bin/sh\nsleep 60"
 	b := newBox(t, "[sensor]\ntimeout = 200ms\n", files{"sensors/one/check": hang, "sensors/two/check": hang})
 	a := b.run(t)
+	wantFault(t, b.client, "cmd_submit_reading", strings.Repeat("x", maxTicket+1), "one")
 	conn := dial(t, b.client.url.Host, "")
 	must(t, conn.SetDeadline(time.Time{}))
 	answers := bufio.NewReader(conn)
@@ -6239,30 +6227,6 @@ func TestStoryHanging(t *testing.T) {
 	equal(t, "the readings", got, want)
 	await(t, "nothing is left", func() bool { return a.delivery.count().undelivered == 0 })
 	equal(t, "more readings", len(b.readings), 0)
-}
-
-// TestStoryTerm: SIGTERM ends the process with code 0, and every ticket that
-// was acknowledged has its reading.
-func TestStoryTerm(t *testing.T) {
-	marked := mark(t)
-	gate, gated := gatedSensor(t)
-	b := newBox(t, "[sensor]\nconcurrency = 3\n", files{
-		"sensors/gated/check": strings.Replace(gated, "while", "sleep 300 & while", 1),
-		"sensors/a/check":     "#!/bin/sh\ntrap '' TERM; echo >../asked; sleep 300",
-	})
-	p := b.start(t)
-	go b.client.call(ctx, "cmd_list_sensors") // asks a sensor that does not want to end
-	await(t, "the listing", func() bool { return exists(filepath.Join(b.dir, "sensors/asked")) })
-	for i := 1; i <= 4; i++ {
-		mustCall(t, b.client, "cmd_submit_reading", i, "gated")
-	}
-	p.signal(t, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGTERM) // only the second one ends it
-	wantLog(t, &p.log, "picket: ending\n")
-	gate.open(t)
-	equal(t, "exit", p.wait(t), 0)
-	want := map[any]string{1: "0 3", 2: "0 3", 3: "-15 nan", 4: "-15 nan"}
-	equal(t, "the readings", getsAll(t, b.recorder, 4), want)
-	awaitNone(t, marked)
 }
 
 // TestStoryUpdate: readings go on while a package is fetched. An update with the
@@ -6289,83 +6253,6 @@ func TestStoryUpdate(t *testing.T) {
 	wants(t, receive(t, "the outcome", b.readings), "ticket 14: exit 0, value 1")
 	n := b.tries.Load()
 	expect(t, n <= 5, "got %d calls of the monitor; want 5 at most, to store 3 readings", n)
-}
-
-// TestStoryChangeFailed: the list of sensors says why the latest change failed of those that are
-// installed, without passwords, until one succeeds.
-func TestStoryChangeFailed(t *testing.T) {
-	broken := packageOf(t, entry("demo/check", "#!/bin/sh\necho 'no ftp://u:secret@h\nhere' >&2; exit 3"))
-	b := newBox(t, "[sensor]\nbackup = backup\n", files{
-		"sensors/demo/check": printing(1), "sensors/s/check": printing(1), "packages/demo.tar.bz2": broken,
-		"sensors/picket/check": "", // which is not used
-	})
-	a := b.run(t)
-	change := func(method, sensor, outcome, want string) {
-		t.Helper()
-		wants(t, b.ask(t, "cmd_"+method+"_sensor_code", sensor, 1), "ticket 1: "+outcome)
-		listed := mustCall(t, b.client, "cmd_list_sensors").(map[string]any)
-		got := fmt.Sprint(listed["demo"])
-		expect(t, like(got, want) && !strings.Contains(got, "secret"), "got %q; want %q", got, want)
-		equal(t, "the others", []any{listed["s"], listed["picket"], len(listed)}, []any{"1", ownHelp(), 3})
-	}
-	const tried = "1\nlast change failed: try check options: exit 3: …xxxxx@h here…"
-	change("update", "demo", "exit 1", tried)
-	change("update", "none", "exit 1", tried)
-	change("update", "picket", "exit 1", tried)
-	a.reload(ctx)
-	change("update", "demo", "exit 1", tried)
-	change("rollback", "demo", "exit 1", "1\nlast change failed: there is no backup")
-	writeTree(t, b.packages, files{"demo.tar.bz2": demoPackage(t, 2)})
-	change("update", "demo", "exit 0", "2")
-	change("rollback", "demo", "exit 0", "1")
-	equal(t, "kept", len(a.failed), 0)
-}
-
-// TestStoryMove: the agent moves when, and only when, all is well.
-func TestStoryMove(t *testing.T) {
-	healthy := newRecorder(t)
-	ill := func(request, []any) (any, error) { return "ILL", nil }
-	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", ill}}))
-	b := newBox(t, "", files{"sensors/s/check": printing(1)})
-	old := b.url.String()
-	b.configure(t, "# top\r\n[monitor]\r\nurl : "+old+" ; the monitor\r\n[agent]\r\nlisten = 127.0.0.1:0 ; here")
-	b.run(t)
-	for i, test := range []struct{ next, want string }{
-		{"", "fault -32602: there is no new monitor"},
-		{"ftp://127.0.0.1/", "neither an http nor an https URL"},
-		{"http://", "names no host"},
-		{"http://b\u00fccher/", "a host is written in ASCII"},
-		{"http://127.0.0.1:1/", "refused"},
-		{sick.String(), `got "ILL"`},
-	} {
-		b.next = test.next
-		lines := logged(t)
-		wants(t, b.ask(t, "cmd_register_new_server", i), fmt.Sprintf("ticket %d: exit 1, value nan", i))
-		wantLog(t, lines, "move: …"+test.want)
-		equal(t, test.next, b.written(t), b.config)
-	}
-	// A file that cannot be written keeps it where it is.
-	b.next = healthy.url.String()
-	next := nextFile(filepath.Join(b.dir, "client.cfg"))
-	writeTree(t, next, files{"x": ""})
-	wants(t, b.ask(t, "cmd_register_new_server", 10), "ticket 10: exit 1, value nan")
-	must(t, os.RemoveAll(next))
-	// What is not delivered yet goes to the new monitor.
-	trying, tried := make(chan bool), make(chan bool)
-	b.stored = func(storedReading) error { trying <- true; <-tried; return faultf(1, "not now") }
-	mustCall(t, b.client, "cmd_submit_reading", 11, "s")
-	receive(t, "a try at the old one", trying)
-	lines := logged(t)
-	mustCall(t, b.client, "cmd_register_new_server", 12)
-	wantLog(t, lines, "move: from now on the monitor is "+b.next)
-	close(tried)
-	equal(t, "at the new one", getsAll(t, healthy, 2), map[any]string{11: "0 1", 12: "0 1"})
-	equal(t, "client.cfg", b.written(t), strings.Replace(b.config, old, b.next, 1))
-
-	pair := newCA(t, "ca").valid(t, "monitor")
-	_, u := serveTLS(t, (&monitor{next: "http://127.0.0.1:1/"}).methods(), pair)
-	_, err := nextMonitor(ctx, testClient(t, u, clientTLS(pair)), httpURL)
-	has(t, "without TLS", err, "from https to http://127.0.0.1:1/")
 }
 
 // TestStoryDisk: wherever the agent writes, a full disk costs nothing that was
