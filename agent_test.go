@@ -1430,73 +1430,83 @@ func TestEditINI(t *testing.T) {
 	equal(t, "the directory", readTree(t, dir), want)
 }
 
-// TestEditINIWhere changes a client.cfg that is something else than a file in a
-// directory. Where that cannot be, it says why and leaves everything as it was.
-func TestEditINIWhere(t *testing.T) {
-	bind := func(t *testing.T, from, to string, flags uintptr) {
-		mount(t, from, to, "", syscall.MS_BIND, "")
-		must(t, syscall.Mount("", to, "", syscall.MS_BIND|syscall.MS_REMOUNT|flags, ""))
+// bindMount mounts a file or directory in another place until the test ends.
+func bindMount(t *testing.T, from, to string, flags uintptr) {
+	mount(t, from, to, "", syscall.MS_BIND, "")
+	must(t, syscall.Mount("", to, "", syscall.MS_BIND|syscall.MS_REMOUNT|flags, ""))
+}
+
+// linkTo returns a function that makes a link of client.cfg.
+func linkTo(to string) func(t *testing.T, dir string) {
+	return func(t *testing.T, dir string) {
+		file := filepath.Join(dir, "etc/client.cfg")
+		must(t, errors.Join(os.Remove(file), os.Symlink(to, file)))
 	}
-	link := func(to string) func(t *testing.T, dir string) {
-		return func(t *testing.T, dir string) {
-			file := filepath.Join(dir, "etc/client.cfg")
-			must(t, errors.Join(os.Remove(file), os.Symlink(to, file)))
+}
+
+// configPlaces are what a client.cfg may be instead of a file in a directory, and why
+// it cannot be changed there: "" where it can.
+var configPlaces = []struct {
+	name, want string
+	prepare    func(t *testing.T, dir string)
+}{
+	{"mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
+		func(t *testing.T, dir string) { bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", 0) }},
+	{"read-only mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
+		func(t *testing.T, dir string) {
+			bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", syscall.MS_RDONLY)
+		}},
+	{"link to a mount point", "other/real: it is a mount point: mount its directory instead",
+		func(t *testing.T, dir string) {
+			linkTo("../other/real")(t, dir)
+			bindMount(t, dir+"/other/real", dir+"/other/real", 0)
+		}},
+	{"mount point in a read-only directory", "etc/client.cfg: it is a mount point: mount its directory instead",
+		func(t *testing.T, dir string) {
+			bindMount(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY)
+			bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", 0)
+		}},
+	{"mounted directory", "", func(t *testing.T, dir string) { bindMount(t, dir+"/other", dir+"/etc", 0) }},
+	{"read-only file system", "etc/client.cfg: …read-only file system",
+		func(t *testing.T, dir string) { bindMount(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY) }},
+	{"link into one", "other/real: …read-only file system", func(t *testing.T, dir string) {
+		linkTo("../other/real")(t, dir)
+		bindMount(t, dir+"/other", dir+"/other", syscall.MS_RDONLY)
+	}},
+	{"overlay", "", func(t *testing.T, dir string) {
+		upper := t.TempDir()
+		mount(t, "tmpfs", upper, "tmpfs", 0, "")
+		writeTree(t, upper, files{"up/": "", "work/": ""})
+		layers := "lowerdir=" + dir + "/etc,upperdir=" + upper + "/up,workdir=" + upper + "/work"
+		mount(t, "overlay", dir+"/etc", "overlay", 0, layers)
+	}},
+	{"immutable file", "etc/client.cfg: …operation not permitted", func(t *testing.T, dir string) {
+		chattr := func(flag string) error {
+			return exec.Command(needs(t, "chattr"), flag, dir+"/etc/client.cfg").Run()
 		}
-	}
-	for _, test := range []struct {
-		name, want string // "" for a change that succeeds
-		prepare    func(t *testing.T, dir string)
-	}{
-		{"mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
-			func(t *testing.T, dir string) { bind(t, dir+"/other/real", dir+"/etc/client.cfg", 0) }},
-		{"read-only mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
-			func(t *testing.T, dir string) { bind(t, dir+"/other/real", dir+"/etc/client.cfg", syscall.MS_RDONLY) }},
-		{"link to a mount point", "other/real: it is a mount point: mount its directory instead",
-			func(t *testing.T, dir string) {
-				link("../other/real")(t, dir)
-				bind(t, dir+"/other/real", dir+"/other/real", 0)
-			}},
-		{"mount point in a read-only directory", "etc/client.cfg: it is a mount point: mount its directory instead",
-			func(t *testing.T, dir string) {
-				bind(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY)
-				bind(t, dir+"/other/real", dir+"/etc/client.cfg", 0)
-			}},
-		{"mounted directory", "", func(t *testing.T, dir string) { bind(t, dir+"/other", dir+"/etc", 0) }},
-		{"read-only file system", "etc/client.cfg: …read-only file system",
-			func(t *testing.T, dir string) { bind(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY) }},
-		{"link into one", "other/real: …read-only file system", func(t *testing.T, dir string) {
-			link("../other/real")(t, dir)
-			bind(t, dir+"/other", dir+"/other", syscall.MS_RDONLY)
-		}},
-		{"overlay", "", func(t *testing.T, dir string) {
-			upper := t.TempDir()
-			mount(t, "tmpfs", upper, "tmpfs", 0, "")
-			writeTree(t, upper, files{"up/": "", "work/": ""})
-			layers := "lowerdir=" + dir + "/etc,upperdir=" + upper + "/up,workdir=" + upper + "/work"
-			mount(t, "overlay", dir+"/etc", "overlay", 0, layers)
-		}},
-		{"immutable file", "etc/client.cfg: …operation not permitted", func(t *testing.T, dir string) {
-			chattr := func(flag string) error {
-				return exec.Command(needs(t, "chattr"), flag, dir+"/etc/client.cfg").Run()
-			}
-			if err := chattr("+i"); err != nil {
-				t.Skip(err)
-			}
-			t.Cleanup(func() { must(t, chattr("-i")) })
-		}},
-		{"read-only file", "", func(t *testing.T, dir string) { must(t, os.Chmod(dir+"/etc/client.cfg", 0o444)) }},
-		{"link to another directory", "", link("../other/real")},
-		{"absolute link", "", func(t *testing.T, dir string) { link(dir+"/other/real")(t, dir) }},
-		{"link to a link", "", func(t *testing.T, dir string) {
-			link("again")(t, dir)
-			must(t, os.Symlink("../other/real", dir+"/etc/again"))
-		}},
-		{"dangling link", "etc/client.cfg: …no such file", link("nothing")},
-		{"link in a circle", "etc/client.cfg: …too many", link("client.cfg")},
-		{"directory", "etc/client.cfg: not a regular file", func(t *testing.T, dir string) {
-			must(t, errors.Join(os.Remove(dir+"/etc/client.cfg"), os.Mkdir(dir+"/etc/client.cfg", 0o755)))
-		}},
-	} {
+		if err := chattr("+i"); err != nil {
+			t.Skip(err)
+		}
+		t.Cleanup(func() { must(t, chattr("-i")) })
+	}},
+	{"read-only file", "", func(t *testing.T, dir string) { must(t, os.Chmod(dir+"/etc/client.cfg", 0o444)) }},
+	{"link to another directory", "", linkTo("../other/real")},
+	{"absolute link", "", func(t *testing.T, dir string) { linkTo(dir+"/other/real")(t, dir) }},
+	{"link to a link", "", func(t *testing.T, dir string) {
+		linkTo("again")(t, dir)
+		must(t, os.Symlink("../other/real", dir+"/etc/again"))
+	}},
+	{"dangling link", "etc/client.cfg: …no such file", linkTo("nothing")},
+	{"link in a circle", "etc/client.cfg: …too many", linkTo("client.cfg")},
+	{"directory", "etc/client.cfg: not a regular file", func(t *testing.T, dir string) {
+		must(t, errors.Join(os.Remove(dir+"/etc/client.cfg"), os.Mkdir(dir+"/etc/client.cfg", 0o755)))
+	}},
+}
+
+// TestEditINIWhere changes client.cfg in each of configPlaces. A change that fails leaves
+// everything as it was.
+func TestEditINIWhere(t *testing.T) {
+	for _, test := range configPlaces {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
 			const text = "[sensor]\nkeep = 1\n"
@@ -3830,13 +3840,7 @@ func TestManyCallers(t *testing.T) {
 			return call
 		}
 	}
-	for _, test := range []struct {
-		name    string
-		queue   int
-		times   int // that each caller sends his request
-		reads   int // answers that he reads
-		request func(caller int) string
-	}{
+	for _, c := range []crowd{
 		{"slow senders", 4, 1, 0, func(int) string {
 			return "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat(" ", 65535)
 		}},
@@ -3856,40 +3860,52 @@ func TestManyCallers(t *testing.T) {
 		{"too many arguments, as an array", 256, 1, 5,
 			submitted(5, "<array><data>"+strings.Repeat("<value/>", 4090)+"</data></array>")},
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			more := fmt.Sprintf("queue = %d\nverbose = yes\n[sensor]\ntimeout = 100\nconcurrency = 1\n", test.queue)
-			b := newBox(t, more, files{"sensors/s/check": "#!/bin/sh\nexec sleep 100\n"})
-			p, limited := b.startTiny(t)
-			if !limited {
-				t.Skip("no memory cgroup on this machine, or no right to make one")
-			}
-			address := b.client.url.Host
-			var callers sync.WaitGroup
-			for i := 1; i <= 60; i++ {
-				conn := dial(t, address, fmt.Sprint("127.0.1.", i))
-				conn.SetReadBuffer(4 << 10)
-				requests := strings.Repeat(test.request(i), test.times)
-				callers.Add(1)
-				go func() {
-					defer callers.Done()
-					readAnswers(t, conn, requests, test.reads)
-				}()
-			}
-			healthy := func() {
-				c := newClient(&url.URL{Scheme: "http", Host: address}, 10*time.Second, nil)
-				defer c.close()
-				equal(t, "healthcheck", mustCall(t, c, "healthcheck"), any("OK"))
-			}
-			for i := 0; i < 20; i++ {
-				healthy()
-			}
-			callers.Wait()
-			if test.name == "calls that wait" {
-				wantLog(t, &p.log, strings.Repeat("command cmd_submit_reading…", 60))
-			}
-			healthy()
-		})
+		t.Run(c.name, c.call)
 	}
+}
+
+// A crowd are 60 callers that send the same to an agent at once.
+type crowd struct {
+	name    string
+	queue   int
+	times   int // that each caller sends his request
+	reads   int // answers that he reads
+	request func(caller int) string
+}
+
+// call has the crowd call an agent in 16 MiB, and looks at that agent's health meanwhile.
+func (c crowd) call(t *testing.T) {
+	more := fmt.Sprintf("queue = %d\nverbose = yes\n[sensor]\ntimeout = 100\nconcurrency = 1\n", c.queue)
+	b := newBox(t, more, files{"sensors/s/check": "#!/bin/sh\nexec sleep 100\n"})
+	p, limited := b.startTiny(t)
+	if !limited {
+		t.Skip("no memory cgroup on this machine, or no right to make one")
+	}
+	var conns []*net.TCPConn
+	for i := 1; i <= 60; i++ {
+		conns = append(conns, dial(t, b.client.url.Host, fmt.Sprint("127.0.1.", i)))
+		conns[i-1].SetReadBuffer(4 << 10)
+	}
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		parallel(len(conns), func(i int) {
+			readAnswers(t, conns[i], strings.Repeat(c.request(i+1), c.times), c.reads)
+		})
+	}()
+	healthy := func() {
+		c := newClient(&url.URL{Scheme: "http", Host: b.client.url.Host}, 10*time.Second, nil)
+		defer c.close()
+		equal(t, "healthcheck", mustCall(t, c, "healthcheck"), any("OK"))
+	}
+	for i := 0; i < 20; i++ {
+		healthy()
+	}
+	<-sent
+	if c.name == "calls that wait" {
+		wantLog(t, &p.log, strings.Repeat("command cmd_submit_reading…", 60))
+	}
+	healthy()
 }
 
 // multicallOf returns the request of a system.multicall: each call is a method and
