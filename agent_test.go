@@ -50,7 +50,8 @@ import (
 )
 
 // Helpers come first, then tests in the order of the source files, then whole stories,
-// fuzz targets and benchmarks. A helper of one test stands beside it. Tests use loopback and temporary directories only.
+// fuzz targets and benchmarks. A helper of one test stands beside it. Tests use
+// loopback and temporary directories only.
 
 var (
 	update   = flag.Bool("update", false, "rewrite the golden files of testdata")
@@ -1375,7 +1376,8 @@ func TestShippedConfig(t *testing.T) {
 		equal(t, name+": findings", len(found), 0)
 		for _, o := range known {
 			_, shown := c.locate(o.section, o.name)
-			expect(t, name != "with every default" || shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
+			expect(t, name != "with every default" || shown,
+				"got a client.cfg without [%s] %s; want every option", o.section, o.name)
 			has(t, "the document", document, "`"+o.name+"`")
 		}
 	}
@@ -1693,7 +1695,8 @@ func TestReadingNotStarted(t *testing.T) {
 		mount(t, "none", noexec, "tmpfs", syscall.MS_NOEXEC, "")
 		writeTree(t, noexec, files{"check": "#!/bin/sh\n"})
 		must(t, os.Symlink(filepath.Join(noexec, "check"), file))
-		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec, or may the sensors' user not enter a directory above it?")
+		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec, "+
+			"or may the sensors' user not enter a directory above it?")
 		must(t, os.Remove(file))
 	})
 	writeTree(t, s.path, files{"s/check/": "", "empty/": "", "file": ""})
