@@ -5891,36 +5891,6 @@ func TestStarts(t *testing.T) {
 	}
 }
 
-// TestLocked: another user can lock the directory of client.cfg and that of the sensors.
-// The start, the end, a reload and runs do not wait for him.
-func TestLocked(t *testing.T) {
-	for _, test := range []string{". at the start", ". at a run", "sensors at the start", "sensors at a run"} {
-		test := test
-		t.Run(test, func(t *testing.T) {
-			t.Parallel()
-			dir, when, _ := strings.Cut(test, " ")
-			b := newBox(t, "", files{"sensors/s/check": printing(1)})
-			b.next = newRecorder(t).url.String()
-			if when == "at the start" {
-				lockFile(t, filepath.Join(b.dir, dir))
-			}
-			p := b.start(t)
-			mustCall(t, b.client, "healthcheck")
-			if when == "at a run" {
-				lockFile(t, filepath.Join(b.dir, dir))
-			}
-			wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
-			mustCall(t, b.client, "cmd_update_sensor_code", "s") // which may wait for the lock
-			if dir == "." {
-				mustCall(t, b.client, "cmd_register_new_server") // so may that
-			}
-			has(t, "the reload", b.reload(t, p, b.config), "is in force; monitor")
-			mustCall(t, b.client, "cmd_submit_reading", 2, "s")
-			p.terminate(t)
-		})
-	}
-}
-
 // TestManySensors: a thousand sensors with long help texts are listed within
 // the limits of a message, in 16 MiB.
 func TestManySensors(t *testing.T) {
@@ -6009,32 +5979,14 @@ func TestStoryPassword(t *testing.T) {
 	}
 }
 
-// TestStoryFragment: to a URL of which a # in the password has made a fragment the
-// agent sends nothing. With the right one it delivers what it has.
-func TestStoryFragment(t *testing.T) {
-	b := newBox(t, "", files{"sensors/s/check": printing(1)})
-	wrong, host := b.config, b.url.Host
-	for i, password := range []string{"#geheim", "/#geheim@", "?#geh#eim"} {
-		b.configure(t, strings.Replace(wrong, host, host+password+"@monitor.example", 1))
-		p := b.start(t)
-		mustCall(t, b.client, "cmd_submit_reading", i, "s")
-		wantLog(t, &p.log, "client.cfg:2: [monitor] url: nothing is sent to this URL, …monitor http://xxxxx@monitor.example/"+
-			"…: away: nothing is sent: …write # as %23…")
-		equal(t, "calls", b.tries.Load(), int64(i))
-		lines := b.reload(t, p, strings.Replace(wrong, host, "u:geh%%23eim@"+host, 1))
-		wants(t, receive(t, "the reading", b.readings), fmt.Sprintf("ticket %d: exit 0, value 1", i))
-		lines += p.log.String()
-		expect(t, !strings.Contains(lines, "geh"), "got the password in %s", lines)
-		p.terminate(t)
-	}
-}
-
 // TestStories runs the stories of testdata/stories.txt. After each the agent has nothing
 // left to do, and has counted what the monitors got; no process is left of it.
 func TestStories(t *testing.T) {
 	for _, c := range cases(t, "testdata/stories.txt") {
+		c := c
 		t.Run(c.name, func(t *testing.T) {
-			marked, s := mark(t), newStory(t)
+			t.Parallel()
+			s := newStory(t)
 			for _, line := range splitLines(c.text) {
 				s.step(t, line)
 			}
@@ -6047,7 +5999,12 @@ func TestStories(t *testing.T) {
 				s.agent.terminate(t)
 			}
 			equal(t, "readings of which no line tells", len(s.untold)+len(s.got), 0)
-			awaitNone(t, marked)
+			awaitNone(t, func() []int {
+				return processes(func(dir string) bool {
+					env, _ := os.ReadFile(dir + "/environ") // it may have ended
+					return strings.Contains(string(env), "STORY="+s.dir)
+				})
+			})
 		})
 	}
 }
@@ -6056,15 +6013,16 @@ func TestStories(t *testing.T) {
 type story struct {
 	*box
 	agent  *child
-	err    error        // of the latest call
-	said   string       // by the latest call or shell command
-	later  chan string  // what calls in the background said
-	held   chan attempt // to store a reading at a monitor that waits
-	hold   chan bool    // is closed when that monitor goes on
-	got    chan string  // readings that the monitors get
-	untold []string     // those of which no line has told
-	stored int          // how many there were
-	read   int          // bytes of the log of which lines have told
+	vars   map[string]string // what $NAME stands for
+	err    error             // of the latest call
+	said   string            // by the latest call or shell command
+	later  chan string       // what calls in the background said
+	held   chan attempt      // to store a reading at a monitor that waits
+	hold   chan bool         // is closed when that monitor goes on
+	got    chan string       // readings that the monitors get
+	untold []string          // those of which no line has told
+	stored int               // how many there were
+	read   int               // bytes of the log of which lines have told
 }
 
 func newStory(t *testing.T) *story {
@@ -6087,9 +6045,8 @@ func newStory(t *testing.T) *story {
 		}
 	})
 	ill := func(request, []any) (any, error) { return "ILL", nil }
-	t.Setenv("SICK", serve(t, newHandler([]method{{"healthcheck", "string", "", ill}})).String())
-	t.Setenv("NEXT", next.url.String())
-	t.Setenv("MONITOR", s.url.String())
+	sick := serve(t, newHandler([]method{{"healthcheck", "string", "", ill}}))
+	s.vars = map[string]string{"SICK": sick.String(), "NEXT": next.url.String(), "MONITOR": s.url.String()}
 	return s
 }
 
@@ -6110,40 +6067,62 @@ func (s *story) step(t *testing.T, line string) {
 		writeTree(t, s.packages, files{name + ".tar.bz2": packageOf(t, entry(base+"/", ""), check)})
 	case "option":
 		s.configure(t, s.config+strings.Replace(rest, " ", "\n", 1)+"\n")
+	case "lock":
+		lockFile(t, filepath.Join(s.dir, rest))
+	case "start":
+		if strings.Contains(rest, "unshare") {
+			needsRoot(t)
+		}
+		cmd := wrapped(self(t, s.dir), "sh", "-c", rest, "sh")
+		cmd.Env = append(cmd.Env, "STORY="+s.dir)
+		s.agent = s.startAs(t, cmd)
+		s.vars["AGENT"] = fmt.Sprint(s.agent.Process.Pid)
 	case "$":
+		for name, value := range s.vars {
+			rest = name + "=" + value + "; " + rest
+		}
 		s.said = runTool(t, s.dir, "sh", "-e", "-c", rest)
 	case "next":
-		s.next = os.ExpandEnv(rest)
+		s.next = s.expand(rest)
 	case "monitor":
-		close(s.hold) // what it holds is refused now
-		hold := make(chan bool)
-		s.hold = hold
-		s.set(func(w http.ResponseWriter, a attempt) bool {
-			if a.method != "cmd_store_probe_data" || rest == "takes all" {
-				return false
-			}
-			if rest == "holds readings" {
-				s.held <- a
-				<-hold
-			}
-			return away(w, a)
-		})
+		s.rule(rest)
 	case "&":
 		call := s.call(t, rest)
 		go func() { s.later <- verdict(call()) }()
 	default:
 		if strings.HasPrefix(line, "\t") {
-			s.follows(t, strings.TrimPrefix(word, "\t"), os.ExpandEnv(rest))
+			s.follows(t, strings.TrimPrefix(word, "\t"), s.expand(rest))
 			return
 		}
 		if s.agent == nil {
-			s.agent = s.start(t)
-			t.Setenv("AGENT", fmt.Sprint(s.agent.Process.Pid))
+			s.step(t, `start exec "$@"`)
 		}
 		var v any
 		v, s.err = s.call(t, line)()
 		s.said = readable(v)
 	}
+}
+
+// rule tells the monitor what to do with readings. Those that it holds are refused now.
+func (s *story) rule(what string) {
+	close(s.hold)
+	hold := make(chan bool)
+	s.hold = hold
+	s.set(func(w http.ResponseWriter, a attempt) bool {
+		if a.method != "cmd_store_probe_data" || what == "takes all" {
+			return false
+		}
+		if what == "holds readings" {
+			s.held <- a
+			<-hold
+		}
+		return away(w, a)
+	})
+}
+
+// expand replaces the variables in a text.
+func (s *story) expand(text string) string {
+	return os.Expand(text, func(name string) string { return s.vars[name] })
 }
 
 // call returns the call of a command: its name, and its parameters as JSON.
@@ -6347,64 +6326,6 @@ func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes i
 	wants(t, receive(t, "outcome at the new monitor", next.readings), "ticket 4: exit 0, value 1")
 	p.terminate(t)
 	t.Logf("%s: %d updates refused", reason, refused)
-}
-
-// TestStoryReadOnly: a directory that is read-only costs nothing that was there either.
-func TestStoryReadOnly(t *testing.T) {
-	for _, test := range []struct {
-		where, method string
-		params        []any
-		code          int
-		want          string // in the log, before the reason
-	}{
-		{"sensors", "cmd_update_sensor_code", []any{"demo", 1}, 1, "update demo: …/sensors/…"},
-		{"backup", "cmd_update_sensor_code", []any{"demo", 1}, 1, "update demo: …backup…"},
-		{"etc", "cmd_register_new_server", []any{1}, 1, "move: …client.cfg…"},
-		{"spool", "cmd_submit_reading", []any{1, "demo"}, 0, "spool …"},
-	} {
-		t.Run(test.where, func(t *testing.T) {
-			b := newBox(t, "[sensor]\npath = ../sensors\nbackup = ../backup\n[monitor]\nspool = ../spool\n", files{
-				"sensors/demo/check": printing(1), "backup/": "", "spool/": "",
-				"packages/demo.tar.bz2": demoPackage(t, 2),
-			})
-			b.next = newRecorder(t).url.String()
-			writeTree(t, b.dir, files{"etc/client.cfg": b.config})
-			before := readTree(t, b.dir)
-			readOnly(t, filepath.Join(b.dir, test.where))
-			if test.where == "spool" {
-				b.set(away)
-			}
-			p := b.start(t, "-c", "etc/client.cfg")
-			mustCall(t, b.client, test.method, test.params...)
-			if test.where == "spool" {
-				wantLog(t, &p.log, "in memory alone")
-				b.set(nil)
-			}
-			equal(t, "the code", receive(t, "outcome", b.readings).code, test.code)
-			wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 1")
-			reason := "read-only"
-			if os.Geteuid() != 0 {
-				reason = "permission denied"
-			}
-			wantLog(t, &p.log, test.want+reason)
-			p.terminate(t)
-			after := readTree(t, b.dir)
-			delete(after, "spool/readings") // which is empty
-			equal(t, "the box", after, before)
-		})
-	}
-}
-
-// readOnly makes a directory read-only to the end of the test, for root, too.
-func readOnly(t *testing.T, dir string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		must(t, os.Chmod(dir, 0o555))
-		t.Cleanup(func() { os.Chmod(dir, 0o755) })
-		return
-	}
-	mount(t, dir, dir, "", syscall.MS_BIND, "")
-	must(t, syscall.Mount("", dir, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
 }
 
 // TestKill kills the agent at random moments under load. No reading that was
