@@ -554,7 +554,7 @@ func runAgent(ctx context.Context, in *invocation, signals <-chan os.Signal, cau
 	a.applied = func(s *settings) { logs.useSyslog.Store(s.syslog); limitMemory(s) }
 	a.applied(s)
 	if os.Getenv("GOGC") == "" { // collect when the heap has grown by a quarter; later, as it delays the first answer
-		defer time.AfterFunc(time.Second, func() { debug.SetGCPercent(25) }).Stop()
+		defer time.AfterFunc(50*time.Millisecond, func() { debug.SetGCPercent(25) }).Stop()
 	}
 	a.recover(ctx)
 	<-caught
