@@ -46,7 +46,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 )
 
 // Helpers come first, then tests in the order of the source files, then whole stories,
@@ -5178,18 +5177,6 @@ func TestReadable(t *testing.T) {
 	equal(t, "the text", readable(v), "b: x: 1\n    2\nc: aGk=\nd: [1 x 2.5]\ne: <nil>")
 }
 
-// TestMonitorStores: the stand-in monitor takes a reading in one form only.
-func TestMonitorStores(t *testing.T) {
-	c := testClient(t, newRecorder(t).url, nil)
-	at := dateTime("20261122T20:43:21")
-	mustCall(t, c, "cmd_store_probe_data", 1, []any{0, "1"}, at)
-	for _, params := range [][]any{
-		{1, []any{0, 0.5}, at}, {1, []any{0, "1"}, string(at)}, {1, []any{0, "1"}}, {1.5, []any{0, "1"}, at},
-	} {
-		wantFault(t, c, "cmd_store_probe_data", params...)
-	}
-}
-
 // probeBox runs a box with sensors and a prober, and returns what that prints and its
 // address. Until the gate is open, the sensor hangs waits.
 func probeBox(t testing.TB) (b *box, out *lockedBuffer, probes string, hangs gate) {
@@ -5475,6 +5462,8 @@ func TestSelftest(t *testing.T) {
 // TestTLS: which certificates the agent trusts as a client and as a server.
 func TestTLS(t *testing.T) {
 	hour, now := time.Hour, time.Now()
+	defer func(before string) { built = before }(built)
+	built = fmt.Sprint(now.Unix()) // as the linker writes it
 	ours, theirs := newCA(t, "ours"), newCA(t, "theirs")
 	box, monitorFiles := ours.valid(t, "box"), ours.valid(t, "monitor")
 	alone := box // without mutual TLS
@@ -5509,7 +5498,7 @@ func TestTLS(t *testing.T) {
 		{"server expired", ours.files(t, "box", now.Add(-2*hour), now.Add(-hour)), monitorFiles, plain, invalid},
 		{"server not valid yet", ours.files(t, "box", now.Add(hour), now.Add(2*hour)), monitorFiles, plain, invalid},
 		{"client expired", box, ours.files(t, "monitor", now.Add(-2*hour), now.Add(-hour)), plain, "certificate"},
-		{"clock in 1970", alone, none, at(time.Unix(300, 0), now), ""},
+		{"clock in 1970", alone, none, at(time.Unix(300, 0), buildTime()), ""},
 		{"clock in 1970, built before", alone, none, at(time.Unix(300, 0), now.Add(-2*hour)), "not yet valid"},
 		{"expired once the clock is right", alone, none, at(now.Add(2*hour), now), "expired"},
 		{"TLS 1.1", alone, none, old, "protocol version"},
@@ -5591,13 +5580,6 @@ func TestTLSReplaced(t *testing.T) {
 	mustCall(t, testClient(t, u, clientTLS(other)), "healthcheck")
 }
 
-// TestBuildTime: the linker's stamp is the time of the build.
-func TestBuildTime(t *testing.T) {
-	defer func(before string) { built = before }(built)
-	built = "1790000000"
-	equal(t, "the time", buildTime().Unix(), int64(1790000000))
-}
-
 // TestReloadProtects: no reload takes away a protection that is in force, as one
 // would that meets a client.cfg which is empty or half written. SIGTERM does not
 // wait for a reload.
@@ -5628,44 +5610,23 @@ func TestReloadProtects(t *testing.T) {
 	equal(t, "reloads", strings.Count(p.log.String(), "in force"), strings.Count(before, "in force"))
 }
 
-// firstAddress reads the line with which a program says where it serves.
-func firstAddress(t testing.TB, log *bufio.Reader) string {
-	t.Helper()
-	line, err := log.ReadString('\n')
-	match := servesAt.FindStringSubmatch(line)
-	if match == nil {
-		t.Fatalf("got %q, %v; want an address", line, err)
-	}
-	return match[1]
-}
-
 // TestLog: the agent does not wait for the reader of its log. Lines that he does not take
 // are counted.
 func TestLog(t *testing.T) {
 	b := newBox(t, "queue = 1000\nverbose = yes\n", nil)
-	r, w, err := os.Pipe()
-	must(t, err)
-	defer r.Close()
-	cmd := self(t, b.dir)
-	cmd.Stderr = w
-	must(t, cmd.Start())
-	w.Close()
-	defer func() { cmd.Process.Kill(); cmd.Wait() }()
-	log := bufio.NewReader(r)
-	b.client = clientOf(t, firstAddress(t, log))
+	const reads = `mkfifo log; cat log >&2 & echo $! >reader; exec "$@" 2>log`
+	p := b.startAs(t, wrapped(self(t, b.dir), "sh", "-c", reads, "sh"))
+	reader := func(signal string) { exec.Command("sh", "-c", "kill -"+signal+" $(cat "+b.dir+"/reader)").Run() }
+	reader("STOP")
+	defer reader("CONT")
 	const commands = 450 // two lines each, together fewer than are logged in one go
 	for i := 0; i < commands; i++ {
 		b.read(t, i, fmt.Sprintf("%0200d", i))
 	}
-	rest := make(chan string)
-	go func() {
-		text, _ := io.ReadAll(log)
-		rest <- string(text)
-	}()
-	cmd.Process.Signal(syscall.SIGTERM)
-	text := receive(t, "the end of the log", rest)
-	lines, lost := strings.Count(text, "\n"), 0
-	for _, match := range regexp.MustCompile(`picket: (\d+) lines? of the log lost`).FindAllStringSubmatch(text, -1) {
+	reader("CONT")
+	p.terminate(t)
+	lines, lost := strings.Count(p.log.String(), "\n"), 0
+	for _, match := range regexp.MustCompile(`picket: (\d+) lines? of the log lost`).FindAllStringSubmatch(p.log.String(), -1) {
 		n, _ := strconv.Atoi(match[1])
 		lost, lines = lost+n, lines-1
 	}
@@ -5756,6 +5717,7 @@ func TestSyslog(t *testing.T) {
 // whichever command runs it. ^C ends that command all the same.
 func TestSurroundings(t *testing.T) {
 	needsRoot(t)
+	needs(t, "script")
 	nobody, err := user.Lookup("nobody")
 	if err != nil {
 		t.Skip(err)
@@ -5770,78 +5732,44 @@ echo 1
 `
 	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
 	archive := packageOf(t, entry("demo/", ""), entry("demo/check", sensor))
-	for _, test := range []struct{ command, shell string }{ // picket leads the session, or a shell does
-		{"", ""}, {"check s", ""}, {"check s", "sh"}, {"check s hang", "sh"}, {"list", ""},
-		{"install demo.tar", ""}, {"update demo", ""}, {"selftest", ""},
+	for _, test := range []struct{ command, exec string }{ // picket leads the session, or a shell does
+		{"", "exec"}, {"check s", "exec"}, {"check s", ""}, {"check s hang", ""}, {"list", "exec"},
+		{"install demo.tar", "exec"}, {"update demo", "exec"}, {"selftest", "exec"},
 	} {
-		t.Run(test.shell+" picket "+test.command, func(t *testing.T) {
+		t.Run(test.exec+" picket "+test.command, func(t *testing.T) {
 			b := newBox(t, "[sensor]\nuser = nobody\n", files{
 				"sensors/s/check": sensor, "seen": "", "secret": "",
 				"demo.tar": archive, "packages/demo.tar.bz2": archive,
 			})
 			seen := filepath.Join(b.dir, "seen")
-			t.Setenv("SEEN", seen)
 			must(t, errors.Join(os.Chmod(filepath.Dir(b.dir), 0o755), os.Chmod(seen, 0o666)))
 			secret := get(os.Open(filepath.Join(b.dir, "secret")))
 			defer secret.Close()
-			cmd := self(t, b.dir, strings.Fields(test.command)...)
-			if test.shell != "" {
-				cmd = wrapped(cmd, test.shell, "-c", `"$@"; exit $?`, test.shell)
-			}
-			cmd.ExtraFiles = []*os.File{secret, secret}
-			keyboard := startOnTerminal(t, cmd)
-			says := bufio.NewReader(keyboard)
+			cmd := self(t, b.dir)
+			line := fmt.Sprintf("echo $$ >pid; %s %s %s; exit $?", test.exec, cmd.Path, test.command)
+			terminal := exec.Command("sh", "-c", `exec script -qefc "$1" /dev/null >&2`, "sh", line)
+			terminal.Dir, terminal.Env = b.dir, append(cmd.Env, "SHELL=/bin/sh", "SEEN="+seen)
+			terminal.ExtraFiles = []*os.File{secret, secret}
+			keyboard := get(terminal.StdinPipe())
+			p := start(t, terminal)
 			switch test.command {
 			case "":
-				b.client = clientOf(t, firstAddress(t, says))
+				b.client = p.client(t)
 				b.read(t, 1, "s")
-				cmd.Process.Signal(syscall.SIGTERM)
+				runTool(t, b.dir, "sh", "-c", "kill $(cat pid)")
 			case "check s hang":
 				await(t, "it runs", func() bool { return len(readFile(t, seen)) > 0 })
 				io.WriteString(keyboard, "\x03")
 			}
-			said := make(chan string, 1)
-			go func() {
-				text, _ := io.ReadAll(says) // which fails at the end, as the terminal is hung up
-				said <- string(text)
-			}()
-			text := receive(t, "the end of picket", said)
+			p.wait(t)
 			if test.command == "" {
-				has(t, "a line on a terminal", text, "20…-…-…T…:…:… picket: ending\r\n")
+				has(t, "a line on a terminal", &p.log, "20…-…-…T…:…:… picket: ending\r\n")
 			}
 			if got := string(readFile(t, seen)); got == "" || strings.ReplaceAll(got, want, "") != "" {
-				t.Errorf("got %q; want %q; picket says %s", got, want, text)
+				t.Errorf("got %q; want %q; picket says %s", got, want, &p.log)
 			}
 		})
 	}
-}
-
-// startOnTerminal starts a program as the leader of a session on a pseudo terminal,
-// kills it when the test ends, and returns the other end of the terminal.
-func startOnTerminal(t *testing.T, cmd *exec.Cmd) *os.File {
-	t.Helper()
-	here, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { here.Close() })
-	var unlock, n int32
-	for request, value := range map[uintptr]*int32{syscall.TIOCSPTLCK: &unlock, syscall.TIOCGPTN: &n} {
-		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, here.Fd(), request, uintptr(unsafe.Pointer(value)))
-		if errno != 0 {
-			t.Skip(errno)
-		}
-	}
-	there, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	defer there.Close()
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = there, there, there
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
-	must(t, cmd.Start())
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	return here
 }
 
 // TestStarts: in whatever state picket is started, it takes commands, runs sensors,
@@ -6240,39 +6168,26 @@ func TestStoryDisk(t *testing.T) {
 		testScarce(t, b, "no space", func(_ int, bytes int64) error { return fillDisk(b.dir+"/filler", bytes) })
 	})
 	t.Run("limited file size", func(t *testing.T) {
+		needs(t, "prlimit")
 		testScarce(t, newBox(t, scarceConfig, nil), "file too large", func(pid int, bytes int64) error {
-			limit := syscall.Rlimit{Cur: uint64(bytes), Max: ^uint64(0)}
-			_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_FSIZE,
-				uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
-			if errno != 0 {
-				return errno
-			}
-			return nil
+			return exec.Command("prlimit", fmt.Sprint("--pid=", pid), fmt.Sprintf("--fsize=%d:", bytes)).Run()
 		})
 	})
 }
 
 // fillDisk fills a disk with a file, but for so many bytes; -1 removes the file.
 func fillDisk(file string, free int64) error {
-	if free < 0 {
-		return os.Remove(file)
+	if err := os.Remove(file); free < 0 {
+		return err
 	}
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	for err == nil {
-		_, err = f.Write(make([]byte, 4096))
-	}
-	if !errors.Is(err, syscall.ENOSPC) {
-		return err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	return f.Truncate(info.Size() - free)
+	var disk syscall.Statfs_t
+	err = syscall.Statfs(file, &disk)
+	return errors.Join(err, syscall.Fallocate(int(f.Fd()), 0, 0, int64(disk.Bavail)*int64(disk.Bsize)-free))
 }
 
 const scarceConfig = "[sensor]\nbackup = backup\n[monitor]\nspool = spool\n"
@@ -6936,48 +6851,28 @@ func FuzzINI(f *testing.F) {
 	})
 }
 
-// xmlSeeds adds the messages of testdata.
-func xmlSeeds(f *testing.F) {
+// FuzzMessage: a call, a result or a fault that can be read is the same when it is written
+// and read again. What is no call is a fault.
+func FuzzMessage(f *testing.F) {
 	for _, file := range glob(f, "testdata/xml/*.xml") {
 		f.Add(readFile(f, file))
 	}
-}
-
-// FuzzCall: a call that can be read is the same when it is written and read
-// again; any other is a fault.
-func FuzzCall(f *testing.F) {
-	xmlSeeds(f)
-	f.Fuzz(func(t *testing.T, message []byte) {
-		method, params, err := decodeCall(message)
-		if err != nil {
-			if f := (*fault)(nil); !errors.As(err, &f) {
-				t.Fatalf("%v is no fault", err)
-			}
-			return
-		}
-		method2, params2, err := decodeCall(encodeCall(method, params...))
-		if err != nil || method2 != method || !reflect.DeepEqual(params2, params) {
-			t.Fatalf("%q %#v reads back as %q %#v, %v", method, params, method2, params2, err)
-		}
-	})
-}
-
-// FuzzResponse: a result that can be read is the same when it is written and
-// read again; so is a fault.
-func FuzzResponse(f *testing.F) {
-	xmlSeeds(f)
 	every := []any{1, int64(2), "a", nil, true, []byte("b"), dateTime("20261122T20:43:21"), map[string]any{"x": 2.5}}
 	f.Add(encodeResponse(every, nil))
 	f.Add(encodeResponse(nil, faultf(1, "x")))
 	f.Fuzz(func(t *testing.T, message []byte) {
-		v, err := decodeResponse(message)
-		sent := (*fault)(nil)
-		if err != nil && !errors.As(err, &sent) {
-			return
+		var sent *fault
+		method, params, err := decodeCall(message)
+		if err == nil {
+			method2, params2, err := decodeCall(encodeCall(method, params...))
+			equal(t, "the call", []any{method2, params2, err}, []any{method, params, nil})
+		} else if !errors.As(err, &sent) {
+			t.Errorf("got %v; want a fault", err)
 		}
-		v2, err2 := decodeResponse(encodeResponse(v, err))
-		if !reflect.DeepEqual(v, v2) || !reflect.DeepEqual(err, err2) {
-			t.Fatalf("%#v, %v reads back as %#v, %v", v, err, v2, err2)
+		v, err := decodeResponse(message)
+		if err == nil || errors.As(err, &sent) {
+			v2, err2 := decodeResponse(encodeResponse(v, err))
+			equal(t, "the response", []any{v2, err2}, []any{v, err})
 		}
 	})
 }
@@ -6987,24 +6882,20 @@ func FuzzResponse(f *testing.F) {
 func FuzzSpool(f *testing.F) {
 	at := clocks{time.UnixMilli(1795633466690), 81299 * time.Second, "4b825dc6"}
 	before := clocks{at.wall.Add(-time.Minute), at.age - time.Minute, at.boot}
-	taken := func(number uint64, ticket any, r reading) string {
-		return readingRecord(pendingOf(number, ticket, r, before), at)
-	}
 	records := []string{
-		taken(1, 7, reading{value: "0.42"}),
-		taken(2, int64(1)<<40, reading{code: -15}),
+		readingRecord(pendingOf(1, 7, reading{value: "0.42"}, before), at),
+		readingRecord(pendingOf(2, int64(1)<<40, reading{code: -15}, before), at),
 		readingRecord(pendingOf(3, "a \"b\"\n\xffü", reading{code: 3, value: "-1e6"}, clocks{at.wall, 0, "-"}), at),
 		markRecord(2),
 		withChecksum("c 0 4b825dc6 81299000 1795633466690"),
 	}
-	unsummed := ""
-	for _, record := range records {
-		f.Add([]byte(record), false)
-		unsummed += record[len("01234567 "):]
+	all := strings.Join(records, "")
+	for _, text := range append(records, all) {
+		f.Add([]byte(text), false)
 	}
-	f.Add([]byte(strings.Join(records, "")), false)
+	unsummed := regexp.MustCompile(`(?m)^[0-9a-f]{8} `).ReplaceAllString(all, "")
 	f.Add([]byte(unsummed), true)
-	f.Add([]byte(unsummed[:len(unsummed)-1]), true)
+	f.Add([]byte(strings.TrimSuffix(unsummed, "\n")), true)
 	f.Fuzz(func(t *testing.T, data []byte, sum bool) {
 		text := string(data)
 		if sum {
@@ -7014,21 +6905,15 @@ func FuzzSpool(f *testing.F) {
 			}
 		}
 		found, s := parseSpool(t, text)
-		lines := strings.Count(text, "\n")
-		if text != "" && !strings.HasSuffix(text, "\n") {
-			lines++ // cut off, but for its end perhaps whole
-		}
-		if len(found)+s.damaged > lines {
-			t.Fatalf("got %d readings, %d damaged of %d lines", len(found), s.damaged, lines)
-		}
+		lines := len(splitLines(text)) // the last, where its end is cut off, perhaps whole
+		expect(t, len(found)+s.damaged <= lines, "got %d readings, %d damaged of %d lines", len(found), s.damaged, lines)
 		for _, p := range found {
 			again, _ := parseSpool(t, readingRecord(p, at))
 			if len(again) != 1 {
 				t.Fatalf("got %+v; want %+v back", again, p)
 			}
-			if a := again[0]; a.ticket != p.ticket || a.code != p.code || a.value != p.value || a.record != p.record {
-				t.Fatalf("got %+v; want %+v back", a, p)
-			}
+			a := again[0]
+			equal(t, "what reads back", []any{a.ticket, a.code, a.value, a.record}, []any{p.ticket, p.code, p.value, p.record})
 		}
 	})
 }
