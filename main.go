@@ -58,7 +58,7 @@
 //  5. fetch writes the package to the staging directory.
 //  6. verify checks its signature.
 //  7. unpack unpacks it there; checkVersion refuses an older version.
-//  8. try runs it once, for its help text; giveAway gives it to its owner and syncs it.
+//  8. try runs it once, for its help text; give hands it to its owner and syncs it.
 //  9. replace links or copies the installed version to a hidden backup, decides by
 //     one rename, publishes the backup and swaps the versions.
 //  10. prune and settle remove what is left over, the next change the version that
