@@ -5315,17 +5315,17 @@ func TestManyBoxes(t *testing.T) {
 		residentMemory(t, monitor.Process.Pid, "VmHWM"))
 	if *probed > 0 {
 		clear(longest)
-		before := processTime(t, monitor)
 		parallel(n, func(i int) {
 			time.Sleep(probeInterval * time.Duration(i) / time.Duration(n))
 			for ; time.Since(begun) < *probed; time.Sleep(probeInterval) {
 				probe(i)
 			}
 		})
-		t.Logf("one after the other for %v: the longest took %v, the monitor %.2f s of processor time",
-			*probed, slices.Max(longest), processTime(t, monitor)-before)
+		t.Logf("one after the other for %v: the longest took %v", *probed, slices.Max(longest))
 	}
 	equal(t, "probes lost", lost.Load(), int64(0))
+	monitor.terminate(t)
+	t.Logf("the monitor took %v of processor time", monitor.processTime())
 }
 
 // TestPrometheus: Debian's Prometheus with the configuration in contrib asks agents, and
@@ -5695,14 +5695,7 @@ func TestSurroundings(t *testing.T) {
 	if err != nil {
 		t.Skip(err)
 	}
-	const sensor = `#!/bin/sh
-has=; (: <>/dev/tty) 2>/dev/null && has=/dev/tty
-for f in 0 1 2; do [ -t $f ] && has="$has $f"; done
-for f in /proc/$$/fd/*; do case $(readlink $f) in */secret) has="$has $f";; esac; done
-echo "has [$has] $HOME $USER $LOGNAME" >>$SEEN
-[ "$1" = hang ] && sleep 60
-echo 1
-`
+	sensor := string(readFile(t, "testdata/surroundings.sh"))
 	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
 	archive := packageOf(t, entry("demo/", ""), entry("demo/check", sensor))
 	for _, test := range []struct{ command, exec string }{ // picket leads the session, or a shell does
@@ -5745,26 +5738,14 @@ echo 1
 	}
 }
 
-// TestStarts: in whatever state picket is started, it takes commands, runs sensors,
-// ends those that hang, and obeys its signals.
+// TestStarts: in whatever state of testdata/starts.txt picket is started, it takes
+// commands, runs sensors, ends those that hang, and obeys its signals.
 func TestStarts(t *testing.T) {
-	const block = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)); " +
-		"os.execv(sys.argv[1], sys.argv[1:])"
-	for name, script := range map[string]string{
-		"no input and output": `exec "$@" <&- >&-`,
-		"no log either":       `exec "$@" <&- >&- 2>&-`,
-		"log without reader":  `mkfifo log; : <log & exec "$@" 2>log`,
-		"log on a full disk":  `ulimit -f 0; exec "$@" 2>log`,
-		"no environment":      `exec env -i PICKET_TEST_MAIN=1 "$@"`,
-		"ignored signals":     `trap '' HUP INT QUIT USR1 USR2 PIPE ALRM TERM CHLD XFSZ; exec "$@"`,
-		"blocked signals":     `exec python3 -c '` + block + `' "$@"`,
-		"no /proc":            `exec unshare --mount sh -c 'umount -l /proc && exec "$@"' sh "$@"`,
-		"no directory":        `mkdir gone && cd gone && rmdir ../gone && exec "$@" -c "$OLDPWD/client.cfg"`,
-	} {
-		name, script := name, script
-		t.Run(name, func(t *testing.T) {
+	for _, c := range cases(t, "testdata/starts.txt") {
+		c := c
+		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			switch name {
+			switch c.name {
 			case "blocked signals":
 				needs(t, "python3")
 			case "no /proc":
@@ -5777,12 +5758,12 @@ func TestStarts(t *testing.T) {
 			b := newBox(t, more, files{
 				"sensors/s/check": "#!/bin/sh\nread x && exit 1; echo 1", "sensors/hang/check": "#!/bin/sh\nexec sleep 60",
 			})
-			p := start(t, wrapped(self(t, b.dir), "sh", "-c", script, "sh"))
+			p := start(t, wrapped(self(t, b.dir), "sh", "-c", c.text, "sh"))
 			b.client = clientOf(t, free.Addr().String())
 			await(t, "it answers", func() bool { _, err := b.client.call(ctx, "healthcheck"); return err == nil })
 			wants(t, b.read(t, 1, "s"), "ticket 1: exit 0, value 1")
 			wants(t, b.read(t, 2, "hang"), "ticket 2: exit -15, value nan")
-			if !strings.Contains(name, "log") {
+			if !strings.Contains(c.name, "log") {
 				p.signal(t, syscall.SIGUSR1)
 				wantLog(t, &p.log, "health: ")
 				b.reload(t, p, b.config)
@@ -6597,10 +6578,6 @@ func docBlocks(t testing.TB, file, kind string) (blocks []string) {
 	return blocks
 }
 
-// elsewhere counts, by document, the blocks of commands that need another box, and
-// that say so in their first line.
-var elsewhere = map[string]int{"README.md": 2, "docs/boxes.md": 7, "docs/tls.md": 2, "docs/monitor.md": 3}
-
 // TestDocs runs the commands of the README and of each document as printed, in a copy
 // of the source and a network of its own, and compares what they print where that
 // is shown, but for numbers.
@@ -6619,7 +6596,7 @@ func TestDocs(t *testing.T) {
 	// As soon as one that was started in the background is waited for, both listen.
 	tree["bin/sleep"] = "#!/bin/sh\nlistens() { " + busybox + " netstat -ltn | grep -q \":$1 \"; }\n" +
 		"until listens 8080 && listens 8081; do " + busybox + " sleep 0.1; done\n"
-	numbers := regexp.MustCompile(`[\d.]+$|[\d.]+\n`)
+	numbers, others := regexp.MustCompile(`[\d.]+$|[\d.]+\n`), 0
 	for _, file := range append(glob(t, "docs/*.md"), "README.md") {
 		t.Run(file, func(t *testing.T) {
 			dir := t.TempDir()
@@ -6629,16 +6606,14 @@ func TestDocs(t *testing.T) {
 			}
 			script := "set -e -m\n" + busybox + " ip link set lo up\nPATH=$PWD/bin:$PATH OUT=$PWD\n" +
 				"git init -q; git add -A; git -c user.name=a -c user.email=a@example.org commit -qm all\n"
-			others := 0
 			blocks := docBlocks(t, file, "sh")
 			for i, commands := range blocks {
-				if strings.HasPrefix(commands, "# on ") {
+				if strings.HasPrefix(commands, "# on ") { // another box
 					others++
 				} else {
 					script += fmt.Sprintf("{\n%s} >>$OUT/out.%d 2>&1\n", commands, i)
 				}
 			}
-			equal(t, "blocks for another box", others, elsewhere[file])
 			cmd := exec.Command(unshare, "--net", "--pid", "--fork", "--kill-child", "bash", "-c", script)
 			cmd.Dir = dir
 			p := start(t, cmd)
@@ -6653,6 +6628,7 @@ func TestDocs(t *testing.T) {
 			}
 		})
 	}
+	equal(t, "blocks for another box", others, 14)
 }
 
 // TestTinyBox: 16 MiB are enough for the agent and its sensors, with a spool,
@@ -6914,7 +6890,9 @@ func BenchmarkBudgets(b *testing.B) {
 		writeTree(b, m.dir, files{"sensors/s/": ""})
 		runTool(b, "", needs(b, "cc"), "-Os", "-static", "-o", m.sensor, "testdata/sensor.c")
 		fmt.Printf("%-58s %12s %12s %7s  %s\n", "figure", "picket", "yardstick", "ratio", "budget")
-		m.measure(1, m.sizes)
+		size := func(file string) float64 { return float64(get(os.Stat(file)).Size()) / 1024 }
+		sizes := []figure{{"size of the binary, KiB", "<= 1.12", size(binary(b)), size(m.yardstick)}}
+		m.measure(1, func() []figure { return sizes })
 		m.measure(15, m.started)
 		m.measure(3, m.loaded)
 		m.measure(3, m.acknowledged)
@@ -6987,11 +6965,6 @@ func (b *bench) stop(p *child) {
 	p.wait(b)
 }
 
-func (b *bench) sizes() []figure {
-	size := func(file string) float64 { return float64(get(os.Stat(file)).Size()) / 1024 }
-	return []figure{{"size of the binary, KiB", "<= 1.12", size(binary(b)), size(b.yardstick)}}
-}
-
 // started measures what a program takes until and while it waits for the first call.
 func (b *bench) started() []figure {
 	first := func(name string, args ...string) (milliseconds, resident float64) {
@@ -7017,13 +6990,13 @@ func (b *bench) started() []figure {
 func (b *bench) loaded() []figure {
 	m := b.monitor()
 	p, address := b.startPicket(m.Addr().String(), "")
-	before, begun := processTime(b, p), time.Now()
+	begun := time.Now()
 	b.load(address, benchReadings, 0)
 	m.await(b, benchReadings)
 	rate := benchReadings / time.Since(begun).Seconds()
-	cpu := (processTime(b, p) - before) / benchReadings * 1e6
 	private := float64(residentMemory(b, p.Process.Pid, "RssAnon"))
 	b.stop(p)
+	cpu := p.processTime().Seconds() / benchReadings * 1e6
 	begun = time.Now()
 	out := runTool(b, "", b.yardstick, "loop", b.sensor, fmt.Sprint(benchReadings))
 	rate2 := benchReadings / time.Since(begun).Seconds()
@@ -7035,16 +7008,9 @@ func (b *bench) loaded() []figure {
 	}
 }
 
-// processTime is the processor time in seconds that a process and its children
-// have taken.
-func processTime(t testing.TB, p *child) float64 {
-	text := readFile(t, fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
-	ticks := 0
-	for _, field := range strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))[11:15] {
-		n, _ := strconv.Atoi(field)
-		ticks += n
-	}
-	return float64(ticks) / 100
+// processTime is the processor time that a program has taken, which has ended, with its children.
+func (c *child) processTime() time.Duration {
+	return c.ProcessState.UserTime() + c.ProcessState.SystemTime()
 }
 
 // acknowledged measures how long an acknowledgement takes under a fifth of the
