@@ -5837,7 +5837,6 @@ type story struct {
 	vars   map[string]string // what $NAME stands for
 	err    error             // of the latest call
 	said   string            // by the latest call or shell command
-	later  chan string       // what calls in the background said
 	held   chan attempt      // calls that the monitor holds
 	hold   chan bool         // is closed when it goes on
 	got    chan string       // readings that the monitors get
@@ -5847,9 +5846,10 @@ type story struct {
 }
 
 func newStory(t *testing.T) *story {
+	public, _ := signify(t, "keynum_1")
 	s := &story{
-		box: newBox(t, "", files{"packages/": ""}), later: make(chan string, 10), got: make(chan string, 1000),
-		hold: make(chan bool), held: make(chan attempt, 10),
+		box: newBox(t, "", files{"packages/": "", "key.pub": public}),
+		got: make(chan string, 1000), hold: make(chan bool), held: make(chan attempt, 10),
 	}
 	next := newRecorder(t)
 	for from, m := range map[string]*recorder{"": s.recorder, "next ": next} {
@@ -5866,7 +5866,6 @@ func newStory(t *testing.T) *story {
 		}
 	})
 	pair := newCA(t, "ca").valid(t, "monitor")
-	public, _ := signify(t, "keynum_1")
 	_, secure := serveTLS(t, next.methods(), pair)
 	secure.Scheme = "http"
 	closes := listenRaw(t, "127.0.0.1:0", func(net.Conn) {})
@@ -5875,13 +5874,9 @@ func newStory(t *testing.T) *story {
 	s.vars = map[string]string{
 		"SICK": sick.String(), "NEXT": next.url.String(), "MONITOR": s.url.String(),
 		"SECURE": secure.String(), "PLAIN": "https" + strings.TrimPrefix(s.url.String(), "http"),
-		"CLOSES": "http://" + closes.Addr().String() + "/",
+		"CLOSES": "http://" + closes.Addr().String() + "/", "TLS": filepath.Dir(pair.ca),
 		"PICKET": "'env PICKET_TEST_MAIN=1 " + get(os.Executable()) + "'",
 	}
-	writeTree(t, s.dir, files{
-		"ca.crt": string(readFile(t, pair.ca)), "monitor.crt": string(readFile(t, pair.certificate)),
-		"monitor.key": string(readFile(t, pair.key)), "key.pub": public,
-	})
 	return s
 }
 
@@ -5901,7 +5896,7 @@ func (s *story) step(t *testing.T, line string) {
 		check := entry(base+"/check", "#!/bin/sh\n"+script+"\n")
 		writeTree(t, s.packages, files{name + ".tar.bz2": packageOf(t, entry(base+"/", ""), check)})
 	case "option":
-		s.configure(t, s.config+strings.Replace(rest, " ", "\n", 1)+"\n")
+		s.configure(t, s.config+strings.Replace(s.expand(rest), " ", "\n", 1)+"\n")
 	case "root":
 		needsRoot(t)
 	case "lock":
@@ -5915,14 +5910,11 @@ func (s *story) step(t *testing.T, line string) {
 		for name, value := range s.vars {
 			rest = name + "=" + value + "; " + rest
 		}
-		s.said = runTool(t, s.dir, "sh", "-e", "-c", rest)
+		s.said = runTool(t, s.dir, "timeout", "30", "sh", "-e", "-c", rest)
 	case "next":
 		s.next = s.expand(rest)
 	case "monitor":
 		s.rule(rest)
-	case "&":
-		call := s.call(t, rest)
-		go func() { s.later <- verdict(call()) }()
 	default:
 		if strings.HasPrefix(line, "\t") {
 			s.follows(t, strings.TrimPrefix(word, "\t"), s.expand(rest))
@@ -5932,7 +5924,7 @@ func (s *story) step(t *testing.T, line string) {
 			s.step(t, `start exec "$@"`)
 		}
 		var v any
-		v, s.err = s.call(t, line)()
+		v, s.err = s.client.call(ctx, word, fromJSON(t, rest)...)
 		s.said = readable(v)
 	}
 }
@@ -5964,13 +5956,6 @@ func (s *story) expand(text string) string {
 	return os.Expand(text, func(name string) string { return s.vars[name] })
 }
 
-// call returns the call of a command: its name, and its parameters as JSON.
-func (s *story) call(t *testing.T, command string) func() (any, error) {
-	method, text, _ := strings.Cut(command, " ")
-	params := fromJSON(t, text)
-	return func() (any, error) { return s.client.call(ctx, method, params...) }
-}
-
 // follows wants what a line tells that follows from the one before.
 func (s *story) follows(t *testing.T, word, want string) {
 	t.Helper()
@@ -5980,8 +5965,6 @@ func (s *story) follows(t *testing.T, word, want string) {
 		s.err = nil
 	case "says":
 		expect(t, like(strings.Join(strings.Fields(s.said), " "), want), "got %q; want %q", s.said, want)
-	case "later":
-		equal(t, "a call in the background", receive(t, "its answer", s.later), want)
 	case "held":
 		receive(t, "a call that the monitor holds", s.held)
 	case "log":
