@@ -1007,12 +1007,6 @@ func (b *box) read(t testing.TB, ticket any, sensor string) storedReading {
 	return b.ask(t, "cmd_submit_reading", ticket, sensor)
 }
 
-// health asks the agent for a figure of its own.
-func (b *box) health(t testing.TB, name string) string {
-	t.Helper()
-	return b.ask(t, "cmd_submit_reading", "health", "picket", name).value
-}
-
 // startTiny starts the agent in a memory cgroup of 16 MiB, and reports whether
 // this machine has such groups. All that is in the group is killed when the test ends.
 func (b *box) startTiny(t *testing.T) (p *child, limited bool) {
