@@ -5213,7 +5213,8 @@ func TestProbe(t *testing.T) {
 	for i := 0; i < maxReads-1; i++ {
 		many += fmt.Sprint("&read=count+", i)
 	}
-	fill := strings.NewReplacer("BOX", b.client.url.Host, "EARLY", early, "AWAY", "127.0.0.1:1", "SELF", b.url.Host, "READS", many)
+	fill := strings.NewReplacer(
+		"BOX", b.client.url.Host, "EARLY", early, "AWAY", "127.0.0.1:1", "SELF", b.url.Host, "READS", many)
 	for _, c := range cases(t, "testdata/probes.txt") {
 		path, timeout, _ := strings.Cut(c.name, " ")
 		got := scrape(t, probes, fill.Replace(path), timeout)
@@ -5536,7 +5537,8 @@ func TestLog(t *testing.T) {
 	reader("CONT")
 	p.terminate(t)
 	lines, lost := strings.Count(p.log.String(), "\n"), 0
-	for _, match := range regexp.MustCompile(`picket: (\d+) lines? of the log lost`).FindAllStringSubmatch(p.log.String(), -1) {
+	ofLost := regexp.MustCompile(`picket: (\d+) lines? of the log lost`)
+	for _, match := range ofLost.FindAllStringSubmatch(p.log.String(), -1) {
 		n, _ := strconv.Atoi(match[1])
 		lost, lines = lost+n, lines-1
 	}
@@ -5741,7 +5743,8 @@ func TestStoryTLS(t *testing.T) {
 		"-cert", "monitor.crt", "-key", "monitor.key", "-ca", "ca.crt",
 		"-agent-cert", "monitor.crt", "-agent-key", "monitor.key", "-agent-ca", "ca.crt"))
 	_, port, _ := net.SplitHostPort(monitor.address(t))
-	config := strings.Replace(docBlocks(t, "docs/tls.md", "ini")[0], "https://monitor:8081/", "https://localhost:"+port+"/", 1)
+	config := docBlocks(t, "docs/tls.md", "ini")[0]
+	config = strings.Replace(config, "https://monitor:8081/", "https://localhost:"+port+"/", 1)
 	b.configure(t, config+"listen = 127.0.0.1:0\n")
 	b.start(t)
 	_, port, _ = net.SplitHostPort(b.client.url.Host)
@@ -6420,7 +6423,8 @@ func TestInit(t *testing.T) {
 	})
 	writeTree(t, b.dir, shipped(t, "sensors/"))
 	writeTree(t, b.dir, files{
-		"client.cfg": b.config, "picket": string(readFile(t, binary(t))), "sensors/slow/check": "#!/bin/sh\nexec tail -f check",
+		"client.cfg": b.config, "picket": string(readFile(t, binary(t))),
+		"sensors/slow/check": "#!/bin/sh\nexec tail -f check",
 		"sensors/daemon/check": "#!/bin/sh\nsetsid sh -c ': >started; exec sleep 1000' >/dev/null 2>&1 &\n" +
 			"until [ -e started ]; do :; done; echo 5\n",
 	})
