@@ -4317,8 +4317,10 @@ func plant(random *mathrand.Rand, dir, elsewhere string) {
 		outer, name = "demo", "lib"
 	}
 	file := filepath.Join(dir, outer, name)
-	if os.MkdirAll(filepath.Join(dir, "demo/lib"), 0o755) == nil { // something to exchange
-		os.WriteFile(filepath.Join(dir, "demo/lib/data"), nil, 0o644)
+	os.MkdirAll(filepath.Join(dir, "demo/lib"), 0o755) // something to exchange
+	data := filepath.Join(dir, "demo/lib/data")
+	if f, err := os.OpenFile(data, os.O_WRONLY|os.O_CREATE|syscall.O_NONBLOCK, 0o644); err == nil { // or a pipe
+		f.Close()
 	}
 	aside, trap := filepath.Join(dir, "aside"), filepath.Join(dir, "trap")
 	if random.Intn(5) == 0 {
