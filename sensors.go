@@ -44,30 +44,28 @@ import (
 )
 
 const (
-	maxTicket    = 1 << 10                // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
-	maxName      = 234                    // bytes of a sensor's name: its backup's is 21 longer, and fits 255
-	maxJoined    = 16                     // changes that join an equal one; more make it once more
-	maxArguments = 4 << 10                // bytes of a command's arguments, with the cost of each
-	argumentCost = 32                     // bytes of memory that an argument takes beside its text
-	maxOutput    = 4 << 10                // bytes of standard output: a number has 20, a help text a few hundred
-	maxReason    = 1 << 10                // bytes of standard error that are kept, the last ones
-	readSize     = 1 << 10                // bytes of output that are read at once: most sensors write one number
-	freeOutput   = 64 << 10               // bytes that are read at full speed, before each pause
-	outputPause  = 2 * time.Millisecond   // then
-	helpTime     = 10 * time.Second       // that a sensor has for its help text
-	maxHelp      = 1 << 10                // bytes of one help text in an answer to cmd_list_sensors, as encoded
-	maxFailed    = 200                    // bytes of the line that says why a change failed, as encoded
-	nameCost     = 62                     // bytes of the tags around each name and its text
-	maxHelps     = 48 << 10               // bytes of all of them with their names: an answer holds 64 KiB
-	badHelpTime  = time.Minute            // before a sensor that gave none is asked again
-	killTime     = 2 * time.Second        // from SIGTERM to SIGKILL, and from SIGKILL to giving up
-	pipeTime     = 200 * time.Millisecond // before only what a pipe holds is read, as others keep it open
-	pipeSize     = 64 << 10               // bytes that a pipe holds
-	emptyTime    = 10 * time.Millisecond  // without a byte, several times: a pipe holds nothing more
-	startTries   = 100                    // of a sensor that is just being written or replaced
-	startPause   = 10 * time.Millisecond  // between two of them
-	orphanTime   = time.Second            // between two looks for orphans without a signal
-	spareThreads = 6                      // beside those that run Go code: for files, names and signals
+	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
+	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
+	maxJoined    = 16                    // changes that join an equal one; more make it once more
+	maxArguments = 4 << 10               // bytes of a command's arguments, with the cost of each
+	argumentCost = 32                    // bytes of memory that an argument takes beside its text
+	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
+	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
+	readSize     = 1 << 10               // bytes of output that are read at once: most sensors write one number
+	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
+	outputPause  = 2 * time.Millisecond  // then
+	helpTime     = 10 * time.Second      // that a sensor has for its help text
+	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
+	maxFailed    = 200                   // bytes of the line that says why a change failed, as encoded
+	nameCost     = 62                    // bytes of the tags around each name and its text
+	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
+	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
+	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
+	pipeSize     = 64 << 10              // bytes that a pipe holds
+	startTries   = 100                   // of a sensor that is just being written or replaced
+	startPause   = 10 * time.Millisecond // between two of them
+	orphanTime   = time.Second           // between two looks for orphans without a signal
+	spareThreads = 6                     // beside those that run Go code: for files, names and signals
 )
 
 // newPrefix begins the name of a sensor's next version, complete and on the disk,
@@ -471,8 +469,8 @@ func reason(code int, why string, said []byte) string {
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
-// left the group and holds a pipe open delays the end by 0.3 s at most. The value of
-// the reading is what the sensor printed, the last maxOutput + 1 bytes.
+// left the group is not waited for. The value of the reading is what the sensor
+// printed until then, the last maxOutput + 1 bytes.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -772,29 +770,21 @@ type capture struct {
 	kept  []byte    // once finish has returned
 	total int
 	pipe  *os.File      // the end to read from
-	ended chan struct{} // closed when all is read
+	ended chan struct{} // closed when nothing reads from the pipe any more
 }
 
 // open makes the pipe, reads from it from now on, and returns the end to write to.
 func (c *capture) open() (w *os.File, err error) {
-	if c.pipe, w, err = os.Pipe(); err == nil {
-		c.ended = make(chan struct{})
-		go c.read()
+	if c.pipe, w, err = os.Pipe(); err != nil {
+		return nil, err
 	}
-	return w, err
-}
-
-// read reads to the end of the pipe. After finish has set a deadline it reads what the
-// pipe holds and no more: somebody keeps it open, or the agent itself stood still.
-func (c *capture) read() {
-	defer close(c.ended)
-	defer c.pipe.Close()
-	source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
-	_, err := io.CopyBuffer(writerFunc(c.write), source, make([]byte, readSize))
-	for try := 0; try < 3 && errors.Is(err, os.ErrDeadlineExceeded); try++ {
-		c.pipe.SetReadDeadline(time.Now().Add(emptyTime))
-		_, err = io.CopyN(writerFunc(c.write), source, pipeSize)
-	}
+	c.ended = make(chan struct{})
+	go func() {
+		defer close(c.ended)
+		source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
+		io.CopyBuffer(writerFunc(c.write), source, make([]byte, readSize))
+	}()
+	return w, nil
 }
 
 // write never fails. A sensor that writes for ever must not cost the processor, so
@@ -812,12 +802,27 @@ func (c *capture) write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish waits until all is read that a process wrote which has ended. Nothing of it is
-// lost, however slow the agent is.
+// finish reads what a process that has ended left in the pipe, and does not wait for
+// those that keep it open.
 func (c *capture) finish() {
-	late := time.AfterFunc(pipeTime, func() { c.pipe.SetReadDeadline(time.Now()) })
-	defer late.Stop()
+	defer c.pipe.Close()
+	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
 	<-c.ended
+	c.pipe.SetReadDeadline(time.Time{})
+	pipe, err := c.pipe.SyscallConn()
+	if err != nil {
+		return
+	}
+	rest := make([]byte, readSize)
+	pipe.Read(func(fd uintptr) (done bool) {
+		for left, n := pipeSize, 0; left > 0; left -= n {
+			if n, _ = syscall.Read(int(fd), rest); n <= 0 {
+				break // nothing is there any more
+			}
+			c.write(rest[:n])
+		}
+		return true
+	})
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
@@ -851,9 +856,9 @@ func (c command) sameWork(d command) bool {
 // A job is a command in the queue.
 type job struct {
 	command
-	turn    int        // when it may run, among those that wait in its lane
-	joined  []*job     // equal changes that waited when it began, and have its outcome
-	entered chan error // gets nil when it finds room, or a fault
+	turn    int    // when it may run, among those that wait in its lane
+	joined  []*job // equal changes that waited when it began, and have its outcome
+	entered bool   // it is in the queue, or is one with a command there
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
@@ -943,8 +948,8 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // what runs
 
-	mu       sync.Mutex // guards what is below
-	size     int        // of waiting, in each lane
+	mu       cond // guards what is below, and is broadcast when there may be room
+	size     int  // of waiting, in each lane
 	readings lane
 	changes  lane
 	active   map[any]*job // waiting or running, by ticket
@@ -969,7 +974,7 @@ func (q *queue) resize(concurrency, size int) {
 	defer q.mu.Unlock()
 	q.readings.limit, q.size = concurrency, size
 	q.start(&q.readings)
-	q.admit()
+	q.mu.broadcast()
 }
 
 // count is how many commands wait.
@@ -995,41 +1000,29 @@ func (q *queue) running() (names []string) {
 // A command with the ticket of an equal one that waits or runs is that one. Any
 // other command with a known ticket takes the ticket away: the monitor has given
 // it to two commands, and only the later one's reading is delivered.
-func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
-	j := &job{command: c, entered: make(chan error, 1)}
+func (q *queue) accept(ctx context.Context, c command, deadline time.Time) (err error) {
+	j := &job{command: c}
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	q.outside = append(q.outside, j)
-	q.admit()
-	q.mu.Unlock()
-	if len(j.entered) == 0 {
-		ctx, cancel := context.WithDeadline(ctx, deadline)
-		defer cancel()
-		select {
-		case err := <-j.entered:
-			return err
-		case <-ctx.Done():
-		}
-		q.mu.Lock()
-		defer q.mu.Unlock()
-		if at := slices.Index(q.outside, j); at >= 0 { // else it has just found room
-			q.outside = slices.Delete(q.outside, at, at+1)
-			return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
-		}
+	for q.admit(); !j.entered && !q.closed && err == nil; q.admit() {
+		err = q.mu.wait(ctx, deadline)
 	}
-	return <-j.entered
+	if j.entered {
+		return nil
+	}
+	q.outside = slices.DeleteFunc(q.outside, func(other *job) bool { return other == j })
+	if q.closed {
+		return faultf(faultBusy, "the agent is shutting down")
+	}
+	return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
 }
 
-// admit lets in the jobs that wait for room, as far as there is any. A queue that is
-// closed refuses them.
+// admit lets in the commands that wait for room, as far as there is any.
 func (q *queue) admit() {
 	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
-		if q.enter(j) {
-			j.entered <- nil
-			return true
-		} else if q.closed {
-			j.entered <- faultf(faultBusy, "the agent is shutting down")
-		}
-		return q.closed
+		j.entered = q.enter(j)
+		return j.entered
 	})
 }
 
@@ -1072,9 +1065,8 @@ func (q *queue) finish(l *lane, j *job, r reading) *job {
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
 	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
-	next := l.next()
-	q.admit()
-	return next
+	q.mu.broadcast()
+	return l.next()
 }
 
 // deliverAll delivers the reading of a command, and of those that joined it, but for
@@ -1100,7 +1092,7 @@ func (q *queue) close(ctx context.Context) {
 		}
 		l.waiting = nil
 	}
-	q.admit() // which refuses them
+	q.mu.broadcast()
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()
@@ -1621,29 +1613,23 @@ func (d *delivery) writeSpool() {
 func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var look time.Time // when to look for readings that have waited for long
-	for !d.closed {
-		var at time.Time
-		switch now := time.Now(); {
-		case d.inMemory == 0:
-			look = time.Time{}
-		case look.IsZero():
-			look = now.Add(spoolAge)
-		case !now.Before(look):
-			look = now.Add(spoolAge)
-			late := func(p *pendingReading) bool { return p.record == 0 && d.saves(p) }
-			d.unsaved = d.unsaved || slices.ContainsFunc(d.pending, late)
+	for s := d.spool; !d.closed; {
+		now, at := time.Now(), time.Time{}
+		if d.inMemory > 0 {
+			if !now.Before(s.lookAt) {
+				s.lookAt = now.Add(spoolAge)
+				late := func(p *pendingReading) bool { return p.record == 0 && d.saves(p) }
+				d.unsaved = d.unsaved || slices.ContainsFunc(d.pending, late)
+			}
+			at = s.lookAt
 		}
-		if d.held > 0 && d.spool.written.stepped(d.clocks()) {
+		if d.held > 0 && s.written.stepped(d.clocks()) {
 			d.needsRewrite = true // the times in the file are wrong
 		}
 		if d.unsaved || len(d.marks) > 0 || d.needsRewrite {
-			if at = d.spool.retryAt; !time.Now().Before(at) {
+			if at = s.retryAt; !now.Before(at) {
 				return false
 			}
-		}
-		if at.IsZero() || !look.IsZero() && look.Before(at) {
-			at = look
 		}
 		d.mu.wait(context.Background(), at)
 	}
@@ -1732,6 +1718,7 @@ type spool struct {
 	damaged int       // lines that were found
 	written clocks    // when the file was written
 	retryAt time.Time // after an error; zero while the spool works
+	lookAt  time.Time // when to look for readings that have waited for long
 }
 
 // newSpool returns the spool in a directory, or nil where that is "".
