@@ -209,7 +209,7 @@ type change struct {
 	archive   *os.File // the package
 	entries   int      // files and directories that were unpacked
 	published string   // the latest backup that was published
-	tooLate   bool     // to undo it: the installed version is half removed
+	tooLate   bool     // to undo it: only settle can help
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
@@ -235,6 +235,10 @@ func (c *change) make(steps ...func() error) error {
 		c.tidy(c.prune())
 	}
 	c.tidy(c.settle())
+	if c.tooLate && !c.installed.has(newPrefix+c.name) { // settle did what replace could not do
+		c.tidy(err)
+		return nil
+	}
 	return err
 }
 
@@ -375,6 +379,7 @@ func (c *change) replace() (err error) {
 	}
 	if !c.tooLate {
 		c.tidy(c.undo())
+		c.tooLate = c.installed.has(next)
 	}
 	return err
 }
