@@ -856,9 +856,9 @@ func (c command) sameWork(d command) bool {
 // A job is a command in the queue.
 type job struct {
 	command
-	turn    int    // when it may run, among those that wait in its lane
-	joined  []*job // equal changes that waited when it began, and have its outcome
-	entered bool   // it is in the queue, or is one with a command there
+	turn    int        // when it may run, among those that wait in its lane
+	joined  []*job     // equal changes that waited when it began, and have its outcome
+	entered chan error // gets nil when it finds room, or a fault
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
@@ -866,9 +866,13 @@ type job struct {
 type lane struct {
 	limit   int // of running
 	running []*job
-	waiting []*job // the next one first
-	turn    int    // the latest turn of those that have begun
+	waiting []*job           // the next one first
+	callers map[string]share // of those that wait, by caller
+	turn    int              // the latest turn of those that have begun
 }
+
+// A share is what one caller has in a lane.
+type share struct{ waiting, turn int } // the turn of its latest command
 
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
@@ -886,17 +890,12 @@ func (l *lane) mayRun(sensor string) bool {
 // last. It reports whether there is room: it can run at once, or fewer than size
 // wait, or fewer than twice as many and its caller has little in the queue.
 func (l *lane) push(j *job, size int) bool {
-	all, own := len(l.waiting), 0
-	j.turn = l.turn + 1
-	for _, other := range l.waiting {
-		if other.from == j.from {
-			own++
-			j.turn = max(j.turn, other.turn+1)
-		}
-	}
-	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own >= max(1, size/4)) {
+	all, own := len(l.waiting), l.callers[j.from]
+	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own.waiting >= max(1, size/4)) {
 		return false
 	}
+	j.turn = max(l.turn, own.turn) + 1
+	l.callers[j.from] = share{own.waiting + 1, j.turn}
 	i := all
 	for i > 0 && l.waiting[i-1].turn > j.turn {
 		i--
@@ -932,6 +931,11 @@ func (l *lane) next() *job {
 func (l *lane) take(i int) *job {
 	j := l.waiting[i]
 	l.waiting = slices.Delete(l.waiting, i, i+1)
+	own := l.callers[j.from]
+	l.callers[j.from] = share{own.waiting - 1, own.turn}
+	if own.waiting == 1 {
+		delete(l.callers, j.from)
+	}
 	return j
 }
 
@@ -948,8 +952,8 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // what runs
 
-	mu       cond // guards what is below, and is broadcast when there may be room
-	size     int  // of waiting, in each lane
+	mu       sync.Mutex // guards what is below
+	size     int        // of waiting, in each lane
 	readings lane
 	changes  lane
 	active   map[any]*job // waiting or running, by ticket
@@ -964,7 +968,9 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
-		size: size, readings: lane{limit: concurrency}, changes: lane{limit: 1}, active: make(map[any]*job),
+		size: size, active: make(map[any]*job),
+		readings: lane{limit: concurrency, callers: make(map[string]share)},
+		changes:  lane{limit: 1, callers: make(map[string]share)},
 	}
 }
 
@@ -974,7 +980,7 @@ func (q *queue) resize(concurrency, size int) {
 	defer q.mu.Unlock()
 	q.readings.limit, q.size = concurrency, size
 	q.start(&q.readings)
-	q.mu.broadcast()
+	q.admit()
 }
 
 // count is how many commands wait.
@@ -1000,29 +1006,39 @@ func (q *queue) running() (names []string) {
 // A command with the ticket of an equal one that waits or runs is that one. Any
 // other command with a known ticket takes the ticket away: the monitor has given
 // it to two commands, and only the later one's reading is delivered.
-func (q *queue) accept(ctx context.Context, c command, deadline time.Time) (err error) {
-	j := &job{command: c}
+func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error {
+	j := &job{command: c, entered: make(chan error, 1)}
+	q.mu.Lock()
+	q.outside = append(q.outside, j)
+	q.admit()
+	q.mu.Unlock()
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	select {
+	case err := <-j.entered:
+		return err
+	case <-ctx.Done():
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.outside = append(q.outside, j)
-	for q.admit(); !j.entered && !q.closed && err == nil; q.admit() {
-		err = q.mu.wait(ctx, deadline)
+	if at := slices.Index(q.outside, j); at >= 0 { // else it has just found room
+		q.outside = slices.Delete(q.outside, at, at+1)
+		return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
 	}
-	if j.entered {
-		return nil
-	}
-	q.outside = slices.DeleteFunc(q.outside, func(other *job) bool { return other == j })
-	if q.closed {
-		return faultf(faultBusy, "the agent is shutting down")
-	}
-	return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
+	return <-j.entered
 }
 
-// admit lets in the commands that wait for room, as far as there is any.
+// admit lets in the commands that wait for room, as far as there is any. A queue that is
+// closed refuses them.
 func (q *queue) admit() {
 	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
-		j.entered = q.enter(j)
-		return j.entered
+		if q.enter(j) {
+			j.entered <- nil
+			return true
+		} else if q.closed {
+			j.entered <- faultf(faultBusy, "the agent is shutting down")
+		}
+		return q.closed
 	})
 }
 
@@ -1065,8 +1081,9 @@ func (q *queue) finish(l *lane, j *job, r reading) *job {
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
 	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
-	q.mu.broadcast()
-	return l.next()
+	next := l.next()
+	q.admit()
+	return next
 }
 
 // deliverAll delivers the reading of a command, and of those that joined it, but for
@@ -1092,7 +1109,7 @@ func (q *queue) close(ctx context.Context) {
 		}
 		l.waiting = nil
 	}
-	q.mu.broadcast()
+	q.admit() // which refuses them
 	q.mu.Unlock()
 	stop := context.AfterFunc(ctx, q.cancel)
 	defer stop()
