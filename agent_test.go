@@ -1797,7 +1797,7 @@ func TestReadingUser(t *testing.T) {
 		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his\n"+
 			"echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
 		forEverybody(t, s.path)
-		s.credential, s.env = user.credential, sensorEnv(user)
+		s.user = user
 		equal(t, name, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
 	}
 }
@@ -1820,7 +1820,7 @@ func TestReadingOwn(t *testing.T) {
 	forEverybody(t, s.path)
 	s.own = map[string]*ownSettings{"other": {patience, get(otherUser("54321"))}}
 	equal(t, "its user", summaryOf(s, "other"), "0 54321")
-	s.credential, s.own["other"].user = get(otherUser("54321")).credential, nil
+	s.user, s.own["other"].user = get(otherUser("54321")), nil
 	equal(t, "the agent's user", summaryOf(s, "other"), "0 0")
 }
 
@@ -2062,12 +2062,12 @@ func TestShippedSensorsHere(t *testing.T) {
 	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
 	example := common.FindString(string(readFile(t, "docs/sensors.md")))
 	for _, shell := range smallShells {
-		s := testSensors(t, "")
+		s, prelude := testSensors(t, ""), ""
 		if shell != "dash" {
-			s.env = append(s.env, "PATH="+busyboxPath(t, needs(t, "busybox")))
+			prelude = "PATH=" + busyboxPath(t, needs(t, "busybox")) + "\n"
 		}
 		for _, file := range sortedKeys(scripts) {
-			writeScript(t, s, strings.Split(file, "/")[1], shell, "", scripts[file])
+			writeScript(t, s, strings.Split(file, "/")[1], shell, prelude, scripts[file])
 			equal(t, "the common part of "+file, common.FindString(scripts[file]), example)
 		}
 		helps, err := s.helpTexts(ctx)
@@ -4467,7 +4467,7 @@ func TestOwner(t *testing.T) {
 	for name, to := range links {
 		must(t, os.Symlink(filepath.Join(elsewhere, to), u.at(name)))
 	}
-	u.sensors.credential = &syscall.Credential{Uid: otherUID, Gid: otherUID}
+	u.sensors.user = &sensorUser{credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}
 	tried := "#!/bin/sh\n[ $(id -u) = 1234 ] || exit 8\n" +
 		"{ echo >new || echo >>check || mv lib new; } 2>/dev/null && exit 9\necho 2\n"
 	for _, name := range []string{"demo", "x", "y"} {
@@ -4480,7 +4480,7 @@ func TestOwner(t *testing.T) {
 	his := describeTree(t, u.sensors.path) + describeTree(t, u.backup)
 	his = regexp.MustCompile(`.* L.*\n`).ReplaceAllString(his, "") // links are nobody's
 	equal(t, "files of root", regexp.MustCompile(`(?m)^\S+ \S+ 0 `).FindAllString(his, -1), []string(nil))
-	u.sensors.credential = nil
+	u.sensors.user = nil
 	receive(t, "his own changes", asUser(t, otherUID, func() {
 		if err := errors.Join(u.plainInstall(demo(t, 3)), u.rollback(ctx, "demo")); err != nil {
 			t.Error(err)

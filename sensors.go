@@ -88,10 +88,8 @@ const (
 // Sensors is a directory of sensors and how they are run.
 type sensors struct {
 	path, executable, help string
-	timeout                time.Duration       // of one run
-	credential             *syscall.Credential // nil: as the agent
-	env                    []string
-	own                    map[string]*ownSettings // instead of timeout and user, by sensor
+	ownSettings                                    // of the sensors that are not in own
+	own                    map[string]*ownSettings // by sensor
 	*runState
 }
 
@@ -122,29 +120,20 @@ type helpEntry struct {
 // newSensors returns the sensors of a directory. They run as user or, where
 // that is nil, as the agent does.
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
-	s := &sensors{
-		path: path, executable: executable, help: help, timeout: timeout, env: sensorEnv(user),
+	return &sensors{
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user},
 		runState: &runState{
 			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
 			mu: cond{signals: make(chan os.Signal, 1)},
 		},
 	}
-	if user != nil {
-		s.credential = user.credential
-	}
-	return s
 }
 
 // of returns the sensors as the settings of one of them have it.
 func (s *sensors) of(name string) *sensors {
-	own := s.own[name]
-	if own == nil {
-		return s
-	}
 	with := *s
-	with.timeout, with.env, with.credential = own.timeout, sensorEnv(own.user), nil
-	if own.user != nil {
-		with.credential = own.user.credential
+	if own := s.own[name]; own != nil {
+		with.ownSettings = *own
 	}
 	return &with
 }
@@ -350,7 +339,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 
 // helpText asks a sensor what it can be asked.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
-	quick := *s.of(name)
+	quick := s.of(name)
 	quick.timeout = min(quick.timeout, helpTime)
 	r := quick.runIn(ctx, filepath.Join(s.path, name), name, []string{s.help}, nil)
 	text := strings.TrimSpace(r.value)
@@ -557,16 +546,20 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 	}
 	defer stderr.Close()
 	file := filepath.Join(dir, s.executable)
+	as := &syscall.SysProcAttr{Setpgid: true}
+	if s.user != nil {
+		as.Credential = s.user.credential
+	}
 	for try := 1; ; try++ {
 		cmd := &exec.Cmd{
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         s.env,
+			Env:         sensorEnv(s.user),
 			Stdin:       nil, // /dev/null
 			Stdout:      stdout,
 			Stderr:      stderr,
-			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.credential},
+			SysProcAttr: as,
 		}
 		err := cmd.Start()
 		absent := errors.Is(err, syscall.ENOENT)
