@@ -51,7 +51,6 @@ const (
 	argumentCost = 32                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
 	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
-	readSize     = 1 << 10               // bytes of output that are read at once: most sensors write one number
 	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
 	outputPause  = 2 * time.Millisecond  // then
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
@@ -763,6 +762,7 @@ type capture struct {
 	kept  []byte    // once finish has returned
 	total int
 	pipe  *os.File      // the end to read from
+	part  [1 << 10]byte // what was read last: most sensors write one number
 	ended chan struct{} // closed when nothing reads from the pipe any more
 }
 
@@ -775,7 +775,7 @@ func (c *capture) open() (w *os.File, err error) {
 	go func() {
 		defer close(c.ended)
 		source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
-		io.CopyBuffer(writerFunc(c.write), source, make([]byte, readSize))
+		io.CopyBuffer(writerFunc(c.write), source, c.part[:])
 	}()
 	return w, nil
 }
@@ -806,13 +806,12 @@ func (c *capture) finish() {
 	if err != nil {
 		return
 	}
-	rest := make([]byte, readSize)
 	pipe.Read(func(fd uintptr) (done bool) {
 		for left, n := pipeSize, 0; left > 0; left -= n {
-			if n, _ = syscall.Read(int(fd), rest); n <= 0 {
+			if n, _ = syscall.Read(int(fd), c.part[:]); n <= 0 {
 				break // nothing is there any more
 			}
-			c.write(rest[:n])
+			c.write(c.part[:n])
 		}
 		return true
 	})
