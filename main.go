@@ -998,13 +998,13 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 // ownSensor is the name of the sensor that is the agent itself.
 const ownSensor = "picket"
 
-// Vitals are what its health is read from, at one moment.
+// Vitals are what the agent's health is read from, at one moment.
 type vitals struct {
 	*agent
 	deliveryTotals
 }
 
-// health lists what it can be asked. A value less than 0 is not known.
+// health lists what the agent can be asked. A value less than 0 is not known.
 var health = []struct {
 	name, help string
 	value      func(vitals) int
@@ -1265,7 +1265,7 @@ func (a *agent) listSensors(_ request, params []any) (any, error) {
 		return nil, faultf(faultBusy, "the agent is shutting down")
 	}
 	if err != nil {
-		a.handler.refused.printf(warning+"%v", err) // the agent's own text is left
+		a.handler.refused.printf(warning+"%v", err) // the list has the agent's own text alone
 		texts = make(map[string]string)
 	}
 	texts[ownSensor] = ownHelp()

@@ -46,7 +46,7 @@ import (
 const (
 	maxTicket    = 1 << 10               // bytes of a ticket that is a string: 1,024 undelivered ones are 1 MiB
 	maxName      = 234                   // bytes of a sensor's name: its backup's is 21 longer, and fits 255
-	maxJoined    = 16                    // changes that join an equal one; more make it once more
+	maxJoined    = 16                    // changes that join an equal one; for more of them it is made again
 	maxArguments = 4 << 10               // bytes of a command's arguments, with the cost of each
 	argumentCost = 32                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
@@ -992,7 +992,7 @@ func (q *queue) running() (names []string) {
 	return names
 }
 
-// accept takes a command on, and waits for room until the deadline or the end of
+// accept takes a command, and waits for room until the deadline or the end of
 // ctx, first come, first served. Its error is a fault.
 //
 // A command with the ticket of an equal one that waits or runs is that one. Any
@@ -1185,7 +1185,7 @@ type pendingReading struct {
 // fails holds up the others.
 //
 // A reading leaves the delivery when the monitor has taken it, has answered it
-// with three faults or has given its ticket away again. The first is dropped
+// with three faults or has given its ticket away again. The oldest is dropped
 // when there is no more room: for 1,024 readings in memory, and for what the spool
 // may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
 // seconds, at most 5 minutes, ±50 %, however many readings wait.
