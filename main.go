@@ -905,7 +905,7 @@ func within(d time.Duration, f func(context.Context)) {
 // logWarnings logs what is allowed, but perhaps not meant.
 func (a *agent) logWarnings() {
 	now := a.active.Load()
-	if text := noSensors(now.sensors); text != "" {
+	for _, text := range now.sensors.warnings() {
 		log.Print(warning + text)
 	}
 	if text := now.updater.ownerWarning(); text != "" {
@@ -995,9 +995,6 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 	return s, err
 }
 
-// ownSensor is the name of the sensor that is the agent itself.
-const ownSensor = "picket"
-
 // Vitals are what the agent's health is read from, at one moment.
 type vitals struct {
 	*agent
@@ -1066,19 +1063,6 @@ func (a *agent) healthLine() string {
 		line += fmt.Sprint(" ", h.name, " ", h.value(now))
 	}
 	return line
-}
-
-// noSensors says so where there is nothing to run, and else returns "". It is
-// no error, as sensors can still be installed, but most often a mistake.
-func noSensors(s *sensors) string {
-	names, _, err := s.names()
-	switch {
-	case err != nil:
-		return err.Error()
-	case len(names) == 0:
-		return fmt.Sprintf("no sensors in %s", s.path)
-	}
-	return ""
 }
 
 // commands lists all that the monitor can ask, beside what every XML-RPC server
@@ -1323,7 +1307,7 @@ func runList(ctx context.Context, in *invocation) error {
 		log.Print(warning + line)
 	}
 	if len(texts) == 0 {
-		return errors.New(noSensors(sensors))
+		return errors.New(strings.Join(sensors.warnings(), "\n"))
 	}
 	texts[ownSensor] = ownHelp()
 	for _, name := range sortedKeys(texts) {
@@ -1403,7 +1387,7 @@ func runConfig(_ context.Context, in *invocation) error {
 	if err := report(found, mistake); err != nil {
 		return err
 	}
-	if text := noSensors(activate(s).sensors); text != "" {
+	for _, text := range activate(s).sensors.warnings() {
 		log.Print(warning + text)
 	}
 	effective := &ini{name: in.file, values: make(map[iniKey]iniValue)}
@@ -1603,6 +1587,9 @@ func runMonitor(ctx context.Context, in *invocation) error {
 	}
 	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
 		return in.usageError("-packages: %w", err)
+	}
+	if *probe == "" && *agentFiles != (tlsFiles{}) {
+		return in.usageError("-agent-ca, -agent-cert and -agent-key need -probe")
 	}
 	if err := errors.Join(in.loadTLS(files, ""), in.loadTLS(agentFiles, "agent-")); err != nil {
 		return err
@@ -2200,8 +2187,8 @@ func (t *selftest) step(ctx context.Context, c *client, ticket int, stored <-cha
 // says it can be asked. Where the sensor says why not, the box has no such thing.
 func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
 	texts, err := s.helpTexts(ctx)
-	if text := noSensors(s); err != nil || text != "" {
-		fmt.Fprintln(t.out, text)
+	if err != nil || len(texts) == 0 {
+		fmt.Fprintln(t.out, strings.Join(s.warnings(), "\n"))
 		return ctx.Err()
 	}
 	for _, name := range sortedKeys(texts) {

@@ -72,6 +72,7 @@ const (
 const newPrefix = ".picket-next-"
 
 const (
+	ownSensor   = "picket"      // the name of the sensor that is the agent itself
 	noHelp      = "no help: "   // begins the text of a sensor that did not give one
 	interrupted = "interrupted" // why a run ended that was under way when picket was ended
 )
@@ -299,6 +300,24 @@ func (s *sensors) names() (names, missing []string, err error) {
 		}
 	}
 	return names, missing, nil
+}
+
+// warnings says what is allowed, but most often a mistake: that there is no sensor, which
+// may still be installed, or a section of client.cfg for one that is not there.
+func (s *sensors) warnings() (lines []string) {
+	names, _, err := s.names()
+	switch {
+	case err != nil:
+		return []string{err.Error()}
+	case len(names) == 0:
+		return []string{"no sensors in " + s.path}
+	}
+	for _, name := range sortedKeys(s.own) {
+		if name != ownSensor && !slices.Contains(names, name) {
+			lines = append(lines, fmt.Sprintf("[sensor %s]: there is no such sensor in %s", name, s.path))
+		}
+	}
+	return lines
 }
 
 // helpTexts returns the help text of each sensor, or why there is none. It asks
