@@ -938,12 +938,6 @@ func redacted(value string) string {
 	return scheme + "://xxxxx" + value[at:]
 }
 
-// A maskedError is an error whose text shows no password.
-type maskedError struct{ error }
-
-func (e maskedError) Error() string { return masked(e.error.Error()) }
-func (e maskedError) Unwrap() error { return e.error }
-
 // A sensorUser is another user that sensors run as.
 type sensorUser struct {
 	credential *syscall.Credential

@@ -145,13 +145,20 @@ func main() {
 		cancel()
 	}()
 	log.SetFlags(0)
-	log.SetOutput(plainLog{w: os.Stderr})
+	log.SetOutput(plainLog(os.Stderr, false))
 	closeOnExec()
-	time.Local = localZone()
-	out := &output{w: os.Stdout}
-	code, err := execute(ctx, caught, os.Args[1:], out)
-	if code == 0 && out.err != nil {
-		code, err = exitFailed, out.err
+	tz, ok := os.LookupEnv("TZ")
+	time.Local = localZone(tz, ok, "/etc")
+	var lost error // of the output
+	code, err := execute(ctx, caught, os.Args[1:], writerFunc(func(p []byte) (int, error) {
+		n, err := os.Stdout.Write(p)
+		if err != nil && lost == nil {
+			lost = fmt.Errorf("write the output: %w", err)
+		}
+		return n, err
+	}))
+	if code == 0 && lost != nil {
+		code, err = exitFailed, lost
 	}
 	if err != nil {
 		log.Print(err)
@@ -191,20 +198,6 @@ func leaveTerminal() {
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
-// An output remembers that something could not be written to it.
-type output struct {
-	w   io.Writer
-	err error
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	n, err := o.w.Write(p)
-	if err != nil && o.err == nil {
-		o.err = fmt.Errorf("write the output: %w", err)
-	}
-	return n, err
-}
-
 // An exitError ends the process with a code of its own, and with a message
 // where err is not nil.
 type exitError struct {
@@ -213,7 +206,6 @@ type exitError struct {
 }
 
 func (e *exitError) Error() string { return fmt.Sprint(e.err) }
-func (e *exitError) Unwrap() error { return e.err }
 
 // exitCode returns the exit code for an error, and the message, if there is one.
 func exitCode(err error) (int, error) {
@@ -351,7 +343,7 @@ func execute(ctx context.Context, caught <-chan struct{}, args []string, out io.
 	}
 	code, err := exitCode(err)
 	if err != nil {
-		err = maskedError{err}
+		err = errors.New(masked(err.Error()))
 	}
 	return code, err
 }
@@ -523,7 +515,7 @@ func runUnderInit(ctx context.Context, in *invocation) error {
 	if err == nil || os.Getppid() != 1 {
 		return err
 	}
-	log.Printf("%v; ends in %v, or at a signal", maskedError{err}, initTime)
+	log.Printf("%s; ends in %v, or at a signal", masked(err.Error()), initTime)
 	select {
 	case <-time.After(initTime):
 	case <-signals:
@@ -583,20 +575,17 @@ func splitSeverity(line string) (syslog.Priority, string) {
 	return syslog.LOG_INFO, line
 }
 
-// A plainLog writes lines of the log for people.
-type plainLog struct {
-	w     io.Writer
-	timed bool // lines begin with the local time
-}
-
-func (p plainLog) Write(line []byte) (int, error) {
-	_, text := splitSeverity(string(line))
-	text = "picket: " + text
-	if p.timed {
-		text = time.Now().Format("2006-01-02T15:04:05 ") + text
+// plainLog writes lines of the log for people. Those that are timed begin with the local time.
+func plainLog(w io.Writer, timed bool) writerFunc {
+	return func(line []byte) (int, error) {
+		_, text := splitSeverity(string(line))
+		text = "picket: " + text
+		if timed {
+			text = time.Now().Format("2006-01-02T15:04:05 ") + text
+		}
+		_, err := io.WriteString(w, text)
+		return len(line), err
 	}
-	_, err := io.WriteString(p.w, text)
-	return len(line), err
 }
 
 // A logWriter writes the log to standard error or to the local syslog, from a
@@ -604,7 +593,7 @@ func (p plainLog) Write(line []byte) (int, error) {
 // nothing, 256 lines wait; further ones are counted and lost. Where there is no
 // syslog, lines go to standard error.
 type logWriter struct {
-	plain     plainLog
+	plain     io.Writer
 	lines     chan string
 	lost      atomic.Int64
 	useSyslog atomic.Bool
@@ -617,7 +606,7 @@ func newLogWriter(stderr *os.File) *logWriter {
 	w := &logWriter{lines: make(chan string, logLines), done: make(chan struct{})}
 	info, err := stderr.Stat()
 	timed := err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0)
-	w.plain = plainLog{stderr, timed}
+	w.plain = plainLog(stderr, timed)
 	go w.run()
 	return w
 }
@@ -933,7 +922,7 @@ func (a *agent) reload(ctx context.Context) {
 		return // the agent ends
 	}
 	if err != nil {
-		for _, line := range strings.Split(maskedError{err}.Error(), "\n") {
+		for _, line := range strings.Split(masked(err.Error()), "\n") {
 			log.Printf(severe+"reload: %s", line)
 		}
 		log.Print(severe + "reload: the settings before stay in force")
@@ -1171,7 +1160,7 @@ func (a *agent) runChange(ctx context.Context, c command) reading {
 	err := a.change(ctx, c)
 	a.noteChange(c, err)
 	if err != nil {
-		a.events.printf(warning+"%s: %s", c, oneLine(maskedError{err}.Error()))
+		a.events.printf(warning+"%s: %s", c, oneLine(masked(err.Error())))
 		return reading{code: exitFailed, taken: time.Now(), reason: err.Error()}
 	}
 	log.Printf(notice+"%s: done in %v", c, time.Since(begun).Round(time.Millisecond))
@@ -1189,7 +1178,7 @@ func (a *agent) noteChange(c command, err error) {
 	defer a.failedMu.Unlock()
 	delete(a.failed, c.sensor)
 	if err != nil {
-		a.failed[c.sensor] = oneLine(maskedError{err}.Error())
+		a.failed[c.sensor] = oneLine(masked(err.Error()))
 	}
 	path := a.active.Load().sensors.path
 	maps.DeleteFunc(a.failed, func(name, _ string) bool { return !exists(filepath.Join(path, name)) })
@@ -2091,7 +2080,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, shown only where something failed
 	before := log.Writer()
-	log.SetOutput(plainLog{w: &lines})
+	log.SetOutput(plainLog(&lines, false))
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	t := &selftest{out: in.out}
 	if err = t.testAgent(ctx, dir, s.user); err == nil && absent == nil {

@@ -651,8 +651,11 @@ func newHandler(methods []method) *handler {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeader - 4096, // net/http reads 4096 more
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     log.New(writerFunc(h.refuseLine), "", 0),
-		ConnState:                    h.connChanged,
+		ErrorLog: log.New(writerFunc(func(line []byte) (int, error) { // mostly a peer did something wrong
+			h.refuse("%s", oneLine(strings.TrimSpace(string(line))))
+			return len(line), nil
+		}), "", 0),
+		ConnState: h.connChanged,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, peerKey{}, peerOf(c))
 		},
@@ -661,12 +664,6 @@ func newHandler(methods []method) *handler {
 		h.methods[m.name] = m
 	}
 	return h
-}
-
-// refuseLine takes a line that net/http logs: mostly a peer did something wrong and was not served.
-func (h *handler) refuseLine(line []byte) (int, error) {
-	h.refuse("%s", oneLine(strings.TrimSpace(string(line))))
-	return len(line), nil
 }
 
 // refuse counts and logs what was not done.

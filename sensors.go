@@ -2042,16 +2042,11 @@ func sinceBoot() time.Duration {
 
 const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
 
-// localZone returns the zone that the box's own date shows: TZ (the name or path
-// of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
+// localZone returns the zone that the box's own date shows: TZ, if it is set (the name or
+// path of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
 // /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. What
 // can't be read there counts as UTC, as it does for date, and is logged.
-func localZone() *time.Location {
-	tz, ok := os.LookupEnv("TZ")
-	return zoneOf(tz, ok, "/etc")
-}
-
-func zoneOf(tz string, ok bool, etc string) *time.Location {
+func localZone(tz string, ok bool, etc string) *time.Location {
 	if !ok {
 		if zone, err := zoneFile(filepath.Join(etc, "localtime")); err == nil {
 			return zone
