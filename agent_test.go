@@ -1797,7 +1797,7 @@ func TestReadingUser(t *testing.T) {
 		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his\n"+
 			"echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
 		forEverybody(t, s.path)
-		s.user = user
+		s.user, s.env = user, sensorEnv(user)
 		equal(t, name, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
 	}
 }

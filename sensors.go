@@ -90,6 +90,7 @@ type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
 	own                    map[string]*ownSettings // by sensor
+	env                    []string                // as ownSettings.user has it
 	*runState
 }
 
@@ -121,7 +122,7 @@ type helpEntry struct {
 // that is nil, as the agent does.
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
-		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user},
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
 		runState: &runState{
 			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
 			mu: cond{signals: make(chan os.Signal, 1)},
@@ -133,7 +134,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
-		with.ownSettings = *own
+		with.ownSettings, with.env = *own, sensorEnv(own.user)
 	}
 	return &with
 }
@@ -573,7 +574,7 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         sensorEnv(s.user),
+			Env:         s.env,
 			Stdin:       nil, // /dev/null
 			Stdout:      stdout,
 			Stderr:      stderr,
