@@ -6461,9 +6461,7 @@ func TestInit(t *testing.T) {
 	b.client = boot.client(t)
 
 	// Init's shutdown ends it in time.
-	for _, pid := range sleeps {
-		must(t, syscall.Kill(pid, 0)) // it is there
-	}
+	must(t, errors.Join(syscall.Kill(sleeps[0], 0), syscall.Kill(sleeps[1], 0))) // they are there
 	mustCall(t, b.client, "cmd_submit_reading", 11, "slow")
 	await(t, "it runs", func() bool { return len(named(root, "tail")) == 1 })
 	kill("init", syscall.SIGUSR2)
