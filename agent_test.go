@@ -1704,10 +1704,12 @@ func TestReadingNotStarted(t *testing.T) {
 // no file is left open.
 func TestReadingQuick(t *testing.T) {
 	s := testSensors(t, "printf 1; sleep $1; printf 2; echo x >&2; exit 3")
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would close files
 	open := openFiles(t)
 	for i := 0; i < 40; i++ {
 		r := s.read(ctx, "s", []string{fmt.Sprintf("0.%03d", i/2)}, nil)
 		equal(t, fmt.Sprint(i/2, " ms"), summary(r), `3 12 "x"`)
+		equal(t, "none", s.read(ctx, "none", nil, nil).code, codeNotFound)
 	}
 	await(t, "all files are closed", func() bool { return openFiles(t) <= open })
 }

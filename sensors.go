@@ -795,7 +795,9 @@ func (c *capture) open() (w *os.File, err error) {
 	go func() {
 		defer close(c.ended)
 		source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
-		io.CopyBuffer(writerFunc(c.write), source, c.part[:])
+		if _, err := io.CopyBuffer(writerFunc(c.write), source, c.part[:]); err == nil {
+			c.pipe.Close() // which has ended
+		}
 	}()
 	return w, nil
 }
@@ -818,9 +820,9 @@ func (c *capture) write(p []byte) (int, error) {
 // finish reads what a process that has ended left in the pipe, and does not wait for
 // those that keep it open.
 func (c *capture) finish() {
-	defer c.pipe.Close()
 	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
 	<-c.ended
+	defer c.pipe.Close()
 	c.pipe.SetReadDeadline(time.Time{})
 	pipe, err := c.pipe.SyscallConn()
 	if err != nil {
