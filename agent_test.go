@@ -571,7 +571,7 @@ func newRecorder(t testing.TB) *recorder {
 	m := &recorder{readings: make(chan storedReading, 10000)}
 	m.monitor = &monitor{stored: func(s storedReading) error { m.readings <- s; return nil }}
 	inner := newHandler(m.methods())
-	m.url = serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	inner.http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := attempt{context: r.Context()}
 		body, _ := io.ReadAll(r.Body)
 		a.method, a.params, _ = decodeCall(body)
@@ -591,7 +591,8 @@ func newRecorder(t testing.TB) *recorder {
 			}
 		}
 		inner.ServeHTTP(w, r)
-	}))
+	})
+	m.url = serve(t, inner)
 	return m
 }
 

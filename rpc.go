@@ -846,10 +846,7 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
-	p, ok := r.Context().Value(peerKey{}).(*peerConn)
-	if !ok { // the handler runs in a server that is not its own
-		p = &peerConn{tls: h.rules().tls}
-	}
+	p := r.Context().Value(peerKey{}).(*peerConn)
 	if !h.setWorking(p, true) {
 		panic(http.ErrAbortHandler) // as if the connection had been closed a moment before
 	}
