@@ -3236,7 +3236,7 @@ func TestResponse(t *testing.T) {
 var notation = regexp.MustCompile(`\{(\\[^{}*]*)\}|\{([^{}]*)\*(\d+)\}`)
 
 // expand returns a text of testdata without its notation.
-func expand(t *testing.T, text string) string {
+func expand(t testing.TB, text string) string {
 	call := string(encodeCall("healthcheck"))
 	text = strings.NewReplacer("{call}", call, "{message}", message("<param><value/></param>")).Replace(text)
 	return notation.ReplaceAllStringFunc(text, func(braces string) string {
@@ -4060,25 +4060,13 @@ func TestFetch(t *testing.T) {
 // plainInstall installs a package of demo.
 func (u *updater) plainInstall(from source) error { return u.install(ctx, "demo", from) }
 
-// textOf returns what "TEXT"*N stands for.
-func textOf(t testing.TB, s string) string {
-	t.Helper()
-	quoted, err := strconv.QuotedPrefix(s)
-	must(t, err)
-	text, _ := strconv.Unquote(quoted)
-	if n, err := strconv.Atoi(strings.TrimPrefix(s[len(quoted):], "*")); err == nil {
-		text = strings.Repeat(text, n)
-	}
-	return text
-}
-
-// entriesOf reads one line of testdata/packages.txt.
+// entriesOf reads one line of testdata/packages.txt or upgrade.txt.
 func entriesOf(t testing.TB, line string) (entries []packed) {
 	t.Helper()
-	fields := regexp.MustCompile(`"(\\.|[^"\\])*"(\*\d+)?|\S+`).FindAllString(line, -1)
+	fields := regexp.MustCompile(`"(\\.|[^"\\])*"|\S+`).FindAllString(line, -1)
 	e, repeat := packed{Header: tar.Header{Name: fields[0]}, raw: make(map[int]string)}, 1
 	if strings.HasPrefix(fields[0], `"`) {
-		e.Name = textOf(t, fields[0])
+		e.Name = get(strconv.Unquote(fields[0]))
 	}
 	for _, field := range fields[1:] {
 		var err error
@@ -4096,7 +4084,7 @@ func entriesOf(t testing.TB, line string) (entries []packed) {
 			repeat, err = strconv.Atoi(value)
 		default:
 			if field[0] == '"' {
-				e.body += textOf(t, field)
+				e.body, err = strconv.Unquote(field)
 			} else {
 				e.Mode, err = strconv.ParseInt(field, 8, 32)
 			}
@@ -4124,27 +4112,29 @@ type packageCase struct {
 func packageCases(t testing.TB, from string) (list []packageCase) {
 	t.Helper()
 	for _, test := range cases(t, from) {
-		p := packageCase{name: test.name, limit: 2 << 20, before: make(files), after: make(files)}
+		p := packageCase{name: test.name, want: "<nil>", limit: 2 << 20, before: make(files), after: make(files)}
 		var entries []packed
 		file, then, cutTo := "", "", -1
-		for _, line := range splitLines(test.text) {
+		for _, line := range splitLines(expand(t, test.text)) {
 			key, value, _ := strings.Cut(line, " ")
 			name, text, _ := strings.Cut(value, " ")
 			switch key {
 			case "want":
 				p.want = value
+				p.before["sensors/demo/check"], p.before["sensors/demo/version"] = printing(0), "1.2.3.0\n"
+				p.before["backup/demo_TIME/check"], p.after = "x", p.before
 			case "file":
 				file = value
 			case "then":
-				then = textOf(t, value)
+				then = get(strconv.Unquote(value))
 			case "cut":
 				cutTo, _ = strconv.Atoi(value)
 			case "limit":
 				p.limit, _ = strconv.ParseInt(value, 10, 64)
 			case "before":
-				p.before[name] = textOf(t, text)
+				p.before[name] = get(strconv.Unquote(text))
 			case "after":
-				p.after[name] = textOf(t, text)
+				p.after[name] = get(strconv.Unquote(text))
 			default:
 				entries = append(entries, entriesOf(t, line)...)
 			}
@@ -4161,14 +4151,23 @@ func packageCases(t testing.TB, from string) (list []packageCase) {
 	return list
 }
 
-// TestInstall installs the packages of testdata/installs.txt.
+// TestInstall installs the packages of testdata/installs.txt and refuses those of packages.txt:
+// whatever is wrong with a package, nothing changes.
 func TestInstall(t *testing.T) {
-	for _, test := range packageCases(t, "testdata/installs.txt") {
+	for _, test := range append(packageCases(t, "testdata/installs.txt"), packageCases(t, "testdata/packages.txt")...) {
 		dir := t.TempDir()
 		u := testUpdater(t, dir, test.before)
-		must(t, u.plainInstall(fromText(test.archive, "")))
+		u.maxUnpacked = test.limit
+		err := u.plainInstall(fromText(test.archive, ""))
+		expect(t, regexp.MustCompile("^(?s:"+test.want+")$").MatchString(fmt.Sprint(err)),
+			"%s: got %v; want %s", test.name, err, test.want)
 		equal(t, test.name, readTree(t, dir), test.after)
-		equal(t, test.name, u.sensors.read(ctx, "demo", nil, nil).code, 0)
+		if err == nil {
+			equal(t, test.name, u.sensors.read(ctx, "demo", nil, nil).code, 0)
+		} else {
+			leavesNothing(t, test.name, u.dirs()...)
+			total("hostile packages refused", 1)
+		}
 	}
 }
 
@@ -4216,24 +4215,6 @@ func (u *updater) removeGone(t testing.TB) {
 	t.Helper()
 	for _, file := range get(filepath.Glob(u.at(gonePrefix + "*"))) {
 		must(t, os.RemoveAll(file))
-	}
-}
-
-// TestInstallRefused: whatever is wrong with a package, nothing changes.
-func TestInstallRefused(t *testing.T) {
-	for _, test := range packageCases(t, "testdata/packages.txt") {
-		dir := t.TempDir()
-		before := files{
-			"sensors/demo/check": printing(0), "sensors/demo/version": "1.2.3.0\n", "backup/demo_TIME/check": "x",
-		}
-		u := testUpdater(t, dir, before)
-		u.maxUnpacked = test.limit
-		err := u.plainInstall(fromText(test.archive, ""))
-		expect(t, regexp.MustCompile("^(?s:"+test.want+")$").MatchString(fmt.Sprint(err)),
-			"%s: got %v; want %s", test.name, err, test.want)
-		equal(t, test.name, readTree(t, dir), before)
-		leavesNothing(t, test.name, u.dirs()...)
-		total("hostile packages refused", 1)
 	}
 }
 
@@ -4840,29 +4821,17 @@ func TestUpgrade(t *testing.T) {
 			total("times an older version's change was recovered", c.recovered(t, state.name, func() *updater {
 				dir := t.TempDir()
 				u := testUpdater(t, dir, nil)
-				writeState(t, dir, state.text)
+				for _, line := range splitLines(state.text) {
+					e := entriesOf(t, line)[0]
+					writeTree(t, dir, files{e.Name: e.body})
+					must(t, os.Chmod(filepath.Join(dir, e.Name), fs.FileMode(e.Mode)))
+				}
 				if remove {
 					must(t, os.Remove(u.backup))
 				}
 				return u
 			}))
 		}
-	}
-}
-
-// writeState makes the files and directories of a case of testdata/upgrade.txt.
-func writeState(t *testing.T, dir, text string) {
-	t.Helper()
-	for _, line := range splitLines(text) {
-		name, rest, _ := strings.Cut(line, " ")
-		octal, body, isFile := strings.Cut(rest, " ")
-		mode := get(strconv.ParseUint(octal, 8, 32))
-		if isFile {
-			writeTree(t, dir, files{name: textOf(t, body)})
-		} else {
-			writeTree(t, dir, files{name + "/": ""})
-		}
-		must(t, os.Chmod(filepath.Join(dir, name), os.FileMode(mode)))
 	}
 }
 
