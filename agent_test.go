@@ -2549,8 +2549,7 @@ func TestClocks(t *testing.T) {
 		t.Skip(err, err2)
 	}
 	now := systemClocks()()
-	up, err := strconv.ParseFloat(strings.Fields(string(text))[0], 64)
-	must(t, err)
+	up := get(strconv.ParseFloat(strings.Fields(string(text))[0], 64))
 	equal(t, "boot", now.boot, string(id[:8]))
 	off := now.age.Seconds() - up
 	expect(t, off >= -1 && off <= patience.Seconds(), "got an age of %v; want %fs", now.age, up)
@@ -2652,37 +2651,35 @@ func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySin
 // monitor fails or hangs at some; what is under way then says nothing of the
 // monitor; and one that is away does not hold up the end.
 func TestDeliveryClose(t *testing.T) {
-	oneAndThree := func(try int) bool { return try == 1 || try == 3 }
 	for _, test := range []struct {
 		name      string
-		bad       func(try int) bool
+		bad       []int // tries; nil: all
 		hangs     bool
 		wait      time.Duration
 		tries     int64 // at most
 		delivered int   // of 10
 		log       string
 	}{
-		{"fails", oneAndThree, false, patience, 11, 9, "1 reading not delivered"},
-		{"hangs", oneAndThree, true, patience, 11, 9, "1 reading not delivered"},
-		{"is slow", func(try int) bool { return try == 1 }, true, patience, 11, 10, ""},
-		{"hangs, and nobody waits", func(int) bool { return true }, true, 0, 1, 0, "10 readings not delivered"},
-		{"is away", func(int) bool { return true }, false, patience, 1 + lastMisses, 0, "10 readings not delivered"},
+		{"fails", []int{1, 3}, false, patience, 11, 9, "1 reading not delivered"},
+		{"hangs", []int{1, 3}, true, patience, 11, 9, "1 reading not delivered"},
+		{"is slow", []int{1}, true, patience, 11, 10, ""},
+		{"hangs, and nobody waits", nil, true, 0, 1, 0, "10 readings not delivered"},
+		{"is away", nil, false, patience, 1 + lastMisses, 0, "10 readings not delivered"},
 	} {
 		test, lines, m, end := test, logged(t), newRecorder(t), make(chan struct{})
 		m.set(func(w http.ResponseWriter, a attempt) bool {
-			if test.bad(a.try) && test.hangs {
+			bad := test.bad == nil || slices.Contains(test.bad, a.try)
+			if bad && test.hangs {
 				<-end
-			} else if test.bad(a.try) {
+			} else if bad {
 				w.WriteHeader(500)
 			}
-			return test.bad(a.try)
+			return bad
 		})
 		d := deliverTo(t, m.url, patience, time.Hour, nil)
 		puts(d, 1, 10)
 		await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
-		if !test.hangs {
-			await(t, "it failed", func() bool { return isAway(d) })
-		}
+		await(t, "it failed, or hangs", func() bool { return test.hangs || isAway(d) })
 		within(test.wait, d.close)
 		close(end)
 		equal(t, test.name, len(m.readings), test.delivered)
@@ -2876,9 +2873,7 @@ func spoolText(t testing.TB, dir string) string {
 func parseSpool(t testing.TB, text string) ([]*pendingReading, *spool) {
 	t.Helper()
 	s := &spool{}
-	found, err := s.read(strings.NewReader(text))
-	must(t, err)
-	return found, s
+	return get(s.read(strings.NewReader(text))), s
 }
 
 // spooled reads what a spool holds undelivered, as ticket=value.
@@ -2891,17 +2886,12 @@ func spooled(t *testing.T, dir string) (list []string) {
 	return list
 }
 
-// awaitSpooled waits until a spool holds so many readings.
+// awaitSpooled waits until a spool holds so many readings. Without one its file is empty.
 func awaitSpooled(t *testing.T, dir string, n int) {
 	t.Helper()
-	await(t, plural(n, "reading")+" on the disk", func() bool { return len(spooled(t, dir)) == n })
-}
-
-// awaitEmpty waits until the file of a spool is there and empty.
-func awaitEmpty(t *testing.T, dir string) {
-	t.Helper()
-	await(t, "the file is empty", func() bool {
-		return exists(filepath.Join(dir, "readings")) && spoolText(t, dir) == ""
+	await(t, plural(n, "reading")+" on the disk", func() bool {
+		isEmpty := exists(filepath.Join(dir, "readings")) && spoolText(t, dir) == ""
+		return len(spooled(t, dir)) == n && (n > 0 || isEmpty)
 	})
 }
 
@@ -2919,7 +2909,7 @@ func TestSpool(t *testing.T) {
 	expect(t, newSpool("", 1<<20) == nil, "got a spool without a directory; want none")
 	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
 	d := spoolDelivery(t, m, dir)
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 	about := func() string {
 		info := get(os.Stat(filepath.Join(dir, "readings")))
 		return fmt.Sprint(info.Mode(), info.Size(), info.ModTime())
@@ -2955,7 +2945,7 @@ func TestSpool(t *testing.T) {
 		equal(t, "the reading", fmt.Sprint(got.code, " ", got.value), want[got.ticket])
 		delete(want, got.ticket)
 	}
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 	equal(t, "left, and too many", []int{d.count().undelivered, len(m.readings)}, []int{0, 0})
 }
 
@@ -2973,7 +2963,7 @@ func TestSpoolOld(t *testing.T) {
 	equal(t, "the readings", getsAll(t, m, 5), map[any]string{
 		1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5",
 	})
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 }
 
 // recordsOf are the records of so many readings in a spool, with the tickets 1, 2
@@ -2990,18 +2980,18 @@ func recordsOf(n int, value string) (text string) {
 // missing, costs one reading.
 func TestSpoolDamage(t *testing.T) {
 	text := recordsOf(4, "1")
-	read := func(text string) (left, damaged int, last uint64) {
+	read := func(text string) (left, damaged, last int) {
 		found, s := parseSpool(t, text)
-		if s.size != len(text) {
-			t.Fatalf("got size %d; want %d", s.size, len(text))
-		}
-		return len(found), s.damaged, s.last
+		equal(t, "the size", s.size, len(text))
+		return len(found), s.damaged, int(s.last)
 	}
-	if left, damaged, last := read(text); left != 4 || damaged != 0 || last != 4 {
-		t.Errorf("got %d left, %d damaged, last %d; want 4, 0, 4", left, damaged, last)
+	wants := func(where, text string, wantLeft, wantDamaged, wantLast int) {
+		t.Helper()
+		left, damaged, last := read(text)
+		equal(t, where+": left, damaged, last", []int{left, damaged, last}, []int{wantLeft, wantDamaged, wantLast})
 	}
-	left, _, last := read(text + markRecord(2) + markRecord(9))
-	expect(t, left == 3 && last == 9, "got %d left, last %d; want 3, 9", left, last)
+	wants("whole", text, 4, 0, 4)
+	wants("with marks", text+markRecord(2)+markRecord(9), 3, 0, 9)
 	for i := range text {
 		for _, flip := range []byte{1, 0x80} {
 			b := []byte(text)
@@ -3010,25 +3000,20 @@ func TestSpoolDamage(t *testing.T) {
 			if text[i] == '\n' { // two lines become one
 				least = 2
 			}
-			if left, damaged, _ := read(string(b)); left < least || left > 3 || damaged == 0 {
-				t.Fatalf("byte %d: got %d left, %d damaged; want 3, 1", i, left, damaged)
-			}
+			left, damaged, _ := read(string(b))
+			expect(t, left >= least && left <= 3 && damaged > 0, "byte %d: got %d left, %d damaged; want 3, 1", i, left, damaged)
 		}
 		whole := strings.Count(text[:i], "\n")
 		if text[i] == '\n' { // which alone is missing
 			whole++
 		}
-		if left, _, _ := read(text[:i]); left != whole {
-			t.Fatalf("cut at %d: got %d left; want %d", i, left, whole)
-		}
-		if left, _, _ := read(text[:i] + "\n" + text); left != whole+4 { // written on after a torn record
-			t.Fatalf("torn at %d: got %d left; want %d", i, left, whole+4)
-		}
+		left, _, _ := read(text[:i])
+		equal(t, fmt.Sprintf("cut at %d: left", i), left, whole)
+		left, _, _ = read(text[:i] + "\n" + text) // written on after a torn record
+		equal(t, fmt.Sprintf("torn at %d: left", i), left, whole+4)
 	}
 	rubbish := strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n"
-	left, damaged, _ := read(rubbish + text)
-	pieces := 100000/maxRecord + 2 // one that is too long comes in pieces
-	expect(t, left == 4 && damaged == pieces, "got %d left, %d damaged; want 4, %d", left, damaged, pieces)
+	wants("rubbish", rubbish+text, 4, 100000/maxRecord+2, 4) // a line that is too long comes in pieces
 }
 
 // TestSpoolClock: when the clock is set, the file is written anew with the right times,
@@ -3066,9 +3051,8 @@ func TestSpoolFull(t *testing.T) {
 	for i := 1; i < n; i += 100 {
 		puts(d, i, min(i+99, n-1))
 		await(t, "it is written", func() bool { return locked(d, func() bool { return d.inMemory == 0 }) })
-		if size := len(spoolText(t, dir)); size > limit {
-			t.Fatalf("got %d bytes; want at most %d", size, limit)
-		}
+		size := len(spoolText(t, dir))
+		expect(t, size <= limit, "got %d bytes; want at most %d", size, limit)
 	}
 	within(0, d.close)
 	left, totals := spooled(t, dir), d.count()
@@ -3082,7 +3066,7 @@ func TestSpoolFull(t *testing.T) {
 	for ticket := range getsAll(t, m, len(left)) {
 		expect(t, slices.Contains(left, fmt.Sprintf("%v=%[1]v", ticket)), "got %v; want what was on the disk", ticket)
 	}
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 }
 
 // afterAMinute makes a spool that could not be written be tried again.
@@ -3102,7 +3086,7 @@ func TestSpoolSlow(t *testing.T) {
 	m.set(nil)
 	answer <- "ok"
 	gets(t, m, 1, 3)
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 }
 
 // TestSpoolBroken: a spool that cannot be written is logged once. Readings are kept in
@@ -3127,7 +3111,7 @@ func TestSpoolBroken(t *testing.T) {
 	m.set(nil)
 	puts(other, 6, 6)
 	gets(t, m, 1, 6)
-	awaitEmpty(t, dir)
+	awaitSpooled(t, dir, 0)
 }
 
 // TestSpoolPrivate: a spool is used only where nobody but its user and root can change
