@@ -3190,10 +3190,7 @@ func TestLocalZone(t *testing.T) {
 func TestDecodeCall(t *testing.T) {
 	for _, file := range glob(t, "testdata/xml/*.xml") {
 		method, params, err := decodeCall(readFile(t, file))
-		if err != nil {
-			t.Errorf("%s: %v", file, err)
-			continue
-		}
+		expect(t, err == nil, "%s: got %v; want no error", file, err)
 		golden(t, strings.TrimSuffix(file, ".xml")+".golden", string(encodeCall(method, params...))+"\n")
 	}
 }
@@ -3206,13 +3203,9 @@ func TestResponse(t *testing.T) {
 	message := encodeResponse(value, nil)
 	golden(t, "testdata/response.golden", string(message)+"\n")
 	value["a<&>\"'"] = "\uFFFD\r\n\t\uFFFD ü]]>"
-	got, err := decodeResponse(message)
-	must(t, err)
-	equal(t, "the response", got, any(value))
-	_, err = decodeResponse(encodeResponse(nil, faultf(7, "no\nway")))
-	if f := (*fault)(nil); !errors.As(err, &f) || *f != (fault{7, "no way"}) {
-		t.Errorf("got %v; want fault 7", err)
-	}
+	equal(t, "the response", get(decodeResponse(message)), any(value))
+	_, err := decodeResponse(encodeResponse(nil, faultf(7, "no\nway")))
+	equal(t, "the fault", err, error(&fault{7, "no way"}))
 }
 
 // notation is what stands in braces in testdata: a byte or several, {\x00}, and
@@ -3220,15 +3213,12 @@ func TestResponse(t *testing.T) {
 var notation = regexp.MustCompile(`\{(\\[^{}*]*)\}|\{([^{}]*)\*(\d+)\}`)
 
 // expand returns a text of testdata without its notation.
-func expand(t testing.TB, text string) string {
+func expand(text string) string {
 	call := string(encodeCall("healthcheck"))
 	text = strings.NewReplacer("{call}", call, "{message}", message("<param><value/></param>")).Replace(text)
 	return notation.ReplaceAllStringFunc(text, func(braces string) string {
 		part := notation.FindStringSubmatch(braces)
-		plain, err := strconv.Unquote(`"` + strings.ReplaceAll(part[1]+part[2], `"`, `\"`) + `"`)
-		if err != nil {
-			t.Fatalf("%s: %v", braces, err)
-		}
+		plain := get(strconv.Unquote(`"` + strings.ReplaceAll(part[1]+part[2], `"`, `\"`) + `"`))
 		n := 1
 		if part[3] != "" {
 			n, _ = strconv.Atoi(part[3])
@@ -3311,9 +3301,8 @@ func TestHTTP(t *testing.T) {
 	methods := strings.NewReplacer("{defect}", string(encodeCall("defect")), "{error}", string(encodeCall("error")))
 	for _, c := range cases(t, "testdata/http.txt") {
 		conn := dial(t, host, "")
-		io.WriteString(conn, methods.Replace(expand(t, httpText(c.text))))
-		answer, err := io.ReadAll(conn)
-		must(t, err)
+		io.WriteString(conn, methods.Replace(expand(httpText(c.text))))
+		answer := get(io.ReadAll(conn))
 		expect(t, like(string(answer), c.name+"…"), "%s: got %q; want %s", c.text, answer, c.name)
 	}
 }
@@ -3369,7 +3358,7 @@ func TestBadRequests(t *testing.T) {
 
 	tests := badRequests(t)
 	for _, test := range tests {
-		equal(t, fmt.Sprintf("%.200q", test.request), exchange(t, b.client.url.Host, test.request), test.want)
+		equal(t, fmt.Sprintf("%.200q", test.text), exchange(t, b.client.url.Host, test.text), test.name)
 	}
 
 	equal(t, "healthcheck", mustCall(t, b.client, "healthcheck"), any("OK"))
@@ -3411,10 +3400,8 @@ var requestKinds = map[string]struct {
 	}},
 }
 
-type badRequest struct{ want, request string }
-
-// badRequests returns the requests of testdata/requests.txt.
-func badRequests(t *testing.T) (list []badRequest) {
+// badRequests returns the requests of testdata/requests.txt, each with the answer as its name.
+func badRequests(t *testing.T) (list []testCase) {
 	for _, c := range cases(t, "testdata/requests.txt") {
 		space := strings.LastIndex(c.name, " ")
 		want, kind := c.name[:space], requestKinds[c.name[space+1:]]
@@ -3424,7 +3411,7 @@ func badRequests(t *testing.T) (list []badRequest) {
 		}
 		for _, line := range lines {
 			for _, text := range kind.texts {
-				list = append(list, badRequest{want, kind.request(expand(t, strings.Replace(text, "%s", line, 1)))})
+				list = append(list, testCase{want, kind.request(expand(strings.Replace(text, "%s", line, 1)))})
 			}
 		}
 	}
@@ -3479,9 +3466,9 @@ func TestConnToClose(t *testing.T) {
 				equal(t, test.name+": it is closed", err, io.ErrClosedPipe)
 			}
 		}
-		if len(gave) != 1 || !regexp.MustCompile("^"+test.gives+"$").MatchString(gave[0]) || h.count.Load() != 1 {
-			t.Errorf("%s: got %v, %d counted; want %s", test.name, gave, h.count.Load(), test.gives)
-		}
+		got := fmt.Sprint(gave, h.count.Load())
+		expect(t, regexp.MustCompile(`^\[`+test.gives+`\] 1$`).MatchString(got),
+			"%s: got %s; want %s, one", test.name, got, test.gives)
 	}
 }
 
@@ -3594,7 +3581,7 @@ func answers(t *testing.T, kind string) (list []testCase) {
 func TestAnswers(t *testing.T) {
 	for _, c := range answers(t, "message") {
 		for _, line := range splitLines(c.text) {
-			v, err := decodeResponse([]byte(expand(t, line)))
+			v, err := decodeResponse([]byte(expand(line)))
 			got := fmt.Sprintf("%#v", v)
 			if f := (*fault)(nil); errors.As(err, &f) {
 				got = err.Error()
@@ -3625,7 +3612,7 @@ func TestClient(t *testing.T) {
 			l := listenRaw(t, "127.0.0.1:0", func(conn net.Conn) {
 				r := bufio.NewReader(conn)
 				for _, answer := range strings.Split(c.text, "...\n") {
-					if answer == "close\n" || !answerRaw(t, conn, r, bodies.Replace(expand(t, httpText(answer)))) {
+					if answer == "close\n" || !answerRaw(t, conn, r, bodies.Replace(expand(httpText(answer)))) {
 						return
 					}
 				}
@@ -3726,7 +3713,7 @@ func TestClientURL(t *testing.T) {
 // TestClientAddresses: of a name with several addresses the one that answered last
 // is tried first, and one that is dead leaves time for the others.
 func TestClientAddresses(t *testing.T) {
-	port, endDead := deadAddress(t)
+	port, dead := deadAddress(t)
 	c := newClient(&url.URL{Scheme: "http", Host: fmt.Sprint("monitor:", port)}, time.Second, nil)
 	c.lookup = func(context.Context, string) ([]string, error) { return []string{"127.0.0.2", "127.0.0.3"}, nil }
 	var silent atomic.Bool // whether 127.0.0.2 leaves its callers waiting
@@ -3752,7 +3739,7 @@ func TestClientAddresses(t *testing.T) {
 	}
 	second := serveAt("127.0.0.3")
 	want("the first is dead", "127.0.0.3")
-	endDead()
+	dead.Close()
 	first := serveAt("127.0.0.2")
 	want("the second answered last", "127.0.0.3")
 	second.Close()
@@ -3769,32 +3756,16 @@ func TestClientAddresses(t *testing.T) {
 }
 
 // deadAddress returns a port at which nobody answers a SYN to 127.0.0.2, until the
-// function that it returns is called: a socket with a queue that is full.
-func deadAddress(t *testing.T) (port int, end func()) {
+// listener there is closed: its queue is full.
+func deadAddress(t *testing.T) (port int, dead net.Listener) {
 	t.Helper()
-	address := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 2}}
-	var sockets []int
-	for i := 0; i < 5; i++ {
-		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0)
-		must(t, err)
-		sockets = append(sockets, fd)
-		if i > 0 {
-			syscall.Connect(fd, address) // goes on in the background, if at all
-			continue
-		}
-		must(t, errors.Join(syscall.Bind(fd, address), syscall.Listen(fd, 0)))
-		name, err := syscall.Getsockname(fd)
-		must(t, err)
-		address.Port = name.(*syscall.SockaddrInet4).Port
+	dead = listen(t, "127.0.0.2:0")
+	raw := get(dead.(*net.TCPListener).SyscallConn())
+	must(t, raw.Control(func(fd uintptr) { syscall.Listen(int(fd), 0) })) // from now on it has room for one
+	for i := 0; i < 4; i++ {
+		net.DialTimeout("tcp", dead.Addr().String(), time.Second/20)
 	}
-	end = func() {
-		for _, fd := range sockets {
-			syscall.Close(fd)
-		}
-		sockets = nil
-	}
-	t.Cleanup(end)
-	return address.Port, end
+	return dead.Addr().(*net.TCPAddr).Port, dead
 }
 
 // TestManyCallers: whatever 60 callers send or leave unread, an agent in 16 MiB
@@ -4016,7 +3987,7 @@ func TestFetch(t *testing.T) {
 	})), nil)
 	for _, test := range answers(t, "package") {
 		for _, line := range splitLines(test.text) {
-			answer = packages.Replace(expand(t, line))
+			answer = packages.Replace(expand(line))
 			if !strings.Contains(line, "<?xml") && !strings.Contains(line, "<methodResponse>") {
 				answer = xmlDeclaration + "\n<methodResponse>\n<params><param><value>" + answer +
 					"</value></param></params></methodResponse>"
@@ -4099,7 +4070,7 @@ func packageCases(t testing.TB, from string) (list []packageCase) {
 		p := packageCase{name: test.name, want: "<nil>", limit: 2 << 20, before: make(files), after: make(files)}
 		var entries []packed
 		file, then, cutTo := "", "", -1
-		for _, line := range splitLines(expand(t, test.text)) {
+		for _, line := range splitLines(expand(test.text)) {
 			key, value, _ := strings.Cut(line, " ")
 			name, text, _ := strings.Cut(value, " ")
 			switch key {
