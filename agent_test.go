@@ -3771,36 +3771,28 @@ func deadAddress(t *testing.T) (port int, dead net.Listener) {
 // TestManyCallers: whatever 60 callers send or leave unread, an agent in 16 MiB
 // goes on, from its first moment, and answers others within ten seconds.
 func TestManyCallers(t *testing.T) {
-	const submit = "cmd_submit_reading <value><int>%d</int></value><value>s</value>"
-	capabilities := strings.Fields(strings.Repeat("system.getCapabilities ", 45))
-	submitted := func(n int, arguments string) func(int) string {
-		return func(caller int) string {
-			call := ""
-			for i := 0; i < n; i++ {
-				call += postedCall(fmt.Sprintf("cmd_submit_reading | <int>%d</int> | s | %s", n*caller+i, arguments))
-			}
-			return call
-		}
+	call := func(method, params string) string { // one of a multicall
+		return "<value><struct><member><name>methodName</name><value>" + method + "</value></member><member>" +
+			"<name>params</name><value><array><data>" + params + "</data></array></value></member></struct></value>"
 	}
+	multicall := func(calls string) string {
+		return postedCall("system.multicall | <array><data>" + calls + "</data></array>")
+	}
+	capabilities := call("system.getCapabilities", "")
 	for _, c := range []crowd{
-		{"slow senders", 4, 1, 0, func(int) string {
-			return "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat(" ", 65535)
-		}},
-		{"unread answers", 4, 5, 0, func(int) string { return multicallOf(capabilities...) }},
-		{"many attributes", 4, 4, 4, func(int) string {
-			return posted("<methodCall " + strings.Repeat("a='' ", 13000) + "><methodName>m</methodName></methodCall>")
-		}},
-		{"many values", 4, 4, 4, func(int) string {
-			return postedCall("m | <array><data>" + strings.Repeat("<value>ab</value>", 1900) + "</data></array>")
-		}},
-		{"calls that wait", 4, 1, 0, func(caller int) string {
-			values := "m " + strings.Repeat("<value>ab</value>", 1500)
-			return multicallOf(append(capabilities[:25:25], fmt.Sprintf(submit, caller), values)...)
-		}},
-		{"a queue full of empty arguments", 256, 1, 2, submitted(2, strings.Repeat("'' ", 512))},
-		{"too many arguments, as words", 256, 1, 5, submitted(5, strings.Repeat("'' ", 8192))},
-		{"too many arguments, as an array", 256, 1, 5,
-			submitted(5, "<array><data>"+strings.Repeat("<value/>", 4090)+"</data></array>")},
+		{"slow senders", 4, 1, 0, expand("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n{ *65535}")},
+		{"unread answers", 4, 5, 0, multicall(strings.Repeat(capabilities, 45))},
+		{"many attributes", 4, 4, 4, posted(expand("<methodCall {a='' *13000}><methodName>m</methodName></methodCall>"))},
+		{"many values", 4, 4, 4, postedCall(expand("m | <array><data>{<value>ab</value>*1900}</data></array>"))},
+		{"calls that wait", 4, 1, 0, multicall(strings.Repeat(capabilities, 25) +
+			call("cmd_submit_reading", "<value><int>####</int></value><value>s</value>") +
+			call("m", expand("{<value>ab</value>*1500}")))},
+		{"a queue full of empty arguments", 256, 2, 2,
+			postedCall(expand("cmd_submit_reading | <int>####</int> | s | {'' *512}"))},
+		{"too many arguments, as words", 256, 5, 5,
+			postedCall(expand("cmd_submit_reading | <int>####</int> | s | {'' *8192}"))},
+		{"too many arguments, as an array", 256, 5, 5,
+			postedCall(expand("cmd_submit_reading | <int>####</int> | s | <array><data>{<value/>*4090}</data></array>"))},
 	} {
 		t.Run(c.name, c.call)
 	}
@@ -3810,9 +3802,9 @@ func TestManyCallers(t *testing.T) {
 type crowd struct {
 	name    string
 	queue   int
-	times   int // that each caller sends his request
-	reads   int // answers that he reads
-	request func(caller int) string
+	times   int    // that each caller sends his request
+	reads   int    // answers that he reads
+	request string // in which #### is another ticket each time
 }
 
 // call has the crowd call an agent in 16 MiB, and looks at that agent's health meanwhile.
@@ -3831,9 +3823,7 @@ func (c crowd) call(t *testing.T) {
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
-		parallel(len(conns), func(i int) {
-			readAnswers(t, conns[i], strings.Repeat(c.request(i+1), c.times), c.reads)
-		})
+		parallel(len(conns), func(i int) { c.send(t, conns[i], i) })
 	}()
 	healthy := func() {
 		c := newClient(&url.URL{Scheme: "http", Host: b.client.url.Host}, 10*time.Second, nil)
@@ -3850,27 +3840,18 @@ func (c crowd) call(t *testing.T) {
 	healthy()
 }
 
-// multicallOf returns the request of a system.multicall: each call is a method and
-// what is in the array of its parameters.
-func multicallOf(calls ...string) string {
-	text := ""
-	for _, call := range calls {
-		name, params, _ := strings.Cut(call, " ")
-		text += "<value><struct><member><name>methodName</name><value>" + name + "</value></member><member>" +
-			"<name>params</name><value><array><data>" + params + "</data></array></value></member></struct></value>"
-	}
-	return postedCall("system.multicall | <array><data>" + text + "</data></array>")
-}
-
-// readAnswers sends requests and reads so many answers. If there are several requests,
+// send sends a caller's requests and reads so many answers. If there are several requests,
 // it waits at least until the first answer begins.
-func readAnswers(t *testing.T, conn net.Conn, requests string, answers int) {
+func (c crowd) send(t *testing.T, conn net.Conn, caller int) {
 	r := bufio.NewReader(conn)
-	io.WriteString(conn, requests)
-	if strings.Count(requests, "POST ") > 1 {
+	for i := 0; i < c.times; i++ {
+		ticket := strconv.Itoa(1000 + c.times*caller + i)
+		io.WriteString(conn, strings.ReplaceAll(c.request, "####", ticket))
+	}
+	if c.times > 1 {
 		r.Peek(1)
 	}
-	for i := 0; i < answers; i++ {
+	for i := 0; i < c.reads; i++ {
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
 			t.Error(err)
