@@ -3899,36 +3899,31 @@ func TestForbidden(t *testing.T) {
 // TestHog: a caller who opens connections all the time, with calls that wait, does not
 // keep others out, and holds no more than 64.
 func TestHog(t *testing.T) {
-	wait := make(chan struct{})
 	var waiting atomic.Int64
 	h := newHandler([]method{
 		{"healthcheck", "string", "OK.", healthcheck},
 		{"wait", "string", "", func(r request, _ []any) (any, error) {
 			waiting.Add(1)
 			defer waiting.Add(-1)
-			select {
-			case <-wait:
-			case <-r.ctx.Done():
-			}
+			<-r.ctx.Done()
 			return "OK", nil
 		}},
 	})
 	u := serve(t, h)
-	defer close(wait)
 	hog := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
 	var stop atomic.Bool
 	opened := make(chan []net.Conn)
 	go func() {
 		var conns []net.Conn
-		defer func() { opened <- conns }()
 		for n := 0; n < 2000 && !stop.Load(); n++ {
 			conn, err := hog.Dial("tcp", u.Host)
 			if err != nil {
-				return
+				break
 			}
 			conns = append(conns, conn)
 			io.WriteString(conn, [3]string{postedCall("wait"), "POST / HTTP/1.1\r\nHost: x\r\nX-", ""}[n%3])
 		}
+		opened <- conns
 	}()
 	for i := 0; i < 100; i++ {
 		c := newClient(u, patience, nil) // a fresh connection for each
@@ -4420,33 +4415,27 @@ func TestVerifyFlipped(t *testing.T) {
 	dir := t.TempDir()
 	archive := packageOf(t, entry("demo/check", printing(1)))
 	public, sign := signify(t, "keynum_1")
-	good := files{"package": archive, "signature": sign(archive), "key": public}
+	good := files{"demo": archive, "demo.sig": sign(archive), "key": public}
 	writeTree(t, dir, good)
-	file := get(os.OpenFile(filepath.Join(dir, "package"), os.O_RDWR, 0))
+	path := filepath.Join(dir, "demo")
+	file := get(os.OpenFile(path, os.O_RDWR, 0))
 	defer file.Close()
-	c := &change{updater: testUpdater(t, dir, nil), ctx: ctx, archive: file}
+	c := &change{updater: testUpdater(t, dir, nil), ctx: ctx, archive: file, from: fromFile(path)}
 	c.keys = filepath.Join(dir, "key")
-	verify := func(what, text string) error {
-		if c.from = fromText("", good["signature"]); what == "signature" {
-			c.from = fromText("", text)
-		} else {
-			must(t, os.WriteFile(filepath.Join(dir, what), []byte(text), 0o600))
-		}
-		return c.verify()
-	}
 	for what, text := range good {
-		must(t, verify(what, text))
 		first, step := 8*(strings.Index(text, "\n")+1), 1
-		if what == "package" {
+		if what == "demo" {
 			first, step = 0, 9
 		}
 		for i := first; i < 8*(len(text)-1); i += step {
 			bad := []byte(text)
 			bad[i/8] ^= 1 << (i % 8)
-			expect(t, verify(what, string(bad)) != nil, "bit %d of the %s flipped: got no error; want one", i, what)
+			writeTree(t, dir, files{what: string(bad)})
+			expect(t, c.verify() != nil, "bit %d of %s flipped: got no error; want one", i, what)
 			total("flipped bits refused by verification", 1)
 		}
-		must(t, verify(what, text))
+		writeTree(t, dir, good)
+		must(t, c.verify())
 	}
 }
 
@@ -4458,10 +4447,11 @@ func TestVerifySignify(t *testing.T) {
 	runTool(t, dir, tool, "-G", "-n", "-p", "fleet.pub", "-s", "fleet.sec")
 	runTool(t, dir, tool, "-S", "-s", "fleet.sec", "-m", "demo.tar.bz2")
 	u.keys = filepath.Join(dir, "fleet.pub")
-	must(t, u.plainInstall(fromFile(filepath.Join(dir, "demo.tar.bz2"))))
+	from := fromFile(filepath.Join(dir, "demo.tar.bz2"))
+	must(t, u.plainInstall(from))
 	archive[100] ^= 1
 	writeTree(t, dir, files{"demo.tar.bz2": string(archive)})
-	has(t, "a changed package", u.plainInstall(fromFile(filepath.Join(dir, "demo.tar.bz2"))), "does not fit")
+	has(t, "a changed package", u.plainInstall(from), "does not fit")
 }
 
 // TestInstallRealTools takes what the tools of this machine make of a shipped sensor.
