@@ -4562,24 +4562,19 @@ func crashes(t testing.TB) []crash {
 func (c crash) updater(t testing.TB, other string) *updater {
 	t.Helper()
 	u := testUpdater(t, t.TempDir(), c.before)
-	if other == "" {
-		return u
+	if other != "" {
+		u.backup = testUpdater(t, get(os.MkdirTemp(other, "")), c.before).backup
 	}
-	dir := get(os.MkdirTemp(other, ""))
-	for name, text := range c.before {
-		if rest, ok := strings.CutPrefix(name, "backup/"); ok {
-			writeTree(t, dir, files{rest: text})
-		}
-	}
-	u.backup = dir
 	return u
 }
 
-// watch calls step before each change of the file system.
-func (c crash) watch(u *updater, step func(what string) error) {
+// watch calls step before each change of the file system, with its number.
+func (c crash) watch(u *updater, step func(what string, n int) error) (steps *int) {
+	steps = new(int)
 	lower := c.overlay // until it is removed, demo is in the lower layer
 	u.step = func(what string) error {
-		err := step(what)
+		*steps++
+		err := step(what, *steps)
 		if err == nil && what == "remove "+u.at("demo") {
 			lower = false
 		}
@@ -4588,30 +4583,32 @@ func (c crash) watch(u *updater, step func(what string) error) {
 		}
 		return err
 	}
+	return steps
 }
+
+// healthy lets every step succeed.
+func healthy(string, int) error { return nil }
 
 var errDead = errors.New("dead")
 
 // deadAt makes every step from the n-th on fail. A removal that is stopped has
 // removed something already.
-func (c crash) deadAt(u *updater, n int) (steps func() int) {
-	count := 0
-	c.watch(u, func(what string) error {
-		if count++; count < n {
+func (c crash) deadAt(u *updater, n int) (steps *int) {
+	return c.watch(u, func(what string, step int) error {
+		if step < n {
 			return nil
 		}
-		if dir, ok := strings.CutPrefix(what, "remove "); ok && count == n {
+		if dir, ok := strings.CutPrefix(what, "remove "); ok && step == n {
 			os.Remove(filepath.Join(dir, "check"))
 			os.Remove(filepath.Join(dir, "demo", "check"))
 		}
 		return errDead
 	})
-	return func() int { return count }
 }
 
 // intact checks what the agent finds after a start: versions that are whole,
 // none of those before the change is lost, and nothing else is left.
-func (c crash) intact(t *testing.T, u *updater, where string) {
+func (c crash) intact(t *testing.T, u *updater, where string, outcome ...string) {
 	t.Helper()
 	leavesNothing(t, where, u.dirs()...)
 	version := func(dir string) string { // of a complete sensor
@@ -4626,7 +4623,7 @@ func (c crash) intact(t *testing.T, u *updater, where string) {
 	if exists(u.at("demo")) {
 		got = version(u.at("demo"))
 	}
-	expect(t, slices.Contains(c.outcome, got), "%s: got %q; want one of %q", where, got, c.outcome)
+	expect(t, slices.Contains(outcome, got), "%s: got %q; want one of %q", where, got, outcome)
 	kept := map[string]bool{got: true}
 	backups := demoBackups(t, u)
 	for _, backup := range backups {
@@ -4650,10 +4647,10 @@ func (c crash) recovered(t *testing.T, where string, setUp func() *updater) (poi
 		where := fmt.Sprintf("%s, recovery step %d", where, m)
 		err := u.recover(ctx)
 		expect(t, err == nil || errors.Is(err, errDead), "%s: %v", where, err)
-		last := steps() < m
-		c.watch(u, func(string) error { return nil })
+		last := *steps < m
+		c.watch(u, healthy)
 		must(t, u.recover(ctx))
-		c.intact(t, u, where)
+		c.intact(t, u, where, c.outcome...)
 		if last {
 			return m
 		}
@@ -4671,15 +4668,13 @@ func TestCrash(t *testing.T) {
 	for _, c := range crashes(t) {
 		for _, other := range others {
 			u := c.updater(t, other)
-			steps := c.deadAt(u, 1<<30)
+			steps := c.watch(u, healthy)
 			must(t, c.run(u))
 			u.removeGone(t)
-			done := c
-			done.outcome = c.outcome[1:]
-			done.intact(t, u, c.name)
-			for n := 1; n <= steps(); n++ {
+			c.intact(t, u, c.name, c.outcome[1])
+			for n := 1; n <= *steps; n++ {
 				total("points at which a change was stopped dead", 1)
-				where := fmt.Sprintf("%s, backups in %q, step %d of %d", c.name, other, n, steps())
+				where := fmt.Sprintf("%s, backups in %q, step %d of %d", c.name, other, n, *steps)
 				total("times recovery was stopped dead after that", c.recovered(t, where, func() *updater {
 					u := c.updater(t, other)
 					c.deadAt(u, n)
@@ -4768,31 +4763,29 @@ func TestOneStepFails(t *testing.T) {
 	broken := errors.New("broken disk")
 	once := crashes(t)
 	for i, c := range append(once, once...) {
-		failing := ""
-		count := 0
-		for n := 1; n == 1 || count >= n-1; n++ {
+		for n, steps := 1, new(int); n == 1 || *steps >= n-1; n++ {
 			u := c.updater(t, "")
-			before := readTree(t, filepath.Dir(u.backup))
-			count, failing = 0, "nothing"
-			c.watch(u, func(what string) error {
-				count++
-				if again := what == failing && i >= len(once); count == n || again {
-					if failing = what; again {
-						failing = ""
-					}
+			before, failing := readTree(t, filepath.Dir(u.backup)), "nothing"
+			steps = c.watch(u, func(what string, step int) error {
+				if step == n {
+					failing = what
+					return broken
+				} else if what == failing && i >= len(once) {
+					failing = "nothing"
 					return broken
 				}
 				return nil
 			})
 			err := c.run(u)
-			c.watch(u, func(string) error { return nil })
+			c.watch(u, healthy)
 			must(t, u.recover(ctx))
-			done, where := c, fmt.Sprintf("%s, step %d, %v", c.name, n, err)
-			if done.outcome = c.outcome[1:]; err != nil {
-				done.outcome = c.outcome[:1]
+			where := fmt.Sprintf("%s, step %d, %v", c.name, n, err)
+			if err != nil {
+				c.intact(t, u, where, c.outcome[0])
 				equal(t, where, readTree(t, filepath.Dir(u.backup)), before)
+			} else {
+				c.intact(t, u, where, c.outcome[1])
 			}
-			done.intact(t, u, where)
 		}
 	}
 }
@@ -4830,7 +4823,7 @@ func TestCrashKill(t *testing.T) {
 			out, err := cmd.CombinedOutput()
 			where := fmt.Sprintf("%s, killed at step %d", c.name, n)
 			must(t, u.recover(ctx))
-			c.intact(t, u, where)
+			c.intact(t, u, where, c.outcome...)
 			if err == nil {
 				break // it was through
 			}
@@ -4844,20 +4837,17 @@ func TestCrashKill(t *testing.T) {
 func crashChild(spec string) {
 	var dir string
 	var i, n int
-	if _, err := fmt.Sscan(spec, &dir, &i, &n); err != nil {
-		log.Fatal(err)
-	}
-	die := func(string) error {
-		if n--; n == 0 {
+	get(fmt.Sscan(spec, &dir, &i, &n))
+	t := &testing.B{}
+	c, u := crashes(t)[i], testUpdater(t, dir, nil)
+	c.watch(u, func(_ string, step int) error {
+		if step == n {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
 		return nil
-	}
-	t := &testing.B{}
-	u := testUpdater(t, dir, nil)
-	crashes(t)[i].watch(u, die)
-	if err := crashes(t)[i].run(u); err != nil {
+	})
+	if err := c.run(u); err != nil {
 		log.Fatal(err)
 	}
 }
