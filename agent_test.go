@@ -3069,11 +3069,6 @@ func TestSpoolFull(t *testing.T) {
 	awaitSpooled(t, dir, 0)
 }
 
-// afterAMinute makes a spool that could not be written be tried again.
-func afterAMinute(d *delivery) {
-	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil })
-}
-
 // TestSpoolSlow: what a monitor does not take for seconds, though it is there, is on the
 // disk before any attempt has failed.
 func TestSpoolSlow(t *testing.T) {
@@ -3102,7 +3097,7 @@ func TestSpoolBroken(t *testing.T) {
 	wantLog(t, lines, spoolNext+": …; "+inMemoryAlone)
 	equal(t, "in the file", spooled(t, dir), []string{"1=1"})
 	must(t, os.Remove(next))
-	afterAMinute(d)
+	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil }) // a minute later
 	awaitSpooled(t, dir, 5)
 	wantLog(t, lines, "works again")
 	equal(t, "times logged", strings.Count(lines.String(), inMemoryAlone), 1)
@@ -3155,10 +3150,9 @@ func TestLocalZone(t *testing.T) {
 		"", "UTC", "CET-1CEST,M3.5.0,M10.5.0/3", "<-03>3", "EST5EDT,M3.2.0,M11.1.0", "AEST-10AEDT,M10.1.0,M4.1.0/3",
 		":UTC0", "IST-5:30", "<+1245>-12:45<+1345>,M9.5.0/2:45,M4.1.0/3:45",
 	}
-	for _, file := range []string{"/usr/share/zoneinfo/Europe/Berlin", "/usr/share/zoneinfo/America/New_York"} {
-		if exists(file) {
-			zones = append(zones, file, strings.TrimPrefix(file, "/usr/share/zoneinfo/"))
-		}
+	const zoneinfo = "/usr/share/zoneinfo/"
+	if exists(zoneinfo + "Europe/Berlin") {
+		zones = append(zones, zoneinfo+"Europe/Berlin", zoneinfo+"America/New_York", "America/New_York")
 	}
 	for _, tz := range zones {
 		t.Setenv("TZ", tz)
@@ -3180,7 +3174,7 @@ func TestLocalZone(t *testing.T) {
 	equal(t, "nothing there", hour("", false), 12)
 	writeTree(t, etc, files{"TZ": "CET-1CEST,M3.5.0,M10.5.0/3\n"})
 	equal(t, "/etc/TZ", hour("", false), 14)
-	if data, err := os.ReadFile("/usr/share/zoneinfo/America/New_York"); err == nil {
+	if data, err := os.ReadFile(zoneinfo + "America/New_York"); err == nil {
 		writeTree(t, etc, files{"localtime": string(data)})
 		equal(t, "/etc/localtime", hour("", false), 8)
 	}
@@ -3648,9 +3642,8 @@ func answerRaw(t *testing.T, conn net.Conn, r *bufio.Reader, answer string) bool
 	}
 	user, password, _ := request.BasicAuth()
 	head := fmt.Sprint(user, " ", password, " ", request.Header.Get("Content-Type"), " ", len(request.Header))
-	if equal(t, "the head", head, "user secret text/xml 4"); request.ContentLength <= 0 {
-		t.Errorf("got %d bytes of body; want some", request.ContentLength)
-	}
+	equal(t, "the head", head, "user secret text/xml 4")
+	expect(t, request.ContentLength > 0, "got %d bytes of body; want some", request.ContentLength)
 	io.Copy(io.Discard, request.Body)
 	io.WriteString(conn, answer)
 	return true
@@ -4137,9 +4130,7 @@ func TestInstallModes(t *testing.T) {
 }
 
 // dirs are the directories in which an updater may leave something.
-func (u *updater) dirs() []string {
-	return []string{u.sensors.path, u.backup}
-}
+func (u *updater) dirs() []string { return []string{u.sensors.path, u.backup} }
 
 // removeGone removes what changes may leave: the versions that they replaced.
 func (u *updater) removeGone(t testing.TB) {
@@ -4173,9 +4164,7 @@ func TestInstallLocked(t *testing.T) {
 	info := get(os.Stat(u.backup))
 	equal(t, "the mode of the backups", info.Mode().Perm(), fs.FileMode(0o700))
 	held := lockFile(t, u.backup)
-	texts, err := u.sensors.helpTexts(ctx)
-	must(t, err)
-	equal(t, "sensors listed", len(texts), 1)
+	equal(t, "sensors listed", len(get(u.sensors.helpTexts(ctx))), 1)
 	equal(t, "a reading", u.sensors.read(ctx, "none", nil, nil).code, codeNotFound)
 	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()
@@ -4258,17 +4247,12 @@ func otherUsersBox(t *testing.T, more ...string) (u *updater, elsewhere string) 
 	if !slices.Contains(more, "backup") {
 		os.Remove(u.backup)
 	}
-	for _, file := range append(more, "sensors", "sensors/demo", "sensors/demo/lib") {
-		must(t, os.Chown(filepath.Join(dir, "box", file), otherUID, otherUID))
-	}
-	for file := range tree {
+	for _, file := range append(append(more, "sensors", "sensors/demo", "sensors/demo/lib"), sortedKeys(tree)...) {
 		must(t, os.Chown(filepath.Join(dir, "box", file), otherUID, otherUID))
 	}
 	elsewhere = filepath.Join(dir, "elsewhere")
 	writeTree(t, elsewhere, files{"check": "secret", "version": "99", "lib/data": "secret"})
-	for _, file := range []string{"", "check", "version", "lib", "lib/data"} {
-		must(t, os.Chmod(filepath.Join(elsewhere, file), 0o700))
-	}
+	runTool(t, "", "chmod", "-R", "700", elsewhere)
 	return u, elsewhere
 }
 
@@ -4323,8 +4307,7 @@ func TestDir(t *testing.T) {
 	has(t, "an exbibyte", d.enoughSpace(1<<60), "no space: ")
 	before := describeTree(t, path("elsewhere"))
 	must(t, errors.Join(os.Rename(path("d"), path("moved")), os.Symlink(path("elsewhere"), path("d"))))
-	inner, err := d.mkdir("inner", 0o755)
-	must(t, err)
+	inner := get(d.mkdir("inner", 0o755))
 	defer inner.Close()
 	must(t, inner.write("new", strings.NewReader("y"), 0o644, nil))
 	must(t, errors.Join(os.Symlink(path("elsewhere/file"), path("moved/inner/file")),
@@ -4364,9 +4347,8 @@ func TestOwner(t *testing.T) {
 	equal(t, "files of root", regexp.MustCompile(`(?m)^\S+ \S+ 0 `).FindAllString(his, -1), []string(nil))
 	u.sensors.user = nil
 	receive(t, "his own changes", asUser(t, otherUID, func() {
-		if err := errors.Join(u.plainInstall(demo(t, 3)), u.rollback(ctx, "demo")); err != nil {
-			t.Error(err)
-		}
+		err := errors.Join(u.plainInstall(demo(t, 3)), u.rollback(ctx, "demo"))
+		expect(t, err == nil, "got %v; want no error", err)
 	}))
 	equal(t, "the warning", u.ownerWarning(), "")
 
@@ -4485,8 +4467,7 @@ func TestInstallRealTools(t *testing.T) {
 // demoBackups lists the backups of demo, oldest first.
 func demoBackups(t testing.TB, u *updater) []string {
 	t.Helper()
-	list := get(filepath.Glob(filepath.Join(u.backup, "demo_*")))
-	return list
+	return get(filepath.Glob(filepath.Join(u.backup, "demo_*")))
 }
 
 // TestRollback makes one change after the other and looks at what is in place,
@@ -4695,9 +4676,7 @@ func otherFileSystem(t *testing.T) string {
 			continue
 		}
 		t.Cleanup(func() { os.RemoveAll(dir) })
-		from := filepath.Join(t.TempDir(), "x")
-		must(t, os.Mkdir(from, 0o700))
-		if err := os.Rename(from, filepath.Join(dir, "y")); errors.Is(err, syscall.EXDEV) {
+		if ownerOf(get(os.Stat(dir))).Dev != ownerOf(get(os.Stat(t.TempDir()))).Dev {
 			return dir
 		}
 	}
@@ -4707,9 +4686,7 @@ func otherFileSystem(t *testing.T) string {
 // TestUpgrade recovers what an older version left when it was interrupted.
 func TestUpgrade(t *testing.T) {
 	states := cases(t, "testdata/upgrade.txt")
-	if len(states) < 100 {
-		t.Fatalf("got %d states; want 100 or more", len(states))
-	}
+	expect(t, len(states) >= 100, "got %d states; want 100 or more", len(states))
 	list := crashes(t)
 	for _, state := range states {
 		kind, _, _ := strings.Cut(state.name, ",")
@@ -4903,9 +4880,8 @@ func TestUpdateUnderLoad(t *testing.T) {
 		go func() {
 			n := 0
 			for ; !over.Load(); n++ {
-				if _, err := b.client.call(ctx, "cmd_submit_reading", n, "demo"); err != nil {
-					t.Error(err)
-				}
+				_, err := b.client.call(ctx, "cmd_submit_reading", n, "demo")
+				expect(t, err == nil, "got %v; want no error", err)
 			}
 			asked <- n
 		}()
