@@ -2928,10 +2928,8 @@ func TestSpool(t *testing.T) {
 	awaitSpooled(t, dir, len(tickets))
 	d.discard(1)
 	d.put(1, reading{code: -15, taken: taken})
-	await(t, "the newer one is", func() bool {
-		list := spooled(t, dir)
-		return slices.Contains(list, "1=") && len(list) == 4
-	})
+	await(t, "the newer one is", func() bool { return slices.Contains(spooled(t, dir), "1=") })
+	awaitSpooled(t, dir, len(tickets))
 	within(patience, d.close)
 
 	m.set(nil)
@@ -2978,40 +2976,31 @@ func recordsOf(n int, value string) (text string) {
 // missing, costs one reading.
 func TestSpoolDamage(t *testing.T) {
 	text := recordsOf(4, "1")
-	read := func(text string) (left, damaged, last int) {
+	read := func(text string) []int { // left, damaged, and the last number
 		found, s := parseSpool(t, text)
 		equal(t, "the size", s.size, len(text))
-		return len(found), s.damaged, int(s.last)
+		return []int{len(found), s.damaged, int(s.last)}
 	}
-	wants := func(where, text string, wantLeft, wantDamaged, wantLast int) {
-		t.Helper()
-		left, damaged, last := read(text)
-		equal(t, where+": left, damaged, last", []int{left, damaged, last}, []int{wantLeft, wantDamaged, wantLast})
-	}
-	wants("whole", text, 4, 0, 4)
-	wants("with marks", text+markRecord(2)+markRecord(9), 3, 0, 9)
+	equal(t, "whole", read(text), []int{4, 0, 4})
+	equal(t, "with marks", read(text+markRecord(2)+markRecord(9)), []int{3, 0, 9})
 	for i := range text {
+		least, whole := 3, strings.Count(text[:i], "\n")
+		if text[i] == '\n' { // two lines become one; or the end alone is missing
+			least, whole = 2, whole+1
+		}
 		for _, flip := range []byte{1, 0x80} {
 			b := []byte(text)
 			b[i] ^= flip
-			least := 3
-			if text[i] == '\n' { // two lines become one
-				least = 2
-			}
-			left, damaged, _ := read(string(b))
-			expect(t, left >= least && left <= 3 && damaged > 0, "byte %d: got %d left, %d damaged; want 3, 1", i, left, damaged)
+			got := read(string(b))
+			expect(t, got[0] >= least && got[0] <= 3 && got[1] > 0, "byte %d: got %v; want 3 left, 1 damaged", i, got)
 		}
-		whole := strings.Count(text[:i], "\n")
-		if text[i] == '\n' { // which alone is missing
-			whole++
-		}
-		left, _, _ := read(text[:i])
-		equal(t, fmt.Sprintf("cut at %d: left", i), left, whole)
-		left, _, _ = read(text[:i] + "\n" + text) // written on after a torn record
-		equal(t, fmt.Sprintf("torn at %d: left", i), left, whole+4)
+		equal(t, fmt.Sprintf("cut at %d: left", i), read(text[:i])[0], whole)
+		torn := read(text[:i] + "\n" + text) // written on after a torn record
+		equal(t, fmt.Sprintf("torn at %d: left", i), torn[0], whole+4)
 	}
 	rubbish := strings.Repeat("x", 100000) + "\n" + strings.Repeat("\x00", 5000) + "\n"
-	wants("rubbish", rubbish+text, 4, 100000/maxRecord+2, 4) // a line that is too long comes in pieces
+	pieces := 100000/maxRecord + 2 // one that is too long comes in pieces
+	equal(t, "rubbish", read(rubbish+text), []int{4, pieces, 4})
 }
 
 // TestSpoolClock: when the clock is set, the file is written anew with the right times,
