@@ -3252,18 +3252,22 @@ func posted(body string) string {
 // TestHTTP sends the requests of testdata/http.txt; TestBadRequests has what is
 // refused.
 func TestHTTP(t *testing.T) {
-	host := serve(t, newHandler([]method{
+	h := newHandler([]method{
 		{"healthcheck", "string", "OK.", healthcheck},
 		{"defect", "string", "", func(request, []any) (any, error) { panic("defect") }},
 		{"error", "string", "", func(request, []any) (any, error) { return nil, errors.New("inside") }},
-	})).Host
+	})
+	h.setAccess(&access{allow: get(networks("127.0.0.1"))})
+	u := serve(t, h)
 	methods := strings.NewReplacer("{defect}", string(encodeCall("defect")), "{error}", string(encodeCall("error")))
 	for _, c := range cases(t, "testdata/http.txt") {
-		conn := dial(t, host, "")
+		want, from, _ := strings.Cut(c.name, " from ")
+		conn := dial(t, u.Host, from)
 		io.WriteString(conn, methods.Replace(expand(httpText(c.text))))
 		answer := get(io.ReadAll(conn))
-		expect(t, like(string(answer), c.name+"…"), "%s: got %q; want %s", c.text, answer, c.name)
+		expect(t, like(string(answer), want+"…"), "%s: got %q; want %s", c.text, answer, want)
 	}
+	equal(t, "refused", h.count.Load(), int64(3))
 }
 
 // postedCall returns the request of a method with the values of its parameters,
@@ -3828,20 +3832,6 @@ func TestAccess(t *testing.T) {
 		expect(t, err != nil, "%q: got %v; want an error", bad, got)
 	}
 	equal(t, "keys", limitKey("::ffff:1.2.3.4")+" "+limitKey("2001:db8::1:2:3:4"), "1.2.3.4 2001:db8::/64")
-}
-
-// TestForbidden: others get 403, and their body is not waited for.
-func TestForbidden(t *testing.T) {
-	h := newHandler([]method{{"healthcheck", "string", "OK.", healthcheck}})
-	u := serve(t, h)
-	allow, _ := networks("127.0.0.1")
-	h.setAccess(&access{allow: allow})
-	mustCall(t, testClient(t, u, nil), "healthcheck")
-	conn := dial(t, u.Host, "127.0.0.2")
-	io.WriteString(conn, "POST /xmlrpc HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n")
-	answer, _ := io.ReadAll(conn)
-	has(t, "the answer", string(answer), "HTTP/1.1 403 ")
-	equal(t, "refused", h.count.Load(), int64(1))
 }
 
 // TestHog: a caller who opens connections all the time, with calls that wait, does not
