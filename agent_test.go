@@ -3032,21 +3032,6 @@ func TestSpoolFull(t *testing.T) {
 	awaitSpooled(t, dir, 0)
 }
 
-// TestSpoolSlow: what a monitor does not take for seconds, though it is there, is on the
-// disk before any attempt has failed.
-func TestSpoolSlow(t *testing.T) {
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "spool")
-	attempts, answer := hold(m)
-	d := spoolDelivery(t, m, dir)
-	puts(d, 1, 3)
-	receive(t, "attempt", attempts)
-	awaitSpooled(t, dir, 3)
-	m.set(nil)
-	answer <- "ok"
-	gets(t, m, 1, 3)
-	awaitSpooled(t, dir, 0)
-}
-
 // TestSpoolBroken: a spool that cannot be written is logged once. Readings are kept in
 // memory, and written when it works again. One that cannot be opened is not used.
 func TestSpoolBroken(t *testing.T) {
@@ -3471,9 +3456,6 @@ func TestLargeAnswers(t *testing.T) {
 // may have few.
 func TestFewFiles(t *testing.T) {
 	b := newBox(t, "", files{"sensors/s/check": printing(1)})
-	if hard := (syscall.Rlimit{}); syscall.Getrlimit(syscall.RLIMIT_NOFILE, &hard) != nil || hard.Max < 48 {
-		t.Skip("no limit of files")
-	}
 	t.Setenv("PICKET_TEST_FILES", "48")
 	b.start(t)
 	for i := 0; i < 3*maxConns; i++ {
@@ -3528,19 +3510,13 @@ func TestClientKeepsConnection(t *testing.T) {
 	}
 }
 
-// answers are the cases of a kind in testdata/answers.txt, without the kind.
-func answers(t *testing.T, kind string) (list []testCase) {
-	for _, c := range cases(t, "testdata/answers.txt") {
-		if name, ok := strings.CutSuffix(c.name, " "+kind); ok {
-			list = append(list, testCase{name, c.text})
-		}
-	}
-	return list
-}
-
 // TestAnswers: what is a methodResponse, and what is none.
 func TestAnswers(t *testing.T) {
-	for _, c := range answers(t, "message") {
+	for _, c := range cases(t, "testdata/answers.txt") {
+		want, ok := strings.CutSuffix(c.name, " message")
+		if !ok {
+			continue
+		}
 		for _, line := range splitLines(c.text) {
 			v, err := decodeResponse([]byte(expand(line)))
 			got := fmt.Sprintf("%#v", v)
@@ -3549,7 +3525,7 @@ func TestAnswers(t *testing.T) {
 			} else if err != nil {
 				got = "none"
 			}
-			equal(t, line, got, c.name)
+			equal(t, line, got, want)
 		}
 	}
 }
@@ -3899,7 +3875,11 @@ func TestFetch(t *testing.T) {
 	c := testClient(t, serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, answer)
 	})), nil)
-	for _, test := range answers(t, "package") {
+	for _, test := range cases(t, "testdata/answers.txt") {
+		want, ok := strings.CutSuffix(test.name, " package")
+		if !ok {
+			continue
+		}
 		for _, line := range splitLines(test.text) {
 			answer = packages.Replace(expand(line))
 			if !strings.Contains(line, "<?xml") && !strings.Contains(line, "<methodResponse>") {
@@ -3912,8 +3892,8 @@ func TestFetch(t *testing.T) {
 			if err == nil && bytes.Equal(got.Bytes(), data) {
 				outcome = "ok"
 			}
-			expect(t, regexp.MustCompile("^"+test.name+"$").MatchString(outcome),
-				"%.100q: got %d bytes, %v; want %s", line, got.Len(), err, test.name)
+			expect(t, regexp.MustCompile("^"+want+"$").MatchString(outcome),
+				"%.100q: got %d bytes, %v; want %s", line, got.Len(), err, want)
 		}
 	}
 	hold := make(chan struct{})
