@@ -3157,7 +3157,7 @@ var notation = regexp.MustCompile(`\{(\\[^{}*]*)\}|\{([^{}]*)\*(\d+)\}`)
 // expand returns a text of testdata without its notation.
 func expand(text string) string {
 	call := string(encodeCall("healthcheck"))
-	text = strings.NewReplacer("{call}", call, "{message}", message("<param><value/></param>")).Replace(text)
+	text = strings.NewReplacer("{call}", call, "{message}", message("m", "<param><value/></param>")).Replace(text)
 	return notation.ReplaceAllStringFunc(text, func(braces string) string {
 		part := notation.FindStringSubmatch(braces)
 		plain := get(strconv.Unquote(`"` + strings.ReplaceAll(part[1]+part[2], `"`, `\"`) + `"`))
@@ -3169,9 +3169,9 @@ func expand(text string) string {
 	})
 }
 
-// message returns a call of the method m, which no agent has, with these params.
-func message(params string) string {
-	return "<methodCall><methodName>m</methodName><params>" + params + "</params></methodCall>"
+// message returns a call of a method. No agent has the method m.
+func message(method, params string) string {
+	return "<methodCall><methodName>" + method + "</methodName><params>" + params + "</params></methodCall>"
 }
 
 // httpText returns a text of testdata as HTTP, with its lines' ends.
@@ -3258,13 +3258,12 @@ func TestHTTP(t *testing.T) {
 // postedCall returns the request of a method with the values of its parameters,
 // split by " | ".
 func postedCall(call string) string {
-	method, values, some := strings.Cut(call, " | ")
-	params := ""
+	method, params, some := strings.Cut(call, " | ")
 	if some {
-		values = strings.ReplaceAll(values, " | ", "</value></param><param><value>")
-		params = "<param><value>" + values + "</value></param>"
+		params = strings.ReplaceAll(params, " | ", "</value></param><param><value>")
+		params = "<param><value>" + params + "</value></param>"
 	}
-	return posted("<methodCall><methodName>" + method + "</methodName><params>" + params + "</params></methodCall>")
+	return posted(message(method, params))
 }
 
 // TestHalfClosed: a caller that has closed its sending side, as nc -N does, still gets
@@ -3333,7 +3332,7 @@ var requestKinds = map[string]struct {
 	"length":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n{call}"}},
 	"chunks":    {strings.Clone, []string{"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%s"}},
 	"body":      {posted, []string{"%s"}},
-	"param":     {posted, []string{message("<param>%s</param>")}},
+	"param":     {posted, []string{message("m", "<param>%s</param>")}},
 	"value":     {postedCall, []string{"m | %s"}},
 	"call":      {postedCall, []string{"%s"}},
 	"arguments": {postedCall, []string{"cmd_submit_reading | <int>7</int> | s | %s"}},
@@ -3393,8 +3392,7 @@ func TestConnToClose(t *testing.T) {
 		{"the latest call", apart, maxConns, "10.0.0.9", `10\.0\.1\.64`},
 	} {
 		h := newHandler(nil)
-		allow := get(networks("10.0.0.0/8, 2001:db8::/32"))
-		h.setAccess(&access{allow: allow})
+		h.setAccess(&access{allow: get(networks("10.0.0.0/8, 2001:db8::/32"))})
 		admit := func(host string) *peerConn {
 			c, other := net.Pipe()
 			t.Cleanup(func() { c.Close(); other.Close() })
@@ -3442,9 +3440,8 @@ func TestLargeAnswers(t *testing.T) {
 		{"package", "base64", "", answer(make([]byte, maxMessage))},
 	})), nil)
 	call := map[string]any{"methodName": "quarter", "params": []any{}}
-	for _, method := range []string{"whole", "package"} {
-		mustCall(t, c, method)
-	}
+	mustCall(t, c, "whole")
+	mustCall(t, c, "package")
 	equal(t, "answers", len(mustCall(t, c, "system.multicall", []any{call, call, call}).([]any)), 3)
 	tooLarge := fmt.Sprint(faultRequest)
 	equal(t, "more", verdict(c.call(ctx, "more")), tooLarge)
@@ -3608,9 +3605,7 @@ func TestClientCancelled(t *testing.T) {
 		return err
 	}))
 	meanwhile, cancel := context.WithCancel(ctx)
-	hold := make(chan struct{})
-	defer close(hold)
-	m.set(func(http.ResponseWriter, attempt) bool { cancel(); <-hold; return true })
+	m.set(func(_ http.ResponseWriter, a attempt) bool { cancel(); <-a.context.Done(); return true })
 	_, err := c.call(meanwhile, "cmd_get_new_monitor_url")
 	equal(t, "cancelled while it waits", errors.Is(err, context.Canceled), true)
 	m.set(nil)
@@ -3630,8 +3625,7 @@ func TestClientURL(t *testing.T) {
 		"http://monitor:/a%20b?c=d e&%20":      "monitor:80 monitor /a%20b?c=d%20e&%20",
 		"http://[fe80::1%25eth0]:8081/xmlrpc/": "[fe80::1%eth0]:8081 [fe80::1]:8081 /xmlrpc/",
 	} {
-		parsed := get(httpURL(text))
-		c := testClient(t, parsed, nil)
+		c := testClient(t, get(httpURL(text)), nil)
 		c.http.Transport.(*http.Transport).DialContext = func(_ context.Context, _, address string) (net.Conn, error) {
 			got = address
 			return net.Dial("tcp", u.Host)
@@ -3896,12 +3890,11 @@ func TestFetch(t *testing.T) {
 				"%.100q: got %d bytes, %v; want %s", line, got.Len(), err, want)
 		}
 	}
-	hold := make(chan struct{})
-	defer close(hold)
 	c = newClient(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
 		io.WriteString(w, "<methodResponse>")
 		w.(http.Flusher).Flush()
-		<-hold
+		<-r.Context().Done()
 	})), 200*time.Millisecond, nil)
 	equal(t, "half an answer", fmt.Sprint(c.fetch(ctx, io.Discard, 1<<20, "m")), "nothing has come for 200ms")
 }
@@ -4066,8 +4059,7 @@ func TestInstallLocked(t *testing.T) {
 	u := testUpdater(t, t.TempDir(), files{"sensors/demo/check": printing(1)})
 	lockFile(t, u.sensors.path)
 	must(t, u.plainInstall(demo(t, 2)))
-	info := get(os.Stat(u.backup))
-	equal(t, "the mode of the backups", info.Mode().Perm(), fs.FileMode(0o700))
+	equal(t, "the mode of the backups", get(os.Stat(u.backup)).Mode().Perm(), fs.FileMode(0o700))
 	held := lockFile(t, u.backup)
 	equal(t, "sensors listed", len(get(u.sensors.helpTexts(ctx))), 1)
 	equal(t, "a reading", u.sensors.read(ctx, "none", nil, nil).code, codeNotFound)
@@ -4536,13 +4528,8 @@ func (c crash) recovered(t *testing.T, where string, setUp func() *updater) (poi
 // TestCrash stops every change dead at each of its steps, then recovery at
 // each of its own, and looks at what the next start makes of it.
 func TestCrash(t *testing.T) {
-	others := []string{"", otherFileSystem(t)}
-	if others[1] == "" {
-		others = others[:1]
-		defer t.Skip("no second file system on this machine")
-	}
 	for _, c := range crashes(t) {
-		for _, other := range others {
+		for _, other := range fileSystems(t) {
 			u := c.updater(t, other)
 			steps := c.watch(u, healthy)
 			must(t, c.run(u))
@@ -4562,9 +4549,9 @@ func TestCrash(t *testing.T) {
 	}
 }
 
-// otherFileSystem returns a new directory that renaming cannot reach from
-// temporary ones, or "".
-func otherFileSystem(t *testing.T) string {
+// fileSystems returns "" for that of temporary directories and, where there is another, a
+// new directory that renaming cannot reach from those.
+func fileSystems(t *testing.T) []string {
 	for _, parent := range []string{"/dev/shm", "/run", "/var/tmp"} {
 		dir, err := os.MkdirTemp(parent, "picket-test-")
 		if err != nil {
@@ -4572,10 +4559,10 @@ func otherFileSystem(t *testing.T) string {
 		}
 		t.Cleanup(func() { os.RemoveAll(dir) })
 		if ownerOf(get(os.Stat(dir))).Dev != ownerOf(get(os.Stat(t.TempDir()))).Dev {
-			return dir
+			return []string{"", dir}
 		}
 	}
-	return ""
+	return []string{""}
 }
 
 // TestUpgrade recovers what an older version left when it was interrupted.
