@@ -3697,24 +3697,19 @@ func TestManyCallers(t *testing.T) {
 		return "<value><struct><member><name>methodName</name><value>" + method + "</value></member><member>" +
 			"<name>params</name><value><array><data>" + params + "</data></array></value></member></struct></value>"
 	}
-	multicall := func(calls string) string {
-		return postedCall("system.multicall | <array><data>" + calls + "</data></array>")
-	}
 	capabilities := call("system.getCapabilities", "")
+	submitted := call("cmd_submit_reading", "<value><int>####</int></value><value>s</value>")
+	const multicall, submit = "system.multicall | <array><data>", "cmd_submit_reading | <int>####</int> | s | "
 	for _, c := range []crowd{
-		{"slow senders", 4, 1, 0, expand("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n{ *65535}")},
-		{"unread answers", 4, 5, 0, multicall(strings.Repeat(capabilities, 45))},
-		{"many attributes", 4, 4, 4, posted(expand("<methodCall {a='' *13000}><methodName>m</methodName></methodCall>"))},
-		{"many values", 4, 4, 4, postedCall(expand("m | <array><data>{<value>ab</value>*1900}</data></array>"))},
-		{"calls that wait", 4, 1, 0, multicall(strings.Repeat(capabilities, 25) +
-			call("cmd_submit_reading", "<value><int>####</int></value><value>s</value>") +
-			call("m", expand("{<value>ab</value>*1500}")))},
-		{"a queue full of empty arguments", 256, 2, 2,
-			postedCall(expand("cmd_submit_reading | <int>####</int> | s | {'' *512}"))},
-		{"too many arguments, as words", 256, 5, 5,
-			postedCall(expand("cmd_submit_reading | <int>####</int> | s | {'' *8192}"))},
-		{"too many arguments, as an array", 256, 5, 5,
-			postedCall(expand("cmd_submit_reading | <int>####</int> | s | <array><data>{<value/>*4090}</data></array>"))},
+		{"slow senders", 4, 1, 0, "request", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n{ *65535}"},
+		{"unread answers", 4, 5, 0, "call", multicall + strings.Repeat(capabilities, 45) + "</data></array>"},
+		{"many attributes", 4, 4, 4, "body", "<methodCall {a='' *13000}><methodName>m</methodName></methodCall>"},
+		{"many values", 4, 4, 4, "call", "m | <array><data>{<value>ab</value>*1900}</data></array>"},
+		{"calls that wait", 4, 1, 0, "call", multicall + strings.Repeat(capabilities, 25) + submitted +
+			call("m", "{<value>ab</value>*1500}") + "</data></array>"},
+		{"a queue full of empty arguments", 256, 2, 2, "call", submit + "{'' *512}"},
+		{"too many arguments, as words", 256, 5, 5, "call", submit + "{'' *8192}"},
+		{"too many arguments, as an array", 256, 5, 5, "call", submit + "<array><data>{<value/>*4090}</data></array>"},
 	} {
 		t.Run(c.name, c.call)
 	}
@@ -3722,11 +3717,12 @@ func TestManyCallers(t *testing.T) {
 
 // A crowd are 60 callers that send the same to an agent at once.
 type crowd struct {
-	name    string
-	queue   int
-	times   int    // that each caller sends his request
-	reads   int    // answers that he reads
-	request string // in which #### is another ticket each time
+	name  string
+	queue int
+	times int    // that each caller sends his request
+	reads int    // answers that he reads
+	kind  string // of requestKinds
+	text  string // in which #### is another ticket each time
 }
 
 // call has the crowd call an agent in 16 MiB, and looks at that agent's health meanwhile.
@@ -3766,9 +3762,10 @@ func (c crowd) call(t *testing.T) {
 // it waits at least until the first answer begins.
 func (c crowd) send(t *testing.T, conn net.Conn, caller int) {
 	r := bufio.NewReader(conn)
+	request := requestKinds[c.kind].request(expand(c.text))
 	for i := 0; i < c.times; i++ {
 		ticket := strconv.Itoa(1000 + c.times*caller + i)
-		io.WriteString(conn, strings.ReplaceAll(c.request, "####", ticket))
+		io.WriteString(conn, strings.ReplaceAll(request, "####", ticket))
 	}
 	if c.times > 1 {
 		r.Peek(1)
