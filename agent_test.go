@@ -4287,13 +4287,12 @@ func TestVerifyFlipped(t *testing.T) {
 	archive := packageOf(t, entry("demo/check", printing(1)))
 	public, sign := signify(t, "keynum_1")
 	good := files{"demo": archive, "demo.sig": sign(archive), "key": public}
-	writeTree(t, dir, good)
-	path := filepath.Join(dir, "demo")
-	file := get(os.OpenFile(path, os.O_RDWR, 0))
-	defer file.Close()
-	c := &change{updater: testUpdater(t, dir, nil), ctx: ctx, archive: file, from: fromFile(path)}
+	c := &change{updater: testUpdater(t, dir, nil), ctx: ctx, from: fromFile(filepath.Join(dir, "demo"))}
 	c.keys = filepath.Join(dir, "key")
 	for what, text := range good {
+		writeTree(t, dir, good)
+		c.archive = get(os.Open(filepath.Join(dir, "demo")))
+		must(t, c.verify())
 		first, step := 8*(strings.Index(text, "\n")+1), 1
 		if what == "demo" {
 			first, step = 0, 9
@@ -4305,15 +4304,11 @@ func TestVerifyFlipped(t *testing.T) {
 			expect(t, c.verify() != nil, "bit %d of %s flipped: got no error; want one", i, what)
 			total("flipped bits refused by verification", 1)
 		}
-		writeTree(t, dir, good)
-		must(t, c.verify())
-	}
-	for what := range good {
-		must(t, os.Remove(filepath.Join(dir, what)))
-		must(t, syscall.Mkfifo(filepath.Join(dir, what), 0o600))
+		c.archive.Close()
+		file := filepath.Join(dir, what)
+		must(t, errors.Join(os.Remove(file), syscall.Mkfifo(file, 0o600)))
 		has(t, what, c.plainInstall(c.from), what+": not a regular file")
-		must(t, os.Remove(filepath.Join(dir, what)))
-		writeTree(t, dir, good)
+		must(t, os.Remove(file))
 	}
 }
 
