@@ -80,10 +80,6 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(0)
 	}
-	if spec := os.Getenv("PICKET_TEST_CRASH"); spec != "" { // a child that is to die
-		crashChild(spec)
-		os.Exit(0)
-	}
 	flag.Parse()
 	log.SetFlags(0)
 	if !testing.Verbose() {
@@ -4661,11 +4657,24 @@ func TestRecoverNothing(t *testing.T) {
 
 // TestCrashKill kills a process at each step of every change.
 func TestCrashKill(t *testing.T) {
-	program := get(os.Executable())
+	var dir string
+	var change, at int
+	if _, err := fmt.Sscan(os.Getenv("PICKET_TEST_CRASH"), &dir, &change, &at); err == nil { // this is the process
+		c, u := crashes(t)[change], testUpdater(t, dir, nil)
+		c.watch(u, func(_ string, step int) error {
+			if step == at {
+				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				select {}
+			}
+			return nil
+		})
+		must(t, c.run(u))
+		return
+	}
 	for i, c := range crashes(t) {
 		for n := 1; ; n++ {
 			u := c.updater(t, "")
-			cmd := exec.Command(program)
+			cmd := exec.Command(get(os.Executable()), "-test.run=^TestCrashKill$")
 			cmd.Env = append(os.Environ(), fmt.Sprintf("PICKET_TEST_CRASH=%s %d %d", filepath.Dir(u.backup), i, n))
 			out, err := cmd.CombinedOutput()
 			where := fmt.Sprintf("%s, killed at step %d", c.name, n)
@@ -4677,25 +4686,6 @@ func TestCrashKill(t *testing.T) {
 			has(t, where+string(out), err, "killed")
 			total("points at which a change was killed", 1)
 		}
-	}
-}
-
-// crashChild makes one change and kills itself at a step of it.
-func crashChild(spec string) {
-	var dir string
-	var i, n int
-	get(fmt.Sscan(spec, &dir, &i, &n))
-	t := &testing.B{}
-	c, u := crashes(t)[i], testUpdater(t, dir, nil)
-	c.watch(u, func(_ string, step int) error {
-		if step == n {
-			syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-		return nil
-	})
-	if err := c.run(u); err != nil {
-		log.Fatal(err)
 	}
 }
 
