@@ -3542,9 +3542,19 @@ func TestClient(t *testing.T) {
 			l := listenRaw(t, "127.0.0.1:0", func(conn net.Conn) {
 				r := bufio.NewReader(conn)
 				for _, answer := range strings.Split(c.text, "...\n") {
-					if answer == "close\n" || !answerRaw(t, conn, r, bodies.Replace(expand(httpText(answer)))) {
+					if answer == "close\n" {
 						return
 					}
+					request, err := http.ReadRequest(r)
+					if err != nil || answer == "" {
+						return
+					}
+					user, password, _ := request.BasicAuth()
+					head := fmt.Sprint(user, " ", password, " ", request.Header.Get("Content-Type"), " ", len(request.Header))
+					equal(t, "the head", head, "user secret text/xml 4")
+					expect(t, request.ContentLength > 0, "got %d bytes of body; want some", request.ContentLength)
+					io.Copy(io.Discard, request.Body)
+					io.WriteString(conn, bodies.Replace(expand(httpText(answer))))
 				}
 				io.Copy(io.Discard, r) // until the client hangs up
 			})
@@ -3563,22 +3573,6 @@ func TestClient(t *testing.T) {
 		})
 	}
 	equal(t, "requests elsewhere", elsewhere.tries.Load(), int64(0))
-}
-
-// answerRaw reads a request of TestClient and answers it. It reports false where there
-// is no request or no answer.
-func answerRaw(t *testing.T, conn net.Conn, r *bufio.Reader, answer string) bool {
-	request, err := http.ReadRequest(r)
-	if err != nil || answer == "" {
-		return false
-	}
-	user, password, _ := request.BasicAuth()
-	head := fmt.Sprint(user, " ", password, " ", request.Header.Get("Content-Type"), " ", len(request.Header))
-	equal(t, "the head", head, "user secret text/xml 4")
-	expect(t, request.ContentLength > 0, "got %d bytes of body; want some", request.ContentLength)
-	io.Copy(io.Discard, request.Body)
-	io.WriteString(conn, answer)
-	return true
 }
 
 // TestClientCancelled: a call that was cancelled before it began is not sent; one that
