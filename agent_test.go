@@ -1422,102 +1422,55 @@ func TestEditINI(t *testing.T) {
 	equal(t, "the directory", readTree(t, dir), want)
 }
 
-// bindMount mounts a file or directory in another place until the test ends.
-func bindMount(t *testing.T, from, to string, flags uintptr) {
-	mount(t, from, to, "", syscall.MS_BIND, "")
-	must(t, syscall.Mount("", to, "", syscall.MS_BIND|syscall.MS_REMOUNT|flags, ""))
-}
-
-// linkTo returns a function that makes a link of client.cfg.
-func linkTo(to string) func(t *testing.T, dir string) {
-	return func(t *testing.T, dir string) {
-		file := filepath.Join(dir, "etc/client.cfg")
-		must(t, errors.Join(os.Remove(file), os.Symlink(to, file)))
-	}
-}
-
-// configPlaces are what a client.cfg may be instead of a file in a directory, and why
-// it cannot be changed there: "" where it can.
-var configPlaces = []struct {
-	name, want string
-	prepare    func(t *testing.T, dir string)
-}{
-	{"mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
-		func(t *testing.T, dir string) { bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", 0) }},
-	{"read-only mount point", "etc/client.cfg: it is a mount point: mount its directory instead",
-		func(t *testing.T, dir string) {
-			bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", syscall.MS_RDONLY)
-		}},
-	{"link to a mount point", "other/real: it is a mount point: mount its directory instead",
-		func(t *testing.T, dir string) {
-			linkTo("../other/real")(t, dir)
-			bindMount(t, dir+"/other/real", dir+"/other/real", 0)
-		}},
-	{"mount point in a read-only directory", "etc/client.cfg: it is a mount point: mount its directory instead",
-		func(t *testing.T, dir string) {
-			bindMount(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY)
-			bindMount(t, dir+"/other/real", dir+"/etc/client.cfg", 0)
-		}},
-	{"mounted directory", "", func(t *testing.T, dir string) { bindMount(t, dir+"/other", dir+"/etc", 0) }},
-	{"read-only file system", "etc/client.cfg: …read-only file system",
-		func(t *testing.T, dir string) { bindMount(t, dir+"/etc", dir+"/etc", syscall.MS_RDONLY) }},
-	{"link into one", "other/real: …read-only file system", func(t *testing.T, dir string) {
-		linkTo("../other/real")(t, dir)
-		bindMount(t, dir+"/other", dir+"/other", syscall.MS_RDONLY)
-	}},
-	{"overlay", "", func(t *testing.T, dir string) {
-		upper := t.TempDir()
-		mount(t, "tmpfs", upper, "tmpfs", 0, "")
-		writeTree(t, upper, files{"up/": "", "work/": ""})
-		layers := "lowerdir=" + dir + "/etc,upperdir=" + upper + "/up,workdir=" + upper + "/work"
-		mount(t, "overlay", dir+"/etc", "overlay", 0, layers)
-	}},
-	{"immutable file", "etc/client.cfg: …operation not permitted", func(t *testing.T, dir string) {
-		chattr := func(flag string) error {
-			return exec.Command(needs(t, "chattr"), flag, dir+"/etc/client.cfg").Run()
-		}
-		if err := chattr("+i"); err != nil {
-			t.Skip(err)
-		}
-		t.Cleanup(func() { must(t, chattr("-i")) })
-	}},
-	{"read-only file", "", func(t *testing.T, dir string) { must(t, os.Chmod(dir+"/etc/client.cfg", 0o444)) }},
-	{"link to another directory", "", linkTo("../other/real")},
-	{"absolute link", "", func(t *testing.T, dir string) { linkTo(dir+"/other/real")(t, dir) }},
-	{"link to a link", "", func(t *testing.T, dir string) {
-		linkTo("again")(t, dir)
-		must(t, os.Symlink("../other/real", dir+"/etc/again"))
-	}},
-	{"dangling link", "etc/client.cfg: …no such file", linkTo("nothing")},
-	{"link in a circle", "etc/client.cfg: …too many", linkTo("client.cfg")},
-	{"directory", "etc/client.cfg: not a regular file", func(t *testing.T, dir string) {
-		must(t, errors.Join(os.Remove(dir+"/etc/client.cfg"), os.Mkdir(dir+"/etc/client.cfg", 0o755)))
-	}},
-}
-
-// TestEditINIWhere changes client.cfg in each of configPlaces. A change that fails leaves
-// everything as it was.
+// TestEditINIWhere changes a client.cfg that a shell script has put in the place of a file in
+// a directory. Where that is no place to change it, the error says why and nothing is changed.
 func TestEditINIWhere(t *testing.T) {
-	for _, test := range configPlaces {
-		t.Run(test.name, func(t *testing.T) {
-			dir := t.TempDir()
+	if file := os.Getenv("PICKET_TEST_CONFIG"); file != "" { // this process is the one that changes it
+		must(t, editINI(ctx, file, func(c *ini) error { return c.set("sensor", "keep", "2") }))
+		return
+	}
+	const mounted = "etc/client.cfg: it is a mount point: mount its directory instead"
+	for script, want := range map[string]string{
+		"mount --bind other/real etc/client.cfg":                                  mounted,
+		"mount --bind -r other/real etc/client.cfg":                               mounted,
+		"mount --bind -r etc etc; mount --bind other/real etc/client.cfg":         mounted,
+		"ln -sf ../other/real etc/client.cfg; mount --bind other/real other/real": "other/real: it is a mount point: …",
+		"mount --bind other etc":                                                  "",
+		"mount --bind -r etc etc":                                                 "etc/client.cfg: …read-only file system",
+		"ln -sf ../other/real etc/client.cfg; mount --bind -r other other":        "other/real: …read-only file system",
+		"mount -t tmpfs tmpfs tmp; mkdir tmp/up tmp/work; " +
+			"mount -t overlay overlay etc -o lowerdir=etc,upperdir=tmp/up,workdir=tmp/work": "",
+		"chattr +i etc/client.cfg; trap 'chattr -i etc/client.cfg' EXIT": "etc/client.cfg: …operation not permitted",
+		"chmod 444 etc/client.cfg":                                       "",
+		"ln -sf ../other/real etc/client.cfg":                            "",
+		"ln -sf $PWD/other/real etc/client.cfg":                          "",
+		"ln -sf again etc/client.cfg; ln -s ../other/real etc/again":     "",
+		"ln -sf nothing etc/client.cfg":                                  "etc/client.cfg: …no such file",
+		"ln -sf client.cfg etc/client.cfg":                               "etc/client.cfg: …too many",
+		"rm etc/client.cfg; mkdir etc/client.cfg":                        "etc/client.cfg: not a regular file",
+	} {
+		t.Run(script, func(t *testing.T) {
 			const text = "[sensor]\nkeep = 1\n"
-			writeTree(t, dir, files{"etc/client.cfg": text, "other/real": text, "other/client.cfg": text})
-			test.prepare(t, dir)
-			file := filepath.Join(dir, "etc/client.cfg")
-			info, _ := os.Stat(file)
-			before := describeTree(t, dir)
-			err := editINI(ctx, file, func(c *ini) error { return c.set("sensor", "keep", "2") })
-			leavesNothing(t, test.name, dir+"/etc", dir+"/other")
-			if test.want != "" {
-				has(t, "the error", err, test.want)
-				equal(t, "all files", describeTree(t, dir), before)
-				return
+			dir := t.TempDir()
+			writeTree(t, dir, files{"etc/client.cfg": text, "other/real": text, "other/client.cfg": text, "tmp/": ""})
+			cmd := exec.Command("sh", "-e", "-c", script+`
+				all() { find etc other ! -type d -exec stat -c '%A %u %h %N' {} + | sort; cat etc/client.cfg; }
+				all >before 2>&1 || :
+				"$@" || :
+				all >after 2>&1 || :`, "sh", get(os.Executable()), "-test.run=^TestEditINIWhere$")
+			cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_CONFIG=etc/client.cfg")
+			if strings.Contains(script, "mount") { // where nobody else sees it
+				cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 			}
-			must(t, err)
-			now := get(os.Stat(file))
-			equal(t, "its mode", now.Mode(), info.Mode())
-			equal(t, "the file", string(readFile(t, file)), "[sensor]\nkeep = 2\n")
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Skipf("%v: %s", err, out)
+			}
+			before, after := string(readFile(t, dir+"/before")), string(readFile(t, dir+"/after"))
+			if has(t, "the error", string(out), want); want == "" {
+				before = strings.ReplaceAll(before, "keep = 1", "keep = 2")
+			}
+			equal(t, "all files", after, before)
 		})
 	}
 }
