@@ -1611,45 +1611,6 @@ func TestReading(t *testing.T) {
 	}
 }
 
-func TestReadingNotStarted(t *testing.T) {
-	s := testSensors(t, "")
-	file := filepath.Join(s.path, "s", "check")
-	equal(t, "none", summaryOf(s, "none"), "127 nan no such sensor")
-	for _, test := range []struct {
-		text string
-		mode os.FileMode
-		want string
-	}{
-		{"#!/bin/sh\necho 1\n", 0o644, "no run bit (chmod +x sets it)"},
-		{"#!/bin/sh\r\necho 1\r\n", 0o755, "Windows line ends"},
-		{"#!/no/sh -e\necho 1\n", 0o755, `no interpreter "/no/sh -e"`},
-		{"echo 1\n", 0o755, `neither a binary nor a script: no "#!" at its beginning`},
-		{"\x7fELF\x02\x01\x01", 0o755, "wrong architecture, or a damaged binary"},
-		{"", 0o755, `neither a binary nor a script: no "#!" at its beginning`},
-	} {
-		writeTree(t, s.path, files{"s/check": test.text})
-		must(t, os.Chmod(file, test.mode))
-		equal(t, test.text, summaryOf(s, "s"), "126 nan start "+file+": "+test.want)
-	}
-	must(t, os.Remove(file))
-	t.Run("noexec", func(t *testing.T) {
-		needsRoot(t)
-		noexec := t.TempDir()
-		mount(t, "none", noexec, "tmpfs", syscall.MS_NOEXEC, "")
-		writeTree(t, noexec, files{"check": "#!/bin/sh\n"})
-		must(t, os.Symlink(filepath.Join(noexec, "check"), file))
-		equal(t, "noexec", summaryOf(s, "s"), "126 nan start "+file+": permission denied: is it mounted noexec, "+
-			"or may the sensors' user not enter a directory above it?")
-		must(t, os.Remove(file))
-	})
-	writeTree(t, s.path, files{"s/check/": "", "empty/": "", "file": ""})
-	const none = "127 nan no such sensor"
-	for name, want := range map[string]string{"s": "126 nan ", "empty": none, "file": none} {
-		has(t, name, summaryOf(s, name), want)
-	}
-	equal(t, "running", s.running(), 0)
-}
-
 // TestReadingQuick: nothing that a sensor writes is lost, whenever it ends, and
 // no file is left open.
 func TestReadingQuick(t *testing.T) {
@@ -1737,56 +1698,6 @@ func TestReadingStuck(t *testing.T) {
 	has(t, "beside it", summaryOf(s, "s"), "126 nan …cannot be killed")
 	s.remove(p)
 	equal(t, "after it", summaryOf(s, "s"), "0 1")
-}
-
-// TestReadingUser: sensors run as somebody else, with his groups only and with
-// his home.
-func TestReadingUser(t *testing.T) {
-	needsRoot(t)
-	const daemon, nobodys = "1 1 1 daemon daemon his", "54321 54321 54321 54321 54321 /"
-	for name, want := range map[string]string{"daemon": daemon, "1": daemon, "54321": nobodys} {
-		user := get(otherUser(name))
-		s := testSensors(t, "[ $HOME != ~daemon ] || HOME=his\n"+
-			"echo $(id -u) $(id -g) $(id -G) $USER $LOGNAME $HOME >&2; exit 1")
-		forEverybody(t, s.path)
-		s.user, s.env = user, sensorEnv(user)
-		equal(t, name, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
-	}
-}
-
-// TestReadingOwn: a section [sensor NAME] holds for the runs, the help text and the
-// trial of that sensor, and for no other.
-func TestReadingOwn(t *testing.T) {
-	s := testSensors(t, "sleep 60")
-	writeSensor(t, s.path, "other", "echo $(id -u)")
-	s.own = map[string]*ownSettings{"s": {timeout: 50 * time.Millisecond}}
-	equal(t, "its time-out", summaryOf(s, "s"), "-15 nan timed out after 50ms")
-	equal(t, "another sensor", summaryOf(s, "other"), fmt.Sprint("0 ", os.Geteuid()))
-	_, err := s.helpText(ctx, "s")
-	has(t, "its help text", err, "timed out after 50ms")
-	u := testUpdater(t, t.TempDir(), nil)
-	u.sensors.own = map[string]*ownSettings{"demo": s.own["s"]}
-	hanging := packageOf(t, entry("demo/", ""), entry("demo/check", "#!/bin/sh\nsleep 60\n"))
-	has(t, "its trial", u.plainInstall(fromText(hanging, "")), "timed out after 50ms")
-	needsRoot(t)
-	forEverybody(t, s.path)
-	s.own = map[string]*ownSettings{"other": {patience, get(otherUser("54321"))}}
-	equal(t, "its user", summaryOf(s, "other"), "0 54321")
-	s.user, s.own["other"].user = get(otherUser("54321")), nil
-	equal(t, "the agent's user", summaryOf(s, "other"), "0 0")
-}
-
-// TestReadingLocale: sensors print a decimal point; the other locale settings stay.
-func TestReadingLocale(t *testing.T) {
-	s := testSensors(t, "echo $(env | grep -E '^(LANG|LC_[A-Z]*)=.' | sort) >&2; exit 1")
-	for all, want := range map[string]string{"": "LANG=xx LC_NUMERIC=C LC_TIME=tt", "aa": "LANG=aa LC_NUMERIC=C"} {
-		t.Setenv("LANG", "xx")
-		t.Setenv("LC_TIME", "tt")
-		t.Setenv("LC_NUMERIC", "nn")
-		t.Setenv("LC_ALL", all)
-		s := newSensors(s.path, "check", "options", patience, nil)
-		equal(t, "LC_ALL="+all, summaryOf(s, "s"), "1 nan "+strconv.Quote(want))
-	}
 }
 
 // TestOrphans: as process 1 the agent reaps what sensors leave, and no reading
