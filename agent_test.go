@@ -1758,37 +1758,6 @@ func TestProcessLimit(t *testing.T) {
 	wants(t, b.read(t, 999, "s"), "ticket 999: exit 0, value 1")
 }
 
-func TestHelpTexts(t *testing.T) {
-	s := testSensors(t, "[ \"$1\" = options ] && echo 'x <vol>  one' && echo 'y      two'")
-	tooLong := strings.Repeat("x", maxName+1)
-	for name, script := range map[string]string{
-		"mute": "echo why not >&2; exit 7", ".hidden": "echo 1", "silent": "true", tooLong: "echo 1", "still": "",
-	} {
-		writeSensor(t, s.path, name, script)
-	}
-	writeTree(t, s.path, files{"empty/": "", "deep/check/check": "", "script/check.sh": "", "README": ""})
-	must(t, errors.Join(os.Chmod(filepath.Join(s.path, "still/check"), 0o644), os.Symlink("x", s.path+"/empty/check")))
-	got, err := s.helpTexts(ctx)
-	must(t, err)
-	has(t, "one without the run bit", got["still"], "no help: still options: exit 126: …no run bit (chmod +x sets it)")
-	delete(got, "still")
-	equal(t, "the texts", got, files{
-		"silent": "no help: silent options: nothing said",
-		"s":      "x <vol>  one\ny      two",
-		"mute":   `no help: mute options: exit 7: "why not"`,
-	})
-	names, missing, err := s.names()
-	must(t, err)
-	equal(t, "names", names, []string{"mute", "s", "silent", "still"})
-	has(t, "what is missing", missing, `[sensor "deep": there is no file check in its directory `+
-		`sensor "empty": there is … sensor "script": there is … sensor "xx…`+
-		`: its name is not plain text of at most 234 bytes]`)
-	s.path += "/none"
-	if _, err := s.helpTexts(ctx); err == nil {
-		t.Error("got no error; want one where there is no directory")
-	}
-}
-
 // TestFitHelps: names come first, then why changes failed, then what else there is room for.
 func TestFitHelps(t *testing.T) {
 	for _, count := range []int{2, 300, 2000} {
