@@ -1992,6 +1992,27 @@ func busyboxPath(t *testing.T, busybox string) string {
 	return dir
 }
 
+// steps makes the steps of each case of a file. A number before a step repeats it, # is
+// counted from 0, and what follows two slashes is for the reader.
+func steps(t *testing.T, file string, begin func(t *testing.T) (step func(line string))) {
+	for _, test := range cases(t, file) {
+		t.Run(test.name, func(t *testing.T) {
+			step := begin(t)
+			for _, line := range splitLines(test.text) {
+				line, _, _ = strings.Cut(line, " //")
+				times, rest, _ := strings.Cut(line, " ")
+				n, err := strconv.Atoi(times)
+				if err != nil {
+					n, rest = 1, line
+				}
+				for i := 0; i < n; i++ {
+					step(strings.ReplaceAll(rest, "#", strconv.Itoa(i)))
+				}
+			}
+		})
+	}
+}
+
 // A testQueue's commands wait for the test to end them.
 type testQueue struct {
 	*testing.T
@@ -2003,73 +2024,50 @@ type testQueue struct {
 	outsiders []<-chan error // commands that wait for room
 }
 
-func newTestQueue(t *testing.T, concurrency, size int) *testQueue {
-	q := &testQueue{
-		T: t, started: make(chan command, 100), end: make(chan reading),
-		delivered: make(chan string, 100), discarded: make(chan any, 100),
-	}
-	q.queue = newQueue(concurrency, size, func(ctx context.Context, c command) reading {
-		q.started <- c
-		select {
-		case r := <-q.end:
-			r.value = c.sensor
-			return r
-		case <-ctx.Done():
-			return reading{code: -15, value: c.sensor}
+// TestQueue makes the steps of testdata/queue.txt.
+func TestQueue(t *testing.T) {
+	steps(t, "testdata/queue.txt", func(t *testing.T) func(string) {
+		q := &testQueue{
+			T: t, started: make(chan command, 100), end: make(chan reading),
+			delivered: make(chan string, 100), discarded: make(chan any, 100),
 		}
-	}, func(ticket any, r reading) {
-		q.delivered <- strings.TrimSpace(fmt.Sprintf("%#v %d %s", ticket, r.code, r.value))
-	}, func(ticket any) { q.discarded <- ticket })
-	t.Cleanup(func() { within(0, q.close) })
-	return q
+		q.queue = newQueue(1, 1, func(ctx context.Context, c command) reading {
+			q.started <- c
+			select {
+			case <-q.end:
+				return reading{value: c.sensor}
+			case <-ctx.Done():
+				return reading{code: -15, value: c.sensor}
+			}
+		}, func(ticket any, r reading) {
+			q.delivered <- strings.TrimSpace(fmt.Sprint(ticket, " ", r.code, " ", r.value))
+		}, func(ticket any) { q.discarded <- ticket })
+		t.Cleanup(func() { within(0, q.close) })
+		return q.step
+	})
 }
 
 // commandOf reads "TICKET SENSOR" or "TICKET CHANGE:SENSOR", and perhaps "from ADDRESS".
 func commandOf(words []string) (c command) {
-	c.ticket = strings.Trim(words[0], `"`)
 	number, isInt64 := strings.CutPrefix(words[0], "i8:")
-	if n, err := strconv.Atoi(number); isInt64 {
-		c.ticket = int64(n)
-	} else if err == nil {
-		c.ticket = n
+	if c.ticket = wireValue(number); isInt64 {
+		c.ticket = int64(c.ticket.(int))
 	} else if words[0] == "nil" {
 		c.ticket = nil
 	}
-	c.change, c.sensor, _ = strings.Cut(words[1], ":")
-	if !strings.Contains(words[1], ":") {
-		c.change, c.sensor = "", words[1]
-	}
+	colon := strings.Index(words[1], ":")
+	c.change, c.sensor = words[1][:max(colon, 0)], words[1][colon+1:]
 	if len(words) == 4 {
 		c.from = words[3]
 	}
 	return c
 }
 
-// wait submits a command for which there is no room.
-func (q *testQueue) wait(c command) {
-	before, accepted := q.counted().outside, make(chan error, 1)
-	go func() { accepted <- q.accept(ctx, c, time.Now().Add(patience)) }()
-	await(q, "it waits for room", func() bool { return q.counted().outside > before })
-	q.outsiders = append(q.outsiders, accepted)
-}
-
-// counted tells how many commands wait in the queue, and how many for room in it.
-func (q *testQueue) counted() (n struct{ waiting, outside int }) {
+// waitOutside counts the commands that wait for room.
+func (q *testQueue) waitOutside() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	n.waiting, n.outside = len(q.readings.waiting)+len(q.changes.waiting), len(q.outside)
-	return n
-}
-
-// starts checks which sensor is read next; … is any.
-func (q *testQueue) starts(want string) {
-	q.Helper()
-	c := receive(q, "start", q.started)
-	got := c.sensor
-	if c.change != "" {
-		got = c.change + ":" + c.sensor
-	}
-	expect(q, like(got, want), "got %s; want %s to begin", got, want)
+	return len(q.outside)
 }
 
 // step makes one step of testdata/queue.txt.
@@ -2078,14 +2076,17 @@ func (q *testQueue) step(line string) {
 	step, rest, _ := strings.Cut(line, " ")
 	words := strings.Fields(rest)
 	switch step {
-	case "resize":
-		concurrency, _ := strconv.Atoi(words[0])
-		size, _ := strconv.Atoi(words[1])
+	case "queue", "resize":
+		var concurrency, size int
+		fmt.Sscan(rest, &concurrency, &size)
 		q.resize(concurrency, size)
 	case "submit":
 		must(q, q.accept(ctx, commandOf(words), time.Now().Add(patience)))
 	case "wait":
-		q.wait(commandOf(words))
+		before, accepted := q.waitOutside(), make(chan error, 1)
+		go func() { accepted <- q.accept(ctx, commandOf(words), time.Now().Add(patience)) }()
+		await(q, "it waits for room", func() bool { return q.waitOutside() > before })
+		q.outsiders = append(q.outsiders, accepted)
 	case "full":
 		has(q, line, q.accept(ctx, commandOf(words), time.Now()), fmt.Sprint("fault ", faultBusy))
 	case "room", "closing":
@@ -2094,8 +2095,10 @@ func (q *testQueue) step(line string) {
 			has(q, line, receive(q, "room", accepted), want)
 		}
 	case "starts", "runs":
-		for _, word := range words {
-			if q.starts(word); step == "runs" {
+		for _, want := range words {
+			c := receive(q, "start", q.started)
+			got := strings.TrimPrefix(c.change+":"+c.sensor, ":")
+			if expect(q, like(got, want), "got %s; want %s to begin", got, want); step == "runs" {
 				q.end <- reading{}
 			}
 		}
@@ -2117,35 +2120,11 @@ func (q *testQueue) step(line string) {
 		slices.Sort(got)
 		equal(q, line, strings.Join(got, ", "), rest)
 	case "counts":
-		equal(q, line, fmt.Sprint(q.counted().waiting, len(q.started)), rest)
+		equal(q, line, fmt.Sprint(q.count(), len(q.started)), rest)
 	case "discards":
 		equal(q, line, fmt.Sprint(len(q.discarded)), rest)
 	default:
 		q.Fatalf("%s: no such step", line)
-	}
-}
-
-// TestQueue makes the steps of testdata/queue.txt.
-func TestQueue(t *testing.T) {
-	for _, test := range cases(t, "testdata/queue.txt") {
-		t.Run(test.name, func(t *testing.T) {
-			lines := splitLines(test.text)
-			var concurrency, size int
-			_, err := fmt.Sscanf(lines[0], "queue %d %d", &concurrency, &size)
-			must(t, err)
-			q := newTestQueue(t, concurrency, size)
-			for _, line := range lines[1:] {
-				line, _, _ = strings.Cut(line, " //")
-				times, rest, _ := strings.Cut(line, " ")
-				n, err := strconv.Atoi(times)
-				if err != nil {
-					n, rest = 1, line
-				}
-				for i := 0; i < n; i++ {
-					q.step(strings.ReplaceAll(rest, "#", strconv.Itoa(i)))
-				}
-			}
-		})
 	}
 }
 
@@ -2159,6 +2138,15 @@ type stepDelivery struct {
 	answer   chan string
 }
 
+// TestDeliverySteps makes the steps of testdata/deliveries.txt.
+func TestDeliverySteps(t *testing.T) {
+	steps(t, "testdata/deliveries.txt", func(t *testing.T) func(string) {
+		lines, m := logged(t), newRecorder(t)
+		attempts, answer := hold(m)
+		return (&stepDelivery{t, testDelivery(t, m), m, lines, attempts, answer}).step
+	})
+}
+
 func (s *stepDelivery) step(line string) {
 	s.Helper()
 	step, rest, _ := strings.Cut(line, " ")
@@ -2167,17 +2155,18 @@ func (s *stepDelivery) step(line string) {
 	if n, _ := fmt.Sscanf(numbers, "%d-%d", &first, &last); n == 1 {
 		last = first
 	}
-	want := make(map[any]string)
+	want := make(map[any]string) // readings
 	for ticket := first; ticket <= last; ticket++ {
-		if want[ticket] = value; value == "" {
-			want[ticket] = strconv.Itoa(ticket)
+		v := value
+		if v == "" {
+			v = strconv.Itoa(ticket)
+		}
+		if want[ticket] = "0 " + v; step == "put" {
+			s.put(ticket, reading{value: v, taken: time.Now()})
 		}
 	}
 	switch step {
 	case "put":
-		for ticket := first; ticket <= last; ticket++ {
-			s.put(ticket, reading{value: want[ticket], taken: time.Now()})
-		}
 	case "attempt":
 		receive(s, "an attempt", s.attempts)
 	case "answer":
@@ -2186,12 +2175,7 @@ func (s *stepDelivery) step(line string) {
 		s.monitor.set(nil)
 		s.answer <- rest
 	case "gets":
-		got := make(map[any]string)
-		for range want {
-			r := receive(s, line, s.monitor.readings)
-			got[r.ticket] = r.value
-		}
-		equal(s, line, got, want)
+		equal(s, line, getsAll(s, s.monitor, len(want)), want)
 	case "discard":
 		s.discard(first)
 	case "gone":
@@ -2225,20 +2209,6 @@ func deliverTo(t *testing.T, u *url.URL, timeout, retry time.Duration, s *spool)
 	return d
 }
 
-// TestDeliverySteps makes the steps of testdata/deliveries.txt.
-func TestDeliverySteps(t *testing.T) {
-	for _, test := range cases(t, "testdata/deliveries.txt") {
-		t.Run(test.name, func(t *testing.T) {
-			lines, m := logged(t), newRecorder(t)
-			attempts, answer := hold(m)
-			s := &stepDelivery{t, testDelivery(t, m), m, lines, attempts, answer}
-			for _, line := range splitLines(test.text) {
-				s.step(line)
-			}
-		})
-	}
-}
-
 // closeTo wants a time of a reading to be right.
 func closeTo(t *testing.T, what string, got dateTime, want time.Time) {
 	t.Helper()
@@ -2257,13 +2227,9 @@ func locked[T any](d *delivery, f func() T) T {
 // gets receives the readings with the tickets from first to last, in any order.
 func gets(t *testing.T, m *recorder, first, last int) {
 	t.Helper()
-	seen := make(map[any]bool)
+	got := getsAll(t, m, last-first+1)
 	for i := first; i <= last; i++ {
-		ticket := receive(t, "reading", m.readings).ticket
-		if n, ok := ticket.(int); !ok || n < first || n > last || seen[ticket] {
-			t.Fatalf("got ticket %v, seen before: %v; want each from %d to %d once", ticket, seen[ticket], first, last)
-		}
-		seen[ticket] = true
+		expect(t, got[i] != "", "got %v; want each ticket from %d to %d once", got, first, last)
 	}
 }
 
