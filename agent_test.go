@@ -94,18 +94,15 @@ func TestMain(m *testing.M) {
 }
 
 // totals counts what the tests have done. It is printed at the end.
-var totals struct {
+var totals = struct {
 	sync.Mutex
 	n map[string]int
-}
+}{n: make(map[string]int)}
 
 // total counts what a test has done.
 func total(what string, n int) {
 	totals.Lock()
 	defer totals.Unlock()
-	if totals.n == nil {
-		totals.n = make(map[string]int)
-	}
 	totals.n[what] += n
 }
 
@@ -255,10 +252,7 @@ func readTree(t testing.TB, dir string) files {
 		if err != nil || e.IsDir() || e.Type() == fs.ModeNamedPipe {
 			return err
 		}
-		name, err := filepath.Rel(dir, file)
-		if err != nil {
-			return err
-		}
+		name := strings.TrimPrefix(file, filepath.Clean(dir)+"/")
 		text, err := os.ReadFile(file)
 		tree[regexp.MustCompile(`_\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`).ReplaceAllString(name, "_TIME")] = string(text)
 		return err
@@ -270,14 +264,8 @@ func readTree(t testing.TB, dir string) files {
 func describeTree(t *testing.T, dir string) (text string) {
 	t.Helper()
 	must(t, filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		content := ""
+		must(t, err)
+		info, content := get(e.Info()), ""
 		if info.Mode().IsRegular() {
 			content = string(readFile(t, file))
 		}
@@ -511,32 +499,6 @@ func residentMemory(t testing.TB, pid any, name string) int {
 	return n
 }
 
-// memoryGroup makes a memory cgroup that ends with the test, where it can.
-func memoryGroup(t *testing.T, limit int64) (dir string, ok bool) {
-	for root, file := range map[string]string{
-		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
-	} {
-		dir, err := os.MkdirTemp(root, "picket-test-")
-		if err != nil {
-			continue
-		}
-		t.Cleanup(func() {
-			await(t, "the cgroup is empty", func() bool {
-				err := os.Remove(dir)
-				return err == nil || errors.Is(err, fs.ErrNotExist)
-			})
-		})
-		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
-			_, err = fmt.Fprint(f, limit)
-			f.Close()
-			if err == nil {
-				return dir, true
-			}
-		}
-	}
-	return "", false
-}
-
 // A recorder is a monitor that keeps what it gets, and misbehaves on demand.
 type recorder struct {
 	*monitor // has packages and the next monitor, as a test wants them
@@ -712,13 +674,13 @@ func fromJSON(t *testing.T, text string) []any {
 func plainJSON(v any) any {
 	switch v := v.(type) {
 	case json.Number:
-		if f, err := v.Float64(); err == nil && strings.Contains(string(v), ".") {
-			return f
-		}
-		if n, err := v.Int64(); err == nil && n != int64(int32(n)) {
+		n, err := v.Int64()
+		if err != nil {
+			return get(v.Float64())
+		} else if n != int64(int32(n)) {
 			return n
 		}
-		return wireValue(string(v))
+		return int(n)
 	case []any:
 		for i := range v {
 			v[i] = plainJSON(v[i])
@@ -1008,18 +970,35 @@ func (b *box) read(t testing.TB, ticket any, sensor string) storedReading {
 // this machine has such groups. All that is in the group is killed when the test ends.
 func (b *box) startTiny(t *testing.T) (p *child, limited bool) {
 	t.Helper()
-	group, limited := memoryGroup(t, 16<<20)
+	var group string
+	for root, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
+	} {
+		dir, err := os.MkdirTemp(root, "picket-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			await(t, "the cgroup is empty", func() bool {
+				pids, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs")) // its sensors, too
+				for _, pid := range strings.Fields(string(pids)) {
+					n, _ := strconv.Atoi(pid)
+					syscall.Kill(n, syscall.SIGKILL)
+				}
+				err := os.Remove(dir)
+				return err == nil || errors.Is(err, fs.ErrNotExist)
+			})
+		})
+		if f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0); err == nil {
+			if _, err = fmt.Fprint(f, 16<<20); err == nil {
+				group = dir
+			}
+			f.Close()
+		}
+	}
 	cmd := exec.Command("sh", "-c", `[ -z "$1" ] || echo $$ >"$1/cgroup.procs"; exec "$2"`, "sh", group, binary(t))
 	cmd.Dir = b.dir
-	p = b.startAs(t, cmd)
-	t.Cleanup(func() {
-		pids, _ := os.ReadFile(filepath.Join(group, "cgroup.procs")) // its sensors, too
-		for _, pid := range strings.Fields(string(pids)) {
-			n, _ := strconv.Atoi(pid)
-			syscall.Kill(n, syscall.SIGKILL)
-		}
-	})
-	return p, limited
+	return b.startAs(t, cmd), group != ""
 }
 
 // reload has an agent read another client.cfg, and returns what it logs of that.
@@ -1145,25 +1124,16 @@ func get[T any](value T, err error) T {
 	return value
 }
 
-// largePackage returns a package of demo of nearly 4 MiB.
-func largePackage(t *testing.T) string {
-	t.Helper()
+// largeBox makes a box with a signed package of demo of nearly 4 MiB.
+func largeBox(t *testing.T, more string) *box {
 	body := make([]byte, 4<<20-100<<10) // that no compression makes smaller
 	mathrand.New(mathrand.NewSource(3)).Read(body)
 	archive := demoPackage(t, 1, entry("demo/data", string(body)))
-	tool, err := exec.LookPath("bzip2")
-	if err != nil {
-		return archive // which takes less memory
+	if tool, err := exec.LookPath("bzip2"); err == nil { // else it takes less memory
+		dir := t.TempDir()
+		writeTree(t, dir, files{"demo.tar": archive})
+		archive = runTool(t, dir, tool, "-9c", "demo.tar")
 	}
-	dir := t.TempDir()
-	writeTree(t, dir, files{"demo.tar": archive})
-	runTool(t, dir, tool, "-9", "demo.tar")
-	return string(readFile(t, filepath.Join(dir, "demo.tar.bz2")))
-}
-
-// largeBox makes a box with a signed package of demo of nearly 4 MiB.
-func largeBox(t *testing.T, more string) *box {
-	archive := largePackage(t)
 	public, sign := signify(t, "keynum_1")
 	return newBox(t, more+"[sensor]\npublic_key = key.pub\n", files{
 		"sensors/s/check": printing(1), "key.pub": public,
@@ -1649,25 +1619,6 @@ func TestReadingLeavesNothing(t *testing.T) {
 	awaitNone(t, marked)
 }
 
-// TestReadingInterrupted: the end of the agent ends a sensor. A sensor's standard error
-// is a pipe, never the file where it goes.
-func TestReadingInterrupted(t *testing.T) {
-	s := testSensors(t, "[ -p /proc/self/fd/2 ] && echo started >&2; sleep 300")
-	said := get(os.Create(filepath.Join(t.TempDir(), "said")))
-	defer said.Close()
-	ctx, cancel := context.WithCancel(ctx)
-	go func() {
-		await(t, "the sensor says it", func() bool {
-			text, err := os.ReadFile(said.Name())
-			return err != nil || string(text) == "started\n"
-		})
-		cancel()
-	}()
-	for _, stderr := range []io.Writer{said, nil} {
-		equal(t, "the reading", summary(s.read(ctx, "s", nil, stderr)), "-15 nan interrupted")
-	}
-}
-
 // TestReadingStuck: while a process is left that SIGKILL did not end, the
 // sensor is not started again.
 func TestReadingStuck(t *testing.T) {
@@ -1929,14 +1880,12 @@ func makeBox(t testing.TB, root, text string) (questions []string) {
 		case isLink:
 			writeTree(t, root, files{filepath.Dir(name) + "/": ""})
 			must(t, os.Symlink(target, root+name))
+		case strings.HasPrefix(line, "/bin/"):
+			file = line
+			tree[file] = "#!/bin/sh\n"
 		default:
 			file = line
 			tree[file] = ""
-		}
-	}
-	for name, text := range tree {
-		if strings.HasPrefix(name, "/bin/") {
-			tree[name] = "#!/bin/sh\n" + text
 		}
 	}
 	writeTree(t, root, tree)
