@@ -808,42 +808,33 @@ func signify(t testing.TB, number string) (public string, sign func(string) stri
 	}
 }
 
-// A testCA signs certificates for tests.
+// A testCA signs certificates for tests. Its own and all others have the same key.
 type testCA struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
-	pem  string
 }
 
-// sign returns a certificate and its key as PEM. The first one is the CA's own.
-func (ca *testCA) sign(t testing.TB, cert *x509.Certificate, from, to time.Time) (certPEM, keyPEM string) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	if ca.key == nil {
-		ca.key = key
-	}
+// sign returns a certificate that is valid between two times, as PEM.
+func (ca *testCA) sign(cert *x509.Certificate, from, to time.Time) string {
 	cert.SerialNumber, cert.NotBefore, cert.NotAfter = big.NewInt(time.Now().UnixNano()), from, to
-	der, err := x509.CreateCertificate(rand.Reader, cert, ca.cert, &key.PublicKey, ca.key)
-	must(t, err)
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	must(t, err)
-	encode := func(kind string, der []byte) string {
-		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
-	}
-	return encode("CERTIFICATE", der), encode("EC PRIVATE KEY", keyDER)
+	der := get(x509.CreateCertificate(rand.Reader, cert, ca.cert, &ca.key.PublicKey, ca.key))
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
 // files writes a certificate that is valid between two times, its key and the
 // CA's certificate, and loads them.
 func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
 	t.Helper()
-	dir := t.TempDir()
-	cert, key := ca.sign(t, &x509.Certificate{
+	dir, now := t.TempDir(), time.Now()
+	cert := &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
-	}, from, to)
-	writeTree(t, dir, files{name + ".crt": cert, name + ".key": key, "ca.crt": ca.pem})
+	}
+	key := pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: get(x509.MarshalECPrivateKey(ca.key))})
+	writeTree(t, dir, files{
+		name + ".crt": ca.sign(cert, from, to), name + ".key": string(key),
+		"ca.crt": ca.sign(ca.cert, now.Add(-time.Hour), now.Add(time.Hour)),
+	})
 	return loadTLS(t, dir, name)
 }
 
@@ -854,11 +845,9 @@ func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
 }
 
 func newCA(t testing.TB, name string) *testCA {
-	t.Helper()
-	ca := &testCA{cert: &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}}
-	ca.cert.Subject.CommonName = name
-	ca.pem, _ = ca.sign(t, ca.cert, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-	return ca
+	return &testCA{key: get(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), cert: &x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}}
 }
 
 // loadTLS loads the certificate of a name, its key and the CA's from dir.
@@ -2161,21 +2150,6 @@ func hold(m *recorder) (attempts chan int, answer chan string) {
 		return true
 	})
 	return attempts, answer
-}
-
-func TestDelivery(t *testing.T) {
-	m := newRecorder(t)
-	d := testDelivery(t, m)
-	taken := time.Now().Add(-time.Hour)
-	d.put(7, reading{code: 0, value: "0.420", taken: taken})
-	got := receive(t, "reading", m.readings)
-	closeTo(t, "the time", got.time, taken)
-	got.time = ""
-	equal(t, "the reading", got, storedReading{"", "127.0.0.1", 7, 0, "0.420"})
-	d.configure(newClient(m.url, patience, nil), time.UTC, "0")
-	d.put("t", reading{code: 3, taken: time.Now()})
-	d.put(int64(8), reading{code: 3, taken: time.Now()})
-	equal(t, "the next readings", getsAll(t, m, 2), map[any]string{"t": "3 0", int64(8): "3 0"})
 }
 
 // TestCorrected: a time is when the reading was taken, also where the clock was set
