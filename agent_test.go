@@ -1536,10 +1536,27 @@ func summaryOf(s *sensors, name string, args ...string) string {
 	return summary(s.read(ctx, name, args, nil))
 }
 
+// TestReading runs the sensors of testdata/sensors/readings.txt. No reading waits for what
+// its sensor starts, and what stays in the process group is killed.
 func TestReading(t *testing.T) {
-	for _, c := range cases(t, "testdata/sensors/readings.txt") {
-		equal(t, c.text, summaryOf(testSensors(t, c.text), "s", "1 2", "*"), c.name)
+	marked, tests := mark(t), cases(t, "testdata/sensors/readings.txt")
+	parallel(len(tests), func(i int) {
+		script, want := tests[i].text, tests[i].name
+		s := testSensors(t, script)
+		if _, timeout, found := strings.Cut(want, " timed out after "); found {
+			s.timeout = get(time.ParseDuration(timeout))
+		}
+		begun := time.Now()
+		equal(t, script, summaryOf(s, "s", "1 2", "*"), want)
+		took := time.Since(begun)
+		expect(t, took <= patience, "%q: got an end after %v; want at most %v", script, took, patience)
+	})
+	for _, pid := range marked() { // the one that left the group on purpose
+		if group, err := syscall.Getpgid(pid); err == nil && group == pid {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
 	}
+	awaitNone(t, marked)
 }
 
 // TestReadingQuick: nothing that a sensor writes is lost, whenever it ends, and
@@ -1554,29 +1571,6 @@ func TestReadingQuick(t *testing.T) {
 		equal(t, "none", s.read(ctx, "none", nil, nil).code, codeNotFound)
 	}
 	await(t, "all files are closed", func() bool { return openFiles(t) <= open })
-}
-
-// TestReadingLeavesNothing: whatever a sensor of testdata/sensors/leavings.txt starts,
-// its reading does not wait for it, and what stays in the process group is killed.
-func TestReadingLeavesNothing(t *testing.T) {
-	needs(t, "perl")
-	marked := mark(t)
-	tests := cases(t, "testdata/sensors/leavings.txt")
-	parallel(len(tests), func(i int) {
-		timeout, want, _ := strings.Cut(tests[i].name, ": ")
-		s := testSensors(t, tests[i].text)
-		s.timeout, _ = time.ParseDuration(timeout)
-		begun := time.Now()
-		has(t, tests[i].text, summaryOf(s, "s")+" ", want+" ")
-		took := time.Since(begun)
-		expect(t, took <= patience, "%q: got an end after %v; want at most %v", tests[i].text, took, patience)
-	})
-	for _, pid := range marked() { // the one that left the group on purpose
-		if group, err := syscall.Getpgid(pid); err == nil && group == pid {
-			syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	awaitNone(t, marked)
 }
 
 // TestReadingStuck: while a process is left that SIGKILL did not end, the
