@@ -423,9 +423,7 @@ var program struct {
 func binary(t testing.TB) string {
 	t.Helper()
 	program.once.Do(func() {
-		var err error
-		program.dir, err = os.MkdirTemp("", "picket-test-")
-		must(t, err)
+		program.dir = get(os.MkdirTemp("", "picket-test-"))
 		must(t, os.Chmod(program.dir, 0o755))
 		goBuild(t, filepath.Join(program.dir, "picket"), ".")
 	})
@@ -473,13 +471,7 @@ func awaitNone(t *testing.T, marked func() []int) {
 }
 
 // openFiles counts the open files of this process.
-func openFiles(t *testing.T) int {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Skip(err)
-	}
-	return len(entries)
-}
+func openFiles(t *testing.T) int { return len(get(os.ReadDir("/proc/self/fd"))) }
 
 // residentMemory is a figure of /proc/PID/status, in KiB.
 func residentMemory(t testing.TB, pid any, name string) int {
@@ -1080,8 +1072,7 @@ func clientOf(t testing.TB, address string) *client {
 // self is the command that runs this program in dir.
 func self(t testing.TB, dir string, args ...string) *exec.Cmd {
 	t.Helper()
-	file := get(os.Executable())
-	cmd := exec.Command(file, args...)
+	cmd := exec.Command(get(os.Executable()), args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
 	return cmd
 }
@@ -1274,21 +1265,21 @@ func TestLost(t *testing.T) {
 // file is an error that names the option. Nothing waits for it.
 func TestIrregular(t *testing.T) {
 	dir := t.TempDir()
-	plain, fifo, socket := filepath.Join(dir, "plain"), filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
+	fifo, socket := filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
 	l, err := net.Listen("unix", socket)
-	must(t, errors.Join(err, syscall.Mkfifo(fifo, 0o600), os.WriteFile(plain, nil, 0o600)))
+	must(t, errors.Join(err, syscall.Mkfifo(fifo, 0o600)))
 	defer l.Close()
 	for _, file := range []string{dir, fifo, socket, "/dev/zero"} {
 		want := file + ": not a regular file"
 		_, err := readINI(file)
 		equal(t, "client.cfg", fmt.Sprint(err), want)
 		for text, option := range map[string]string{
-			"[monitor]\nca = FILE":                         "[monitor] ca",
-			"[agent]\nclient_ca = FILE":                    "[agent] client_ca",
-			"[agent]\ncertificate = FILE\nkey = PLAIN":     "[agent] certificate",
-			"[monitor]\nkey = FILE\ncertificate = PLAIN\n": "[monitor] key",
+			"[monitor]\nca = FILE":                          "[monitor] ca",
+			"[agent]\nclient_ca = FILE":                     "[agent] client_ca",
+			"[agent]\ncertificate = FILE\nkey = go.mod":     "[agent] certificate",
+			"[monitor]\nkey = FILE\ncertificate = go.mod\n": "[monitor] key",
 		} {
-			c := get(parseINI("c.cfg", strings.NewReplacer("FILE", file, "PLAIN", plain).Replace(text)))
+			c := get(parseINI("c.cfg", strings.ReplaceAll(text, "FILE", file)))
 			_, found := c.settings("")
 			has(t, option, found, "c.cfg:2: "+option+": "+want)
 		}
@@ -1418,20 +1409,18 @@ func TestCrashConfig(t *testing.T) {
 			must(t, editINI(ctx, file, func(c *ini) error { return c.set("monitor", "url", u) }))
 		}
 	}
-	program := get(os.Executable())
 	half := 0
 	for i := 0; i < *kills; i++ {
 		dir := t.TempDir()
 		writeTree(t, dir, files{"client.cfg": fmt.Sprintf(text, 2)})
 		file := filepath.Join(dir, "client.cfg")
-		cmd := exec.Command(program, "-test.run=^TestCrashConfig$")
+		cmd := exec.Command(get(os.Executable()), "-test.run=^TestCrashConfig$")
 		cmd.Env = append(os.Environ(), "PICKET_TEST_CONFIG="+file)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		must(t, cmd.Start())
+		p := start(t, cmd)
 		await(t, "first change", func() bool { return string(readFile(t, file)) != fmt.Sprintf(text, 2) })
 		time.Sleep(time.Duration(mathrand.Int63n(int64(5 * time.Millisecond)))) // any moment will do
-		cmd.Process.Kill()
-		cmd.Wait()
+		p.Process.Kill()
+		p.wait(t)
 		if exists(nextFile(file)) {
 			half++
 		}
@@ -1590,8 +1579,7 @@ func TestOrphans(t *testing.T) {
 	needsRoot(t)
 	const orphans = "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done"
 	b := newBox(t, "", files{"sensors/s/check": "#!/bin/sh\n" + orphans + "; echo $1; exit $2"})
-	p := start(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--pid", "--fork", "--kill-child"))
-	b.client = p.client(t)
+	p := b.startAs(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--pid", "--fork", "--kill-child"))
 	const n = 60
 	for i := 0; i < n; i++ {
 		mustCall(t, b.client, "cmd_submit_reading", i, "s", []any{i, i % 2 * 3})
