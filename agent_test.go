@@ -650,23 +650,19 @@ func wantFault(t testing.TB, c *client, method string, params ...any) {
 func fromJSON(t *testing.T, text string) []any {
 	t.Helper()
 	var list []any
-	d := json.NewDecoder(strings.NewReader(text))
-	d.UseNumber()
-	must(t, d.Decode(&list))
+	must(t, json.Unmarshal([]byte(text), &list))
 	return plainJSON(list).([]any)
 }
 
 // plainJSON replaces the numbers in a value.
 func plainJSON(v any) any {
 	switch v := v.(type) {
-	case json.Number:
-		n, err := v.Int64()
-		if err != nil {
-			return get(v.Float64())
-		} else if n != int64(int32(n)) {
+	case float64:
+		if n := int64(v); float64(int32(n)) == v {
+			return int(n)
+		} else if float64(n) == v {
 			return n
 		}
-		return int(n)
 	case []any:
 		for i := range v {
 			v[i] = plainJSON(v[i])
