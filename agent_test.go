@@ -1686,7 +1686,7 @@ func TestShippedSensors(t *testing.T) {
 		must(t, os.Symlink(needs(t, "busybox"), filepath.Join(tools["busybox ash"], tool)))
 	}
 	s := testSensors(t, "")
-	var runs [][]func() // those of a table under a shell come one after the other
+	var runs [][][3]string // those of a table under a shell come one after the other
 	for i := 0; i < len(smallShells)*len(tables); i++ {
 		shell, table := smallShells[i%len(smallShells)], tables[i/len(smallShells)]
 		name := strings.TrimSuffix(filepath.Base(table), ".txt")
@@ -1698,15 +1698,14 @@ func TestShippedSensors(t *testing.T) {
 				Replace(scripts["sensors/"+name+"/check"])
 			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools[shell]), script)
 			for _, q := range questions {
-				q := q
-				runs[i] = append(runs[i], func() { testAnswer(t, s, where, root, q) })
+				runs[i] = append(runs[i], [3]string{where, root, q})
 			}
 		}
 	}
 	// All files are written by now: one just written may be busy while another process starts.
 	parallel(len(runs), func(i int) {
-		for _, run := range runs[i] {
-			run()
+		for _, r := range runs[i] {
+			testAnswer(t, s, r[0], r[1], r[2])
 		}
 	})
 	awaitNone(t, marked)
