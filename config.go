@@ -984,12 +984,15 @@ func otherUser(v string) (*sensorUser, error) {
 }
 
 // readINI reads and parses a file of at most 1 MiB.
-func readINI(file string) (*ini, error) {
+func readINI(file string) (c *ini, err error) {
 	text, err := readSmall(file, maxConfig)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		c, err = parseINI(file, string(text))
 	}
-	return parseINI(file, string(text))
+	if err != nil {
+		return nil, usagef("%w", err)
+	}
+	return c, nil
 }
 
 // readSmall reads a regular file of at most limit bytes.
@@ -1037,7 +1040,7 @@ func exists(file string) bool {
 func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+		return usagef("%s: %w", file, err)
 	}
 	dir, err := os.Open(filepath.Dir(target)) // to lock it: the file itself is replaced
 	if err != nil {

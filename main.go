@@ -472,7 +472,7 @@ func findConfig(named string) (string, error) {
 func readSettings(file string) (*settings, error) {
 	c, err := readINI(file)
 	if err != nil {
-		return nil, &exitError{exitUsage, err}
+		return nil, err
 	}
 	return checkSettings(c)
 }
@@ -1370,7 +1370,7 @@ func changeSensor(in *invocation, verb, name string, change func(u *updater, nam
 func runConfig(_ context.Context, in *invocation) error {
 	c, err := readINI(in.file)
 	if err != nil {
-		return &exitError{exitUsage, err}
+		return err
 	}
 	s, found := checkAll(c)
 	if err := report(found, mistake); err != nil {
@@ -1396,7 +1396,7 @@ func runConfig(_ context.Context, in *invocation) error {
 func runConfigGet(_ context.Context, in *invocation) error {
 	c, err := readINI(in.file)
 	if err != nil {
-		return &exitError{exitUsage, err}
+		return err
 	}
 	section, name := in.args[0], in.args[1]
 	if text, _ := unknown(section, name); text != "" {
