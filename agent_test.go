@@ -3685,7 +3685,7 @@ func asUser(t *testing.T, uid int, work func()) (done chan struct{}) {
 // plant does what the owner of a directory of sensors can do to lead root elsewhere: it
 // exchanges a file or directory for something else, and back, many times.
 func plant(random *mathrand.Rand, dir, elsewhere string) {
-	names := []string{".picket-lock", ".picket-next-demo", ".picket-gone-demo", ".picket-old-demo", "demo"}
+	names := []string{".picket-lock", ".picket-swap-demo", ".picket-gone-demo", ".picket-old-demo", "demo"}
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
 		names = append(names, e.Name())
@@ -3812,7 +3812,7 @@ func TestDir(t *testing.T) {
 func TestOwner(t *testing.T) {
 	u, elsewhere := otherUsersBox(t)
 	before := describeTree(t, elsewhere)
-	links := files{".picket-lock": "check", ".picket-staging": "", ".picket-next-x": "", "y": "new"}
+	links := files{".picket-lock": "check", ".picket-staging": "", ".picket-swap-x": "", "y": "new"}
 	for name, to := range links {
 		must(t, os.Symlink(filepath.Join(elsewhere, to), u.at(name)))
 	}

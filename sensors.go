@@ -67,9 +67,8 @@ const (
 	spareThreads = 6                     // beside those that run Go code: for files, names and signals
 )
 
-// newPrefix begins the name of a sensor's next version, complete and on the disk,
-// until that is in its place.
-const newPrefix = ".picket-next-"
+// swapPrefix begins the name of a sensor's version while a new one takes its place.
+const swapPrefix = ".picket-swap-"
 
 const (
 	ownSensor   = "picket"      // the name of the sensor that is the agent itself
@@ -590,7 +589,7 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			return cmd, nil
 		case try >= startTries:
 			return nil, err
-		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, newPrefix+p.sensor)):
+		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, swapPrefix+p.sensor)):
 		case absent && exists(file): // it was away a moment ago, or else its interpreter is
 			try += startTries / 4
 		default:

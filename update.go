@@ -20,15 +20,16 @@ package main
 // power went:
 //
 //	sensors/.picket-staging-dlk3...           the package, unpacked and tried here
-//	sensors_backup/.picket-next-disk          the installed version, being linked or copied
-//	sensors/.picket-next-disk                 the new version: this rename decides, recover does the rest
+//	sensors_backup/.picket-backup-disk        the installed version, being linked or copied
+//	sensors/.picket-swap-disk                 the installed version, out of the way; the backup is complete
+//	sensors/disk                              the new version: this rename decides
 //	sensors_backup/disk_2010-03-07T21:24:33   the installed version, a backup from here on
-//	sensors/.picket-gone-disk                 the installed version, out of the way
-//	sensors/disk                              the new version
+//	sensors/.picket-gone-disk                 the installed version, for the runs that are still in it
 //
-// The last but one stays until the next change of the sensor or the next start, as runs may still be in
-// it. recover removes it, and every other hidden name. It also finishes or undoes what older versions of
-// picket left: .picket-lock, .picket-new-disk and .picket-old-disk.
+// The last one stays until the next change of the sensor or the next start. recover puts the installed
+// version back if the new one is not in its place, else it does the rest, and it removes every other hidden
+// name. It does the same with what older versions of picket left: .picket-lock, .picket-new-disk and
+// .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -70,8 +71,9 @@ const (
 	hidden        = ".picket-"               // begins all names that picket makes for itself
 	stagingPrefix = ".picket-staging-"       // the package, unpacked
 	gonePrefix    = ".picket-gone-"          // the version that was replaced: runs may be in it
+	backupPrefix  = ".picket-backup-"        // a backup that is being made
 	olderPrefix   = ".picket-new-"           // of older versions: the new version of a sensor
-	oldPrefix     = ".picket-old-"           // of older versions: the replaced version of a sensor
+	oldPrefix     = ".picket-old-"           // of older versions: the replaced version, not yet a backup
 	olderBackups  = ".*_????-??-??T??:??:??" // of older versions: half made or half removed
 	backupLayout  = "2006-01-02T15:04:05"
 )
@@ -208,8 +210,6 @@ type change struct {
 	staging   dir
 	archive   *os.File // the package
 	entries   int      // files and directories that were unpacked
-	published string   // the latest backup that was published
-	tooLate   bool     // to undo it: only settle can help
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
@@ -221,8 +221,7 @@ func (c *change) make(steps ...func() error) error {
 		return err
 	}
 	err := c.settle()
-	if err != nil && (c.installed.has(newPrefix+c.name) || c.installed.has(oldPrefix+c.name) ||
-		c.backups.has(newPrefix+c.name)) {
+	if err != nil && (c.installed.has(swapPrefix+c.name) || c.installed.has(oldPrefix+c.name)) {
 		return fmt.Errorf("an earlier change is not settled: %w", err)
 	}
 	c.tidy(err)
@@ -231,13 +230,9 @@ func (c *change) make(steps ...func() error) error {
 	for i := 0; err == nil && i < len(steps); i++ {
 		err = steps[i]()
 	}
+	c.tidy(c.settle())
 	if err == nil {
 		c.tidy(c.prune())
-	}
-	c.tidy(c.settle())
-	if c.tooLate && !c.installed.has(newPrefix+c.name) { // settle did what replace could not do
-		c.tidy(err)
-		return nil
 	}
 	return err
 }
@@ -355,78 +350,104 @@ func (c *change) give(in dir, name string) error {
 	return errors.Join(err, chown(f.File, c.owner), syncFile(f.File))
 }
 
-// replace puts the staged version in the place of the sensor, and the installed one among the backups.
-// One rename decides: before it nothing has changed, after it settle can do the rest at any time. If the
-// rest fails twice, the change is undone, as long as the installed version is whole.
-func (c *change) replace() (err error) {
-	next := newPrefix + c.name
+// replace puts the staged version in the place of the sensor, and the installed one out of the way. For an
+// instant there is no sensor, and new runs wait. settle makes a backup of the installed version or, after an
+// error, puts it back.
+func (c *change) replace() error {
 	if c.installed.has(c.name) {
-		err = errors.Join(c.copy(c.installed, c.name, c.backups, next), syncFile(c.backups.File))
+		err := c.copy(c.installed, c.name, c.backups, backupPrefix+c.name)
+		if err = errors.Join(err, syncFile(c.backups.File)); err == nil {
+			err = c.installed.rename(c.name, c.installed, swapPrefix+c.name)
+		}
+		if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
+			err = c.moveLower()
+		}
 		if err != nil {
 			return err
 		}
 	}
-	if err = c.staging.rename(c.name, c.installed, next); err != nil && !c.installed.has(next) {
+	err := c.staging.rename(c.name, c.installed, c.name)
+	if !c.installed.has(c.name) {
 		return err
 	}
-	c.published = "" // settle may have published another one
-	for try := 1; try <= 2 && c.installed.has(next); try++ {
-		err = c.finish(next, c.name) // perhaps what failed once works now
-	}
-	if !c.installed.has(next) {
-		c.tidy(err) // of the last sync: the new version is in its place, as all can see
-		return nil
-	}
-	if !c.tooLate {
-		c.tidy(c.undo())
-		c.tooLate = c.installed.has(next)
-	}
-	return err
+	c.tidy(err) // of the sync: the new version is in its place, as all can see
+	return nil
 }
 
-// undo takes back a change that was decided. The backup goes last, when nothing can finish the change.
-func (c *change) undo() error {
-	if c.published != "" && !c.installed.has(c.name) {
-		if err := c.installed.rename(gonePrefix+c.name, c.installed, c.name); err != nil {
-			return err
-		}
+// moveLower moves the installed version out of the way where it cannot be renamed: it copies and removes it.
+func (c *change) moveLower() error {
+	err := c.copy(c.installed, c.name, c.staging, swapPrefix)
+	if err == nil {
+		err = c.staging.rename(swapPrefix, c.installed, swapPrefix+c.name)
 	}
-	err := c.installed.rename(newPrefix+c.name, c.staging, c.name)
-	if err != nil || c.published == "" || !c.backups.has(c.published) {
-		return err
-	}
-	return c.removeBackup(c.published)
-}
-
-// finish publishes the backup of a sensor, if one was made, and puts a new version in its place. For an
-// instant there is no sensor, and new runs wait. finish may be interrupted and called again.
-func (c *change) finish(file, name string) error {
-	err := c.publish(name)
 	if err != nil {
 		return err
 	}
-	if c.installed.has(name) {
-		err = c.discard(name, name)
+	if d, err := c.installed.open(c.name, syscall.O_DIRECTORY); err == nil {
+		os.Remove(d.at(c.sensors.executable)) // first, so that nobody takes half a sensor for one
+		d.Close()
 	}
-	if errors.Is(err, syscall.EXDEV) { // a directory in the lower layer of an overlay file system
-		c.tooLate = true
-		if d, err := c.installed.open(name, syscall.O_DIRECTORY); err == nil {
-			os.Remove(d.at(c.sensors.executable)) // first, so that no run begins in half a sensor
-			d.Close()
+	return c.installed.remove(c.name)
+}
+
+// settle finishes or undoes what changes left, and removes what nobody needs; unless this is recovery,
+// versions that were replaced stay. If that fails for one sensor, settle goes on with the next.
+func (c *change) settle() error {
+	files, err := c.installed.names()
+	errs := []error{err}
+	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
+		switch prefix, name := versionOf(file); {
+		case prefix == olderPrefix && (!c.isWhole(name) || c.installed.has(oldPrefix+name)),
+			(prefix == swapPrefix || prefix == oldPrefix) && !c.isWhole(name):
+			errs = append(errs, c.put(file, name))
+		case prefix == swapPrefix || prefix == oldPrefix:
+			errs = append(errs, c.keepOld(file, name))
+		case strings.HasPrefix(file, hidden) && (c.name == "" || !strings.HasPrefix(file, gonePrefix)):
+			errs = append(errs, c.installed.remove(file))
 		}
-		err = c.installed.remove(name)
 	}
+	backups, err := c.backups.names()
+	errs = append(errs, err)
+	for _, backup := range backups { // half made or half removed, unless its change is not settled
+		isOlder, _ := path.Match(olderBackups, backup)
+		name, isBackup := strings.CutPrefix(backup, backupPrefix)
+		if isOlder || strings.HasPrefix(backup, hidden) && !(isBackup && c.installed.has(swapPrefix+name)) {
+			errs = append(errs, c.backups.remove(backup))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// isWhole reports whether a sensor is in its place. One without its executable is half removed.
+func (c *change) isWhole(name string) bool {
+	d, err := c.installed.open(name, syscall.O_DIRECTORY)
 	if err != nil {
+		return c.installed.has(name) // perhaps an administrator's link
+	}
+	defer d.Close()
+	return d.has(c.sensors.executable)
+}
+
+// put puts a version of a sensor in its place, in which there is none that counts.
+func (c *change) put(file, name string) error {
+	if err := c.installed.remove(name); err != nil {
 		return err
 	}
 	return c.installed.rename(file, c.installed, name)
 }
 
-// publish makes the hidden backup of a sensor, if there is one, its newest. The name holds the local time
-// or, to keep the order of age where the clock is behind, the second after that of the newest backup.
-func (c *change) publish(name string) error {
+// keepOld makes a backup of the version that was replaced, and renames it to .picket-gone-NAME: runs may be
+// in it. The name of the backup holds the local time or, to keep the order of age where the clock is behind,
+// the second after that of the newest backup.
+func (c *change) keepOld(file, name string) error {
+	if strings.HasPrefix(file, oldPrefix) { // an older picket made no backup yet
+		err := c.backups.remove(backupPrefix + name) // half made
+		if err = errors.Join(err, c.copy(c.installed, file, c.backups, backupPrefix+name)); err != nil {
+			return err
+		}
+	}
 	backups, err := c.backupsOf(name)
-	if err != nil || !c.backups.has(newPrefix+name) {
+	if err != nil {
 		return err
 	}
 	stamp := time.Now().Format(backupLayout)
@@ -434,61 +455,13 @@ func (c *change) publish(name string) error {
 		newest, _ := time.Parse(backupLayout, strings.TrimPrefix(backups[n-1], name+"_")) // it has this form
 		stamp = max(stamp, newest.Add(time.Second).Format(backupLayout))
 	}
-	c.published = name + "_" + stamp
-	return c.backups.rename(newPrefix+name, c.backups, c.published)
-}
-
-// settle finishes the changes that were decided, and removes what is left of all others; unless this is
-// recovery, versions that were replaced stay. If that fails for one sensor, settle goes on with the next.
-func (c *change) settle() error {
-	backups, err := c.backups.names()
-	files, err2 := c.installed.names()
-	errs := []error{err, err2}
-	for _, backup := range backups {
-		isOlder, _ := path.Match(olderBackups, backup)
-		if isOlder || strings.HasPrefix(backup, hidden) && !c.installed.has(backup) {
-			errs = append(errs, c.backups.remove(backup)) // half made or half removed
-		}
-	}
-	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
-		switch prefix, name := versionOf(file); {
-		case prefix == newPrefix,
-			prefix == olderPrefix && (!c.installed.has(name) || c.installed.has(oldPrefix+name)):
-			errs = append(errs, c.finish(file, name))
-		case prefix == olderPrefix:
-			errs = append(errs, c.discard(file, name))
-		case prefix == oldPrefix:
-			errs = append(errs, c.settleOld(name))
-		case strings.HasPrefix(file, hidden) && (c.name == "" || !strings.HasPrefix(file, gonePrefix)):
-			errs = append(errs, c.installed.remove(file))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// settleOld makes a backup of the version that an older picket moved out of the way, or puts it back
-// if nothing is in its place. It waits until the new version is there, if that was decided.
-func (c *change) settleOld(name string) (err error) {
-	old := oldPrefix + name
-	switch {
-	case c.installed.has(olderPrefix + name):
-		return nil
-	case !c.installed.has(name):
-		return c.installed.rename(old, c.installed, name)
-	}
-	if err = c.copy(c.installed, old, c.backups, newPrefix+name); err == nil {
-		err = c.publish(name)
+	if c.backups.has(backupPrefix + name) { // else it was made before the power went
+		err = c.backups.rename(backupPrefix+name, c.backups, name+"_"+stamp)
 	}
 	if err == nil {
-		err = c.discard(old, name)
+		err = c.installed.remove(gonePrefix + name)
 	}
-	return err
-}
-
-// discard renames one version of a sensor to .picket-gone-NAME, and settle removes it later: runs may
-// be in it, and a version that is half removed must not be taken for a whole one.
-func (c *change) discard(file, name string) error {
-	if err := c.installed.remove(gonePrefix + name); err != nil {
+	if err != nil {
 		return err
 	}
 	return c.installed.rename(file, c.installed, gonePrefix+name)
@@ -496,7 +469,7 @@ func (c *change) discard(file, name string) error {
 
 // versionOf splits the hidden name of a version that settle may need. Of any other name it returns "".
 func versionOf(file string) (prefix, name string) {
-	for _, prefix := range []string{newPrefix, olderPrefix, oldPrefix} {
+	for _, prefix := range []string{swapPrefix, oldPrefix, olderPrefix} {
 		name, ok := strings.CutPrefix(file, prefix)
 		if _, err := sensorName(name); ok && err == nil { // above all it is not ".."
 			return prefix, name
@@ -528,10 +501,10 @@ func (c *change) prune() error {
 
 // removeBackup removes a backup of the sensor. It is hidden first: half of it must not be taken for one.
 func (c *change) removeBackup(backup string) error {
-	if err := c.backups.rename(backup, c.backups, newPrefix+c.name); err != nil {
+	if err := c.backups.rename(backup, c.backups, gonePrefix+c.name); err != nil {
 		return err
 	}
-	return c.backups.remove(newPrefix + c.name)
+	return c.backups.remove(gonePrefix + c.name)
 }
 
 // copy copies a sensor, or part of one, with its owner. When it returns nil, the copy is on the disk.
