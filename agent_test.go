@@ -1638,7 +1638,7 @@ func TestProcessLimit(t *testing.T) {
 	wants(t, b.read(t, 999, "s"), "ticket 999: exit 0, value 1")
 }
 
-// TestFitHelps: names come first, then why changes failed, then what else there is room for.
+// TestFitHelps: names come first, then each text has its share, in which the last line says why a change failed.
 func TestFitHelps(t *testing.T) {
 	for _, count := range []int{2, 300, 2000} {
 		texts, failed, last := make(files), make(files), 0

@@ -89,7 +89,6 @@ type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
 	own                    map[string]*ownSettings // by sensor
-	env                    []string                // as ownSettings.user has it
 	*runState
 }
 
@@ -121,7 +120,7 @@ type helpEntry struct {
 // that is nil, as the agent does.
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
-		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user},
 		runState: &runState{
 			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
 			mu: cond{signals: make(chan os.Signal, 1)},
@@ -133,7 +132,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
-		with.ownSettings, with.env = *own, sensorEnv(own.user)
+		with.ownSettings = *own
 	}
 	return &with
 }
@@ -186,7 +185,6 @@ func sensorName(v any) (string, error) {
 // scalars as they stand, or the words of a string. They have 4 KiB at most, and
 // each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
-	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
 	case nil:
 	case []any:
@@ -196,24 +194,18 @@ func arguments(v any) (args []string, err error) {
 			args = append(args, arg)
 		}
 	case string:
-		if len(v) > maxArguments {
-			return nil, tooLong
-		}
 		args, err = splitWords(v)
 	default:
 		err = fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
-	}
-	if err != nil {
-		return nil, err
 	}
 	size := 0
 	for _, arg := range args {
 		size += len(arg) + argumentCost
 	}
-	if size > maxArguments {
-		return nil, tooLong
+	if err == nil && size > maxArguments {
+		err = fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	}
-	return args, nil
+	return args, err
 }
 
 // argument returns a scalar as one argument: numbers in decimal, booleans as
@@ -373,9 +365,9 @@ func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 }
 
 // fitHelps returns help texts, by the names of their sensors, that fit into one
-// answer: first all names for which there is room, then the last lines of those
-// whose change failed, then of each text an equal share of what is left, 1 KiB at
-// most. It counts the names left out.
+// answer: first all names for which there is room, then of each text an equal share
+// of what is left, 1 KiB at most. The text of a sensor whose change failed is cut
+// further for a last line that says why. fitHelps counts the names left out.
 func fitHelps(texts, failed map[string]string) (listed map[string]any, left int) {
 	listed = make(map[string]any)
 	room := maxHelps
@@ -386,16 +378,13 @@ func fitHelps(texts, failed map[string]string) (listed map[string]any, left int)
 			names = append(names, name)
 		}
 	}
-	last := make(map[string]string)
-	for _, name := range names {
-		if why, ok := failed[name]; ok {
-			last[name] = fit("\nlast change failed: "+why, min(maxFailed, room))
-			room -= encodedLen(last[name])
-		}
-	}
 	for i, name := range names {
-		text := fit(texts[name], min(maxHelp, room/(len(names)-i)))
-		listed[name] = text + last[name]
+		share, last := min(maxHelp, room/(len(names)-i)), ""
+		if why, ok := failed[name]; ok {
+			last = fit("\nlast change failed: "+why, min(maxFailed, share))
+		}
+		text := fit(texts[name], share-encodedLen(last)) + last
+		listed[name] = text
 		room -= encodedLen(text)
 	}
 	return listed, len(texts) - len(names)
@@ -573,7 +562,7 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         s.env,
+			Env:         sensorEnv(s.user),
 			Stdin:       nil, // /dev/null
 			Stdout:      stdout,
 			Stderr:      stderr,
@@ -879,13 +868,9 @@ type job struct {
 type lane struct {
 	limit   int // of running
 	running []*job
-	waiting []*job           // the next one first
-	callers map[string]share // of those that wait, by caller
-	turn    int              // the latest turn of those that have begun
+	waiting []*job // the next one first
+	turn    int    // the latest turn of those that have begun
 }
-
-// A share is what one caller has in a lane.
-type share struct{ waiting, turn int } // the turn of its latest command
 
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
@@ -903,12 +888,17 @@ func (l *lane) mayRun(sensor string) bool {
 // last. It reports whether there is room: it can run at once, or fewer than size
 // wait, or fewer than twice as many and its caller has little in the queue.
 func (l *lane) push(j *job, size int) bool {
-	all, own := len(l.waiting), l.callers[j.from]
-	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own.waiting >= max(1, size/4)) {
+	all, own := len(l.waiting), 0
+	j.turn = l.turn + 1
+	for _, other := range l.waiting {
+		if other.from == j.from {
+			own++
+			j.turn = max(j.turn, other.turn+1)
+		}
+	}
+	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own >= max(1, size/4)) {
 		return false
 	}
-	j.turn = max(l.turn, own.turn) + 1
-	l.callers[j.from] = share{own.waiting + 1, j.turn}
 	i := all
 	for i > 0 && l.waiting[i-1].turn > j.turn {
 		i--
@@ -944,11 +934,6 @@ func (l *lane) next() *job {
 func (l *lane) take(i int) *job {
 	j := l.waiting[i]
 	l.waiting = slices.Delete(l.waiting, i, i+1)
-	own := l.callers[j.from]
-	l.callers[j.from] = share{own.waiting - 1, own.turn}
-	if own.waiting == 1 {
-		delete(l.callers, j.from)
-	}
 	return j
 }
 
@@ -981,9 +966,7 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
-		size: size, active: make(map[any]*job),
-		readings: lane{limit: concurrency, callers: make(map[string]share)},
-		changes:  lane{limit: 1, callers: make(map[string]share)},
+		size: size, active: make(map[any]*job), readings: lane{limit: concurrency}, changes: lane{limit: 1},
 	}
 }
 
