@@ -482,8 +482,12 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	code, why, gone := s.await(ctx, cmd)
-	if !gone {
+	end := func() int {
+		defer s.remove(p)
+		return reap(cmd, output, said)
+	}
+	ended, code, why := s.await(ctx, p.pid)
+	if !ended {
 		// It waits in the kernel, perhaps for a dead disk or network. It must neither
 		// hold up other sensors nor be joined by another like it. It may still write,
 		// so what was captured is left alone.
@@ -492,16 +496,13 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		s.mu.Unlock()
 		go func() {
 			s.waitEnded(context.Background(), p.pid)
-			reap(cmd)
-			output.finish()
-			said.finish()
-			s.remove(p)
+			end()
 		}()
 		return reading{code: code, reason: why}
 	}
-	output.finish()
-	said.finish()
-	s.remove(p)
+	if own := end(); code == 0 {
+		code = own
+	}
 	if stderr != nil {
 		said.kept = nil
 	}
@@ -542,16 +543,6 @@ func (r *runState) running() int {
 // So is a file that is open for writing: one just written still is for a moment, in a
 // process that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, output, said *capture) (*exec.Cmd, error) {
-	stdout, err := output.open()
-	if err != nil {
-		return nil, err
-	}
-	defer stdout.Close()
-	stderr, err := said.open()
-	if err != nil {
-		return nil, err
-	}
-	defer stderr.Close()
 	file := filepath.Join(dir, s.executable)
 	as := &syscall.SysProcAttr{Setpgid: true}
 	if s.user != nil {
@@ -564,23 +555,25 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			Dir:         dir,
 			Env:         sensorEnv(s.user),
 			Stdin:       nil, // /dev/null
-			Stdout:      stdout,
-			Stderr:      stderr,
 			SysProcAttr: as,
 		}
-		err := cmd.Start()
-		absent := errors.Is(err, syscall.ENOENT)
+		stdout, err := cmd.StdoutPipe()
+		stderr, err2 := cmd.StderrPipe()
+		if err = errors.Join(err, err2); err == nil {
+			err = cmd.Start()
+		}
+		isAbsent := errors.Is(err, syscall.ENOENT)
+		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
 		switch {
 		case err == nil:
+			output.begin(stdout)
+			said.begin(stderr)
 			s.mu.Lock()
 			p.pid = cmd.Process.Pid
 			s.mu.Unlock()
 			return cmd, nil
-		case try >= startTries:
-			return nil, err
-		case errors.Is(err, syscall.ETXTBSY), absent && exists(filepath.Join(s.path, swapPrefix+p.sensor)):
-		case absent && exists(file): // it was away a moment ago, or else its interpreter is
-			try += startTries / 4
+		case isBusy && try < startTries:
+		case isAbsent && exists(file) && try < 5: // it was away a moment ago, or else its interpreter is
 		default:
 			return nil, err
 		}
@@ -635,39 +628,39 @@ func whyNotStarted(file string, err error) string {
 	return ""
 }
 
-// await waits until a process ends, and ends it at the time-out or when ctx does.
-// It returns the exit code, why the process was ended, and whether it is gone: not
-// even SIGKILL ends a process that waits in the kernel.
-func (s *sensors) await(ctx context.Context, cmd *exec.Cmd) (code int, why string, gone bool) {
-	pid := cmd.Process.Pid
+// await waits until a process ends, and ends it at the time-out or when ctx does:
+// then it also returns the code and the reason. It reports whether the process has
+// ended: not even SIGKILL ends one that waits in the kernel.
+func (s *sensors) await(ctx context.Context, pid int) (ended bool, code int, why string) {
 	limited, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	if s.waitEnded(limited, pid) {
-		return reap(cmd), "", true
+		return true, 0, ""
 	}
 	why = fmt.Sprintf("timed out after %v", s.timeout)
 	if ctx.Err() != nil {
 		why = interrupted
 	}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		code = -int(sig)
 		syscall.Kill(-pid, sig)
 		syscall.Kill(pid, sig) // it may have left its group
 		patient, cancel := context.WithTimeout(context.Background(), killTime)
 		defer cancel()
 		if s.waitEnded(patient, pid) {
-			reap(cmd)
-			return code, why, true
+			return true, -int(sig), why
 		}
 	}
-	return code, why + ", but still there", false
+	return false, -int(syscall.SIGKILL), why + ", but still there"
 }
 
-// reap kills what is left of the process group of a child that has ended, reaps
-// the child and returns its exit code, or minus the signal that ended it. In this
-// order: until the child is reaped, nobody else can get the number of its group.
-func reap(cmd *exec.Cmd) (code int) {
+// reap kills what is left of the process group of a child that has ended, reads what
+// they wrote, reaps the child and returns its exit code, or minus the signal that ended
+// it. In this order: until the child is reaped, nobody else can get the number of its
+// group, and then os/exec closes the pipes.
+func reap(cmd *exec.Cmd, output, said *capture) (code int) {
 	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	output.finish()
+	said.finish()
 	cmd.Wait() // its error is in the state
 	if cmd.ProcessState == nil {
 		return -int(syscall.SIGKILL) // nobody knows: not a success
@@ -774,35 +767,32 @@ type capture struct {
 	ended chan struct{} // closed when nothing reads from the pipe any more
 }
 
-// open makes the pipe, reads from it from now on, and returns the end to write to.
-func (c *capture) open() (w *os.File, err error) {
-	if c.pipe, w, err = os.Pipe(); err != nil {
-		return nil, err
-	}
-	c.ended = make(chan struct{})
+// begin reads from a pipe of os/exec from now on.
+func (c *capture) begin(pipe io.ReadCloser) {
+	c.pipe, c.ended = pipe.(*os.File), make(chan struct{})
 	go func() {
 		defer close(c.ended)
-		source := struct{ io.Reader }{c.pipe} // os.File by itself takes a buffer of 32 KiB
-		if _, err := io.CopyBuffer(writerFunc(c.write), source, c.part[:]); err == nil {
-			c.pipe.Close() // which has ended
+		for {
+			n, err := c.pipe.Read(c.part[:])
+			if c.write(n); err != nil {
+				return
+			}
 		}
 	}()
-	return w, nil
 }
 
-// write never fails. A sensor that writes for ever must not cost the processor, so
-// it pauses after each 64 KiB.
-func (c *capture) write(p []byte) (int, error) {
-	c.kept = append(c.kept, p...)
+// write takes the first bytes of the part that was read. A sensor that writes for ever
+// must not cost the processor, so it pauses after each 64 KiB.
+func (c *capture) write(n int) {
+	c.kept = append(c.kept, c.part[:n]...)
 	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	if c.copy != nil {
-		c.copy.Write(p) // an error there must not end the sensor
+		c.copy.Write(c.part[:n]) // an error there must not end the sensor
 	}
 	before := c.total
-	if c.total += len(p); c.total/freeOutput > before/freeOutput {
+	if c.total += n; c.total/freeOutput > before/freeOutput {
 		time.Sleep(outputPause)
 	}
-	return len(p), nil
 }
 
 // finish reads what a process that has ended left in the pipe, and does not wait for
@@ -810,21 +800,12 @@ func (c *capture) write(p []byte) (int, error) {
 func (c *capture) finish() {
 	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
 	<-c.ended
-	defer c.pipe.Close()
-	c.pipe.SetReadDeadline(time.Time{})
-	pipe, err := c.pipe.SyscallConn()
-	if err != nil {
-		return
+	pipe := int(c.pipe.Fd())
+	syscall.SetNonblock(pipe, true) // Fd has changed that
+	for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
+		n, _ = syscall.Read(pipe, c.part[:])
+		c.write(max(0, n))
 	}
-	pipe.Read(func(fd uintptr) (done bool) {
-		for left, n := pipeSize, 0; left > 0; left -= n {
-			if n, _ = syscall.Read(int(fd), c.part[:]); n <= 0 {
-				break // nothing is there any more
-			}
-			c.write(c.part[:n])
-		}
-		return true
-	})
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
