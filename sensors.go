@@ -1204,10 +1204,8 @@ type delivery struct {
 	closed    bool              // no more attempts are made
 	totals    deliveryTotals
 
-	unsaved      bool     // the spool lacks what must survive a power cut
-	marks        []uint64 // to be added to the spool: the records that are done
-	held         int      // bytes of the records that are not done
-	needsRewrite bool     // the file is to be written anew
+	unsaved bool     // the spool lacks what must survive a power cut
+	marks   []uint64 // to be added to the spool: the records that are done
 }
 
 // deliveryTotals counts readings since the start of the agent.
@@ -1238,12 +1236,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 			d.try(ctx, p)
 		}
 	}()
-	go func() {
-		defer close(d.saved)
-		if d.spool != nil {
-			d.writeSpool()
-		}
-	}()
+	go d.writeSpool()
 	return d
 }
 
@@ -1254,10 +1247,8 @@ func (d *delivery) open(s *spool) {
 		log.Printf(severe+"spool %s: not used: %v; undelivered readings are in memory alone", s.file(), err)
 		return
 	}
-	d.spool, d.pending, d.needsRewrite = s, found, s.size > 0
-	for _, p := range found {
-		d.held += p.size
-	}
+	d.spool, d.pending = s, found
+	d.unsaved, s.outdated = s.size > 0, s.size > 0
 	if s.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
 	}
@@ -1313,8 +1304,8 @@ func (d *delivery) put(ticket any, r reading) {
 	d.inMemory++
 	d.unsaved = d.unsaved || d.saves(p)
 	if d.inMemory > maxPending && !d.ending {
-		of := fmt.Sprintf("more than %d undelivered", maxPending)
-		d.dropOldest(of, func(p *pendingReading) bool { return p.record == 0 })
+		oldest := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return p.record == 0 })
+		d.drop(d.pending[oldest], fmt.Sprintf("the oldest of more than %d undelivered", maxPending))
 	}
 	d.mu.broadcast()
 }
@@ -1322,11 +1313,6 @@ func (d *delivery) put(ticket any, r reading) {
 // saves reports whether a reading belongs in the spool, if there is one.
 func (d *delivery) saves(p *pendingReading) bool {
 	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.put) >= spoolAge
-}
-
-// dropOldest drops the oldest of the readings that match.
-func (d *delivery) dropOldest(of string, match func(*pendingReading) bool) {
-	d.drop(d.pending[slices.IndexFunc(d.pending, match)], "the oldest of "+of)
 }
 
 // drop gives a reading up and logs why.
@@ -1343,22 +1329,13 @@ func (d *delivery) remove(p *pendingReading) {
 		return
 	}
 	p.done = true
-	switch last := len(d.pending) - 1; p { // a backlog of thousands leaves from both ends
-	case d.pending[0]:
-		d.pending[0] = nil
-		d.pending = d.pending[1:]
-	case d.pending[last]:
-		d.pending = d.pending[:last]
-	default:
-		i := slices.Index(d.pending, p)
-		d.pending = slices.Delete(d.pending, i, i+1)
-	}
+	i := slices.Index(d.pending, p)
+	d.pending = slices.Delete(d.pending, i, i+1)
 	if p.record == 0 {
 		d.inMemory--
-		return
+	} else {
+		d.marks = append(d.marks, p.record)
 	}
-	d.held -= p.size
-	d.marks = append(d.marks, p.record)
 }
 
 // discard forgets the pending readings of a ticket that the monitor has given
@@ -1578,27 +1555,16 @@ func (d *delivery) sendLast(ctx context.Context) {
 	}
 }
 
-// writeSpool writes to the spool until all has been sent, and then once more. After
-// an error the whole file is written anew, a minute later.
+// writeSpool writes to the spool until all has been sent, and then once more.
 func (d *delivery) writeSpool() {
-	s := d.spool
-	defer s.close()
+	defer close(d.saved)
+	if d.spool == nil {
+		return
+	}
+	defer d.spool.close()
 	for last := false; !last; {
 		last = d.awaitSpoolWork()
-		err := d.updateSpool()
-		d.mu.Lock()
-		d.totals.spoolBytes = int64(s.size)
-		switch failed := !s.retryAt.IsZero(); {
-		case err != nil:
-			if !failed {
-				log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
-			}
-			s.retryAt, d.needsRewrite = time.Now().Add(spoolRetry), true
-		case failed:
-			log.Printf(notice+"spool %s: works again", s.file())
-			s.retryAt = time.Time{}
-		}
-		d.mu.Unlock()
+		d.updateSpool()
 	}
 }
 
@@ -1611,16 +1577,14 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 		now, at := time.Now(), time.Time{}
 		if d.inMemory > 0 {
 			if !now.Before(s.lookAt) {
-				s.lookAt = now.Add(spoolAge)
-				late := func(p *pendingReading) bool { return p.record == 0 && d.saves(p) }
-				d.unsaved = d.unsaved || slices.ContainsFunc(d.pending, late)
+				s.lookAt, d.unsaved = now.Add(spoolAge), true // one may have waited for long
 			}
 			at = s.lookAt
 		}
-		if d.held > 0 && s.written.stepped(d.clocks()) {
-			d.needsRewrite = true // the times in the file are wrong
+		if len(d.pending) > d.inMemory && s.written.stepped(d.clocks()) {
+			s.outdated = true // the times in the file are wrong
 		}
-		if d.unsaved || len(d.marks) > 0 || d.needsRewrite {
+		if d.unsaved || len(d.marks) > 0 || s.outdated {
 			if at = s.retryAt; !now.Before(at) {
 				return false
 			}
@@ -1630,50 +1594,62 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 	return true
 }
 
-// updateSpool writes what is to be written now. A file that would become too
-// large is written anew.
-func (d *delivery) updateSpool() (err error) {
+// updateSpool writes what is to be written now. A file that would become too large is
+// written anew and, a minute later, so is one after an error.
+func (d *delivery) updateSpool() {
 	s, now := d.spool, d.clocks()
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	sync := d.unsaved
 	records := d.newRecords(now)
 	size := s.size + len(records)
-	rewrite := d.needsRewrite || size > s.limit || d.held == 0 && size > 0
-	d.needsRewrite = false
+	rewrite := s.outdated || size > s.limit || len(d.pending) == d.inMemory && size > 0
 	var all []*pendingReading // that are in the file after this
 	if rewrite {
 		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
 	d.mu.broadcast() // there is room in memory
 	d.mu.Unlock()
+	var err error
 	if rewrite {
 		err = s.rewrite(all, now)
-	} else {
+	} else if len(records) > 0 {
 		err = s.append(records, sync)
 	}
-	if err == nil {
-		s.written = now
+	d.mu.Lock()
+	failed := !s.retryAt.IsZero()
+	s.written, s.outdated, s.retryAt, d.totals.spoolBytes = now, err != nil, time.Time{}, int64(s.size)
+	if err != nil {
+		s.retryAt = time.Now().Add(spoolRetry)
 	}
-	return err
+	if err != nil && !failed {
+		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
+	} else if err == nil && failed {
+		log.Printf(notice+"spool %s: works again", s.file())
+	}
 }
 
 // newRecords returns what is to be added to the spool. Where that is more than it
 // may hold, the oldest readings go: a quarter of the file is left for marks, so that
 // it need not be written anew for each reading.
 func (d *delivery) newRecords(now clocks) (records []byte) {
+	held := 0 // bytes of the records that are not done
 	for i := 0; i < len(d.pending) && d.unsaved; i++ {
-		if p := d.pending[i]; p.record == 0 && d.saves(p) {
+		p := d.pending[i]
+		if p.record == 0 && d.saves(p) {
 			d.spool.last++
 			p.record = d.spool.last
 			record := readingRecord(p, now)
 			p.size = len(record)
-			d.held += p.size
 			d.inMemory--
 			records = append(records, record...)
 		}
+		held += p.size
 	}
-	for d.held > d.spool.limit/4*3 {
-		d.dropOldest("what the spool holds", func(p *pendingReading) bool { return p.record != 0 })
+	for isHeld := func(p *pendingReading) bool { return p.record != 0 }; held > d.spool.limit/4*3; {
+		oldest := d.pending[slices.IndexFunc(d.pending, isHeld)]
+		held -= oldest.size
+		d.drop(oldest, "the oldest of what the spool holds")
 	}
 	for _, done := range d.marks {
 		records = append(records, markRecord(done)...)
@@ -1703,16 +1679,17 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 //
 // A spool belongs to one goroutine.
 type spool struct {
-	dir     string
-	limit   int       // bytes of the file
-	folder  *os.File  // the directory, which stays locked
-	f       *os.File  // the file
-	size    int       // bytes of the file
-	last    uint64    // the highest number that was found
-	damaged int       // lines that were found
-	written clocks    // when the file was written
-	retryAt time.Time // after an error; zero while the spool works
-	lookAt  time.Time // when to look for readings that have waited for long
+	dir      string
+	limit    int       // bytes of the file
+	folder   *os.File  // the directory, which stays locked
+	f        *os.File  // the file
+	size     int       // bytes of the file
+	last     uint64    // the highest number that was found
+	damaged  int       // lines that were found
+	written  clocks    // when the file was written
+	outdated bool      // the file is to be written anew
+	retryAt  time.Time // after an error; zero while the spool works
+	lookAt   time.Time // when to look for readings that have waited for long
 }
 
 // newSpool returns the spool in a directory, or nil where that is "".
