@@ -1850,36 +1850,35 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 // parseRecord parses a line of a spool, without its end, and reports whether it
 // is a record. A mark comes back as a reading that is done.
 func parseRecord(line string) (p *pendingReading, ok bool) {
-	p = &pendingReading{size: len(line) + 1}
+	p, ok = &pendingReading{size: len(line) + 1}, true
 	sum, text, _ := strings.Cut(line, " ")
-	if sum != checksum(text) {
-		return p, false
-	}
 	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
-	var err, err2 error
 	number := func(i int) int64 {
-		n, wrong := strconv.ParseInt(words[i], 10, 64)
-		err = errors.Join(err, wrong)
+		n, err := strconv.ParseInt(words[i], 10, 64)
+		ok = ok && err == nil
 		return n
 	}
 	switch kind := words[0]; {
+	case sum != checksum(text):
+		return p, false
 	case kind == "c":
 		p.done = true
 		return p, true
 	case kind == "d" && len(words) == 2:
 		p.done, p.record = true, uint64(max(0, number(1)))
-		return p, err == nil
+		return p, ok
 	case kind != "r" || len(words) < 9:
 		return p, false
 	}
 	p.record, p.code, p.value = uint64(max(0, number(1))), int(number(5)), words[6]
 	p.takenAt = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
-	if _, err2 = parseDecimal(p.value); p.value == "-" {
-		p.value, err2 = "", nil
+	_, err := parseDecimal(p.value)
+	if p.value == "-" {
+		p.value, err = "", nil
 	}
-	err = errors.Join(err, err2)
+	var err2 error
 	p.ticket, err2 = parseTicket(words[7], words[8])
-	return p, p.record > 0 && err == nil && err2 == nil
+	return p, ok && p.record > 0 && err == nil && err2 == nil
 }
 
 // readingRecord returns the record of a reading, with its time corrected.
