@@ -1009,58 +1009,56 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 // closed refuses them.
 func (q *queue) admit() {
 	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
-		if q.enter(j) {
-			j.entered <- nil
-			return true
-		} else if q.closed {
-			j.entered <- faultf(faultBusy, "the agent is shutting down")
+		decided, err := q.enter(j)
+		if decided {
+			j.entered <- err
 		}
-		return q.closed
+		return decided
 	})
 }
 
-// enter gives a command a place in the queue, or reports false if there is no room.
-func (q *queue) enter(j *job) bool {
+// enter gives a command a place in the queue, or refuses it where the queue is closed. It
+// reports false where there is no room.
+func (q *queue) enter(j *job) (decided bool, err error) {
 	l := &q.readings
 	if j.change != "" {
 		l = &q.changes
 	}
-	if known := q.active[j.ticket]; known != nil && known.sameWork(j.command) {
-		return true
-	}
-	if q.closed || !l.push(j, q.size) {
-		return false
+	switch known := q.active[j.ticket]; {
+	case known != nil && known.sameWork(j.command):
+		return true, nil
+	case q.closed:
+		return true, faultf(faultBusy, "the agent is shutting down")
+	case !l.push(j, q.size):
+		return false, nil
 	}
 	if j.ticket != nil {
 		q.active[j.ticket] = j
 		q.discard(j.ticket)
 	}
 	q.start(l)
-	return true
+	return true, nil
 }
 
-// start runs commands of a lane, as many as may.
+// start runs commands of a lane, as many as may run.
 func (q *queue) start(l *lane) {
 	for j := l.next(); j != nil; j = l.next() {
 		q.work.Add(1)
 		go func(j *job) {
 			defer q.work.Done()
-			for j != nil {
-				j = q.finish(l, j, q.run(q.ctx, j.command))
-			}
+			q.finish(l, j, q.run(q.ctx, j.command))
 		}(j)
 	}
 }
 
-// finish delivers the reading of a command, and returns the next one to run.
-func (q *queue) finish(l *lane, j *job, r reading) *job {
+// finish delivers the reading of a command, and runs what can run now.
+func (q *queue) finish(l *lane, j *job, r reading) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
 	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
-	next := l.next()
+	q.start(l)
 	q.admit()
-	return next
 }
 
 // deliverAll delivers the reading of a command, and of those that joined it, but for
