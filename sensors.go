@@ -181,17 +181,22 @@ func sensorName(v any) (string, error) {
 	return name, nil
 }
 
-// arguments returns v as the arguments of a run: none for nil, an array's
-// scalars as they stand, or the words of a string. They have 4 KiB at most, and
-// each counts 32 bytes more than its text.
+// arguments returns v as the arguments of a run: none for nil, an array's scalars
+// as they stand (numbers in decimal, booleans as 1 and 0), or the words of a string.
+// They have 4 KiB at most, and each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
 	switch v := v.(type) {
 	case nil:
 	case []any:
-		for i := 0; i < len(v) && err == nil; i++ {
-			var arg string
-			arg, err = argument(v[i])
-			args = append(args, arg)
+		for _, scalar := range v {
+			kind, text := describe(scalar)
+			switch scalar := scalar.(type) {
+			case nil, []any, map[string]any:
+				return nil, fmt.Errorf("an argument is a scalar, not %s", kind)
+			case []byte:
+				text = string(scalar)
+			}
+			args = append(args, text)
 		}
 	case string:
 		args, err = splitWords(v)
@@ -200,28 +205,15 @@ func arguments(v any) (args []string, err error) {
 	}
 	size := 0
 	for _, arg := range args {
+		if strings.Contains(arg, "\x00") {
+			return nil, errors.New("an argument holds a NUL byte")
+		}
 		size += len(arg) + argumentCost
 	}
-	if err == nil && size > maxArguments {
-		err = fmt.Errorf("more than %d bytes of arguments", maxArguments)
+	if size > maxArguments {
+		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	}
 	return args, err
-}
-
-// argument returns a scalar as one argument: numbers in decimal, booleans as
-// 1 and 0.
-func argument(v any) (string, error) {
-	kind, text := describe(v)
-	switch v := v.(type) {
-	case nil, []any, map[string]any:
-		return "", fmt.Errorf("an argument is a scalar, not %s", kind)
-	case []byte:
-		text = string(v)
-	}
-	if strings.Contains(text, "\x00") {
-		return "", errors.New("an argument holds a NUL byte")
-	}
-	return text, nil
 }
 
 // splitWords splits a string at white space, with the quoting of a shell's
@@ -1152,7 +1144,6 @@ type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
 	takenAt   clocks    // when the run ended, by all clocks of the box
-	put       time.Time // when the delivery got it
 	misses    int       // attempts that the monitor did not answer
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
@@ -1196,7 +1187,6 @@ type delivery struct {
 	awaySince time.Time         // zero while the monitor is there
 	misses    int               // attempts without an answer since the latest answer
 	retryAt   time.Time         // no attempt before that
-	movedAt   time.Time         // when the monitor took a reading, or the first one came
 	ending    bool              // there is no limit any more, and everything is saved
 	closing   bool              // close alone makes attempts
 	closed    bool              // no more attempts are made
@@ -1294,10 +1284,7 @@ func (d *delivery) put(ticket any, r reading) {
 	defer d.mu.Unlock()
 	now, since := d.clocks(), time.Since(r.taken)
 	taken := clocks{now.wall.Add(-since), now.age - since, now.boot}
-	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken, put: time.Now()}
-	if len(d.pending) == 0 {
-		d.movedAt = time.Now()
-	}
+	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken}
 	d.pending = append(d.pending, p)
 	d.inMemory++
 	d.unsaved = d.unsaved || d.saves(p)
@@ -1310,7 +1297,7 @@ func (d *delivery) put(ticket any, r reading) {
 
 // saves reports whether a reading belongs in the spool, if there is one.
 func (d *delivery) saves(p *pendingReading) bool {
-	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.put) >= spoolAge
+	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.taken) >= spoolAge
 }
 
 // drop gives a reading up and logs why.
@@ -1371,10 +1358,13 @@ func (d *delivery) waitRoom(ctx context.Context) {
 func (d *delivery) stalledSince() time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	since := d.totals.latest
 	if !d.full() {
-		return time.Time{}
+		since = time.Time{}
+	} else if oldest := d.pending[0].taken; oldest.After(since) {
+		since = oldest
 	}
-	return d.movedAt
+	return since
 }
 
 // next waits for a reading that may be tried, and returns it, or nil when the
@@ -1441,7 +1431,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 	case err == nil:
 		d.remove(p)
 		d.totals.delivered++
-		d.totals.latest, d.movedAt = now, now
+		d.totals.latest = now
 		d.answered(now)
 	case c != d.client, errors.Is(err, context.Canceled): // that says nothing of the monitor
 	case errors.As(err, &f):
@@ -1464,7 +1454,6 @@ func (d *delivery) answered(now time.Time) {
 	if !d.awaySince.IsZero() {
 		away := now.Sub(d.awaySince).Round(time.Second)
 		log.Printf(notice+"monitor %s: back after %s, %d to deliver", masked(d.client.url.String()), away, len(d.pending))
-		d.movedAt = now // nobody had to wait
 	}
 	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
 }
@@ -1501,10 +1490,7 @@ func backoff(first time.Duration, n int) time.Duration {
 // putLast prepares the end of the agent: put drops nothing any more, as the
 // readings of commands that waited must not push out what was measured. All go to
 // the spool at once, as an init may not wait for long.
-func (d *delivery) putLast() {
-	d.note(&d.ending)
-	d.note(&d.unsaved)
-}
+func (d *delivery) putLast() { d.note(&d.ending, &d.unsaved) }
 
 // close tries each pending reading once more, as long as ctx and the monitor
 // allow, and ends the delivery. What is left is logged, and in the spool if there
@@ -1531,11 +1517,13 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// note sets a flag that others wait for.
-func (d *delivery) note(flag *bool) {
+// note sets flags that others wait for.
+func (d *delivery) note(flags ...*bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	*flag = true
+	for _, flag := range flags {
+		*flag = true
+	}
 	d.mu.broadcast()
 }
 

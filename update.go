@@ -770,10 +770,7 @@ func (c *change) verify() error {
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 	names, keys := []string{file}, make(map[string]ed25519.PublicKey)
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
-		names, err = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
-		if err != nil || len(names) == 0 {
-			return nil, fmt.Errorf("no *.pub in %s", file)
-		}
+		names, _ = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
 		for i := range names {
 			names[i] = filepath.Join(file, names[i])
 		}
@@ -788,6 +785,9 @@ func readKeys(file string) (map[string]ed25519.PublicKey, error) {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		keys[number] = key
+	}
+	if len(keys) == 0 {
+		return nil, fmt.Errorf("no *.pub in %s", file)
 	}
 	return keys, nil
 }
