@@ -84,7 +84,7 @@ const (
 	codeNotFound   = 127 // no such sensor
 )
 
-// Sensors is a directory of sensors and how they are run.
+// A sensors is a directory of sensors and how they are run.
 type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
@@ -128,7 +128,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 	}
 }
 
-// of returns the sensors as the settings of one of them have it.
+// of returns the sensors, to be run with the settings of one of them.
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
@@ -221,11 +221,11 @@ func arguments(v any) (args []string, err error) {
 // escapes $ ` " \ and a newline; elsewhere it escapes anything. An escaped
 // newline disappears.
 func splitWords(s string) ([]string, error) {
-	words := []string{}
-	var word []byte // nil outside of words
-	var quote byte  // ' or " or, outside of both, 0
-	for i := 0; i < len(s); i++ {
-		c := s[i]
+	words, text := []string{}, s+" " // which ends the last word
+	var word []byte                  // nil outside of words
+	var quote byte                   // ' or " or, outside of both, 0
+	for i := 0; i < len(text); i++ {
+		c := text[i]
 		switch {
 		case c == '\\' && quote != '\'':
 			i++
@@ -253,14 +253,11 @@ func splitWords(s string) ([]string, error) {
 	if quote != 0 {
 		return nil, fmt.Errorf("no closing %c in %s", quote, cut(s))
 	}
-	if word != nil {
-		words = append(words, string(word))
-	}
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them. It also
-// says of each other directory what it lacks to be a sensor.
+// names lists the sensors: the directories with the executable in them. For each other
+// directory it returns a line that says what is missing.
 func (s *sensors) names() (names, missing []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
@@ -286,8 +283,8 @@ func (s *sensors) names() (names, missing []string, err error) {
 	return names, missing, nil
 }
 
-// warnings says what is allowed, but most often a mistake: that there is no sensor, which
-// may still be installed, or a section of client.cfg for one that is not there.
+// warnings returns lines about what is allowed, but most often a mistake: that there is no
+// sensor (one may still be installed), or a section of client.cfg for one that is not there.
 func (s *sensors) warnings() (lines []string) {
 	names, _, err := s.names()
 	switch {
@@ -411,7 +408,7 @@ type reading struct {
 	reason string    // for the log, where the code is not 0; never sent
 }
 
-// String is the code and, where there is one, the reason.
+// String returns the code and, where there is one, the reason.
 func (r reading) String() string {
 	if r.reason != "" {
 		return fmt.Sprintf("exit %d: %s", r.code, r.reason)
@@ -439,8 +436,8 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr i
 	return r
 }
 
-// reason says in one line why a code is not 0: why, where the agent knows it, and
-// what the sensor said.
+// reason returns in one line why a code is not 0: what the agent knows of it, and what
+// the sensor said.
 func reason(code int, why string, said []byte) string {
 	words := strings.Join(strings.Fields(string(said)), " ")
 	switch {
@@ -480,9 +477,9 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	}
 	ended, code, why := s.await(ctx, p.pid)
 	if !ended {
-		// It waits in the kernel, perhaps for a dead disk or network. It must neither
-		// hold up other sensors nor be joined by another like it. It may still write,
-		// so what was captured is left alone.
+		// It waits in the kernel, perhaps for a dead disk or network. It must not hold up
+		// other sensors, and no second run may get stuck like it. It may still write, so
+		// what was captured is left alone.
 		s.mu.Lock()
 		p.stuck = true
 		s.mu.Unlock()
@@ -531,9 +528,9 @@ func (r *runState) running() int {
 // start starts the executable in dir. It is named relative to dir, so that it
 // and its interpreter see one version even while the directory is replaced.
 //
-// Where the sensor is just being replaced it is tried again, for a second at most.
-// So is a file that is open for writing: one just written still is for a moment, in a
-// process that another goroutine is starting.
+// A sensor that is just being replaced is tried again, for a second at most. So is a
+// file that is open for writing: one that was just written is still open, for a moment,
+// in a process that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string, output, said *capture) (*exec.Cmd, error) {
 	file := filepath.Join(dir, s.executable)
 	as := &syscall.SysProcAttr{Setpgid: true}
@@ -857,9 +854,10 @@ func (l *lane) mayRun(sensor string) bool {
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
-// push lets a command wait for the next turn, or for the one after its caller's
-// last. It reports whether there is room: it can run at once, or fewer than size
-// wait, or fewer than twice as many and its caller has little in the queue.
+// push lets a command wait for the next turn, or for the one after its caller's last.
+// It reports false where there is no room. There is room if the command can run at once,
+// if fewer than size wait, or if fewer than twice as many wait and few of them are its
+// caller's.
 func (l *lane) push(j *job, size int) bool {
 	all, own := len(l.waiting), 0
 	j.turn = l.turn + 1
@@ -912,8 +910,8 @@ func (l *lane) take(i int) *job {
 
 // A queue runs commands and delivers one reading for each ticket. Readings and
 // changes have a lane each, so that an update over a bad link does not hold up
-// what is measured. No caller can keep others out by filling it: whoever has less
-// than a quarter of it waiting finds room up to twice its size.
+// readings. No caller can keep others out by filling it: a caller who has less than a
+// quarter of it finds room up to twice its size.
 type queue struct {
 	run     func(context.Context, command) reading
 	deliver func(ticket any, r reading)
@@ -952,7 +950,7 @@ func (q *queue) resize(concurrency, size int) {
 	q.admit()
 }
 
-// count is how many commands wait.
+// count returns how many commands wait.
 func (q *queue) count() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -1053,8 +1051,8 @@ func (q *queue) finish(l *lane, j *job, r reading) {
 	q.admit()
 }
 
-// deliverAll delivers the reading of a command, and of those that joined it, but for
-// tickets that were given to another.
+// deliverAll delivers the reading of a command for its own ticket and those of the
+// commands that joined it, but not for a ticket that was given to another command.
 func (q *queue) deliverAll(j *job, r reading) {
 	for _, j := range append([]*job{j}, j.joined...) {
 		if q.active[j.ticket] == j {
@@ -1246,7 +1244,7 @@ func (d *delivery) open(s *spool) {
 }
 
 // configure applies new settings to all further attempts, and retries at once.
-// What the monitor did with the readings before does not count any more.
+// Attempts that failed before do not count any more.
 func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1487,8 +1485,8 @@ func backoff(first time.Duration, n int) time.Duration {
 	return d/2 + time.Duration(rand.Int63n(int64(d)+1))
 }
 
-// putLast prepares the end of the agent: put drops nothing any more, as the
-// readings of commands that waited must not push out what was measured. All go to
+// putLast prepares the end of the agent: from now on put drops nothing, as the
+// readings of commands that waited must not push out what was measured, and all go to
 // the spool at once, as an init may not wait for long.
 func (d *delivery) putLast() { d.note(&d.ending, &d.unsaved) }
 
