@@ -759,9 +759,10 @@ func demo(t testing.TB, n int, more ...packed) source {
 
 // fromText is a source of a package that is in memory.
 func fromText(archive, signature string) source {
-	return source{
-		archive:   func(_ context.Context, to io.Writer) error { _, err := io.WriteString(to, archive); return err },
-		signature: func(context.Context) ([]byte, error) { return []byte(signature), nil },
+	return func(_ context.Context, suffix string, to io.Writer) error {
+		text := map[string]string{"": archive, ".sig": signature}[suffix]
+		_, err := io.WriteString(to, text)
+		return err
 	}
 }
 

@@ -1478,10 +1478,7 @@ func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 // with each of them up to 5 minutes. Of that it is 50 to 150 %, by chance, so
 // that a thousand boxes do not all call when their monitor is back.
 func backoff(first time.Duration, n int) time.Duration {
-	d := maxBackoff
-	if n <= 20 {
-		d = min(first<<(n-1), maxBackoff)
-	}
+	d := min(first<<min(n-1, 20), maxBackoff)
 	return d/2 + time.Duration(rand.Int63n(int64(d)+1))
 }
 

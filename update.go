@@ -37,6 +37,7 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"bytes"
 	"compress/bzip2"
 	"compress/gzip"
 	"context"
@@ -94,45 +95,41 @@ type updater struct {
 	step func(what string) error // a test's: is asked before each change of the file system
 }
 
-// A source provides a package and its signature. The signature is read only if a key is set.
-type source struct {
-	archive   func(ctx context.Context, to io.Writer) error
-	signature func(ctx context.Context) ([]byte, error)
-}
+// A source writes a package or, if the suffix is ".sig", its signature.
+type source func(ctx context.Context, suffix string, to io.Writer) error
 
-// fromMonitor provides the package of a sensor that the monitor has, up to a limit of bytes.
+// fromMonitor returns the source of a sensor's package that the monitor has, up to a limit of bytes.
 func fromMonitor(c *client, name string, limit int64) source {
-	return source{
-		archive: func(ctx context.Context, to io.Writer) error {
+	return func(ctx context.Context, suffix string, to io.Writer) error {
+		if suffix == "" {
 			return c.fetch(ctx, to, limit, "cmd_get_sensor_code", name)
-		},
-		signature: func(ctx context.Context) ([]byte, error) {
-			v, err := c.call(ctx, "cmd_get_sensor_signature", name)
-			if text, ok := v.(string); ok {
-				return []byte(text), err
-			}
-			text, ok := v.([]byte)
-			if err == nil && !ok {
-				err = fmt.Errorf("got %s; want base64 or string", typeName(v))
-			}
-			return text, err
-		},
+		}
+		v, err := c.call(ctx, "cmd_get_sensor_signature", name)
+		if err != nil {
+			return err
+		}
+		switch text := v.(type) {
+		case string:
+			_, err = io.WriteString(to, text)
+		case []byte:
+			_, err = to.Write(text)
+		default:
+			err = fmt.Errorf("got %s; want base64 or string", typeName(v))
+		}
+		return err
 	}
 }
 
-// fromFile provides a package that lies on the box, its signature beside it.
+// fromFile returns the source of a package that lies on the box, its signature beside it.
 func fromFile(file string) source {
-	return source{
-		archive: func(_ context.Context, to io.Writer) error {
-			f, err := openRegular(file)
-			if err != nil {
-				return err
-			}
-			defer f.Close()
-			_, err = io.Copy(to, f)
+	return func(_ context.Context, suffix string, to io.Writer) error {
+		f, err := openRegular(file + suffix)
+		if err != nil {
 			return err
-		},
-		signature: func(context.Context) ([]byte, error) { return readSmall(file+".sig", maxKeyFile) },
+		}
+		defer f.Close()
+		_, err = io.Copy(to, f)
+		return err
 	}
 }
 
@@ -140,9 +137,7 @@ func fromFile(file string) source {
 // sensor. The installed version becomes a backup. An error means that nothing has changed.
 func (u *updater) install(ctx context.Context, name string, from source) error {
 	c := &change{updater: u, ctx: ctx, name: name, from: from}
-	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, func() error {
-		return c.give(c.staging, name)
-	}, c.replace)
+	return c.make(c.fetch, c.verify, c.unpack, c.checkVersion, c.try, c.replace)
 }
 
 // rollback puts the newest backup of a sensor in its place and removes it from the backups. The
@@ -314,12 +309,13 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// try runs the staged version with the help argument. It must exit 0 within the sensors' time-out.
+// try runs the staged version with the help argument. It must exit 0 within the sensors' time-out. What is
+// there then is given to the owner of the sensors.
 func (c *change) try() error {
 	s, dir := c.sensors.of(c.name), c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
 	case 0:
-		return nil
+		return c.give(c.staging, c.name)
 	case codeNotFound:
 		return fmt.Errorf("it holds no executable %s", s.executable)
 	default:
@@ -722,7 +718,7 @@ func (c *change) fetch() error {
 		}
 		return f.Write(p)
 	})
-	if err := c.from.archive(c.ctx, to); err != nil {
+	if err := c.from(c.ctx, "", to); err != nil {
 		return fmt.Errorf("fetch: %w", err)
 	}
 	return nil
@@ -738,11 +734,11 @@ func (c *change) verify() error {
 	if err != nil {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
-	text, err := c.from.signature(c.ctx)
-	if err != nil {
+	var text bytes.Buffer
+	if err := c.from(c.ctx, ".sig", &text); err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
-	number, signature, err := parseSignify(text, ed25519.SignatureSize)
+	number, signature, err := parseSignify(text.Bytes(), ed25519.SignatureSize)
 	if err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
@@ -848,11 +844,11 @@ func (c *change) unpack() error {
 	if errors.Is(err, io.EOF) {
 		_, err = io.Copy(io.Discard, limited) // at the very end checksums are compared
 	}
+	if err == nil && !c.staging.has(c.name) {
+		err = fmt.Errorf("no directory %s in the package", cut(c.name))
+	}
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
-	}
-	if !c.staging.has(c.name) {
-		return fmt.Errorf("unpack: no directory %s in the package", cut(c.name))
 	}
 	return nil
 }
