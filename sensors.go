@@ -707,23 +707,18 @@ func (r *runState) reapOrphans(ctx context.Context) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for ctx.Err() == nil {
-		for pid := r.endedOrphan(); pid > 0; pid = r.endedOrphan() {
-			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		pid, _ := endedChild(0)
+		for p := range r.processes {
+			if p.pid == pid || p.pid == 0 { // a run's, or perhaps that of one that starts
+				pid = 0
+			}
 		}
-		r.mu.wait(ctx, time.Now().Add(orphanTime)) // the process of a run may have been in the way
-	}
-}
-
-// endedOrphan returns the number of a child that has ended and belongs to no run.
-// It returns 0 if there is none, or while a process starts that a run will own.
-func (r *runState) endedOrphan() int {
-	pid, _ := endedChild(0)
-	for p := range r.processes {
-		if p.pid == pid || p.pid == 0 {
-			return 0
+		if pid == 0 {
+			r.mu.wait(ctx, time.Now().Add(orphanTime)) // the process of a run may have been in the way
+			continue
 		}
+		syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 	}
-	return pid
 }
 
 // reserveThreads makes threads for goroutines that block at the same time. The runtime

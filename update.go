@@ -876,9 +876,6 @@ func (c *change) entry(h *tar.Header, r io.Reader) error {
 		return err
 	}
 	defer parent.Close()
-	if parent.has(path.Base(name)) {
-		return errors.New("twice in the package")
-	}
 	if err := c.count(h.Size, parent); err != nil {
 		return err
 	}
