@@ -825,6 +825,7 @@ type job struct {
 	command
 	turn    int        // when it may run, among those that wait in its lane
 	joined  []*job     // equal changes that waited when it began, and have its outcome
+	expired bool       // it waits for room no longer
 	entered chan error // gets nil when it finds room, or a fault
 }
 
@@ -983,15 +984,13 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if at := slices.Index(q.outside, j); at >= 0 { // else it has just found room
-		q.outside = slices.Delete(q.outside, at, at+1)
-		return faultf(faultBusy, "the queue is full: %d commands wait", q.size)
-	}
+	j.expired = true
+	q.admit()
 	return <-j.entered
 }
 
-// admit lets in the commands that wait for room, as far as there is any. A queue that is
-// closed refuses them.
+// admit lets in the commands that wait for room, as far as there is any, and refuses those
+// that have waited for long enough. A queue that is closed refuses them all.
 func (q *queue) admit() {
 	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
 		decided, err := q.enter(j)
@@ -1002,8 +1001,8 @@ func (q *queue) admit() {
 	})
 }
 
-// enter gives a command a place in the queue, or refuses it where the queue is closed. It
-// reports false where there is no room.
+// enter gives a command a place in the queue or returns a fault. It reports false where
+// the command has to wait for room.
 func (q *queue) enter(j *job) (decided bool, err error) {
 	l := &q.readings
 	if j.change != "" {
@@ -1015,7 +1014,7 @@ func (q *queue) enter(j *job) (decided bool, err error) {
 	case q.closed:
 		return true, faultf(faultBusy, "the agent is shutting down")
 	case !l.push(j, q.size):
-		return false, nil
+		return j.expired, faultf(faultBusy, "the queue is full: %d commands wait", q.size)
 	}
 	if j.ticket != nil {
 		q.active[j.ticket] = j
