@@ -104,9 +104,11 @@ type runState struct {
 
 // A process runs a sensor.
 type process struct {
-	sensor string
-	pid    int  // 0 while it starts
-	stuck  bool // SIGKILL did not end it
+	sensor       string
+	cmd          *exec.Cmd
+	pid          int // 0 while it starts
+	output, said capture
+	stuck        bool // SIGKILL did not end it
 }
 
 // A helpEntry is a help text that was asked for.
@@ -465,15 +467,10 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
 	s.watchChildren()
-	output, said := &capture{limit: maxOutput + 1}, &capture{limit: maxReason, copy: stderr}
-	cmd, err := s.start(p, dir, args, output, said)
-	if err != nil {
+	p.said.copy = stderr
+	if err := s.start(p, dir, args); err != nil {
 		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
-	}
-	end := func() int {
-		defer s.remove(p)
-		return reap(cmd, output, said)
 	}
 	ended, code, why := s.await(ctx, p.pid)
 	if !ended {
@@ -485,17 +482,17 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		s.mu.Unlock()
 		go func() {
 			s.waitEnded(context.Background(), p.pid)
-			end()
+			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
 	}
-	if own := end(); code == 0 {
+	if own := s.reap(p); code == 0 {
 		code = own
 	}
 	if stderr != nil {
-		said.kept = nil
+		p.said.kept = nil
 	}
-	return reading{code: code, value: string(output.kept), reason: reason(code, why, said.kept)}
+	return reading{code: code, value: string(p.output.kept), reason: reason(code, why, p.said.kept)}
 }
 
 // add notes that a sensor runs, or returns nil where a process of it is stuck.
@@ -507,7 +504,7 @@ func (r *runState) add(name string) *process {
 			return nil
 		}
 	}
-	p := &process{sensor: name}
+	p := &process{sensor: name, output: capture{limit: maxOutput + 1}, said: capture{limit: maxReason}}
 	r.processes[p] = true
 	return p
 }
@@ -531,14 +528,14 @@ func (r *runState) running() int {
 // A sensor that is just being replaced is tried again, for a second at most. So is a
 // file that is open for writing: one that was just written is still open, for a moment,
 // in a process that another goroutine is starting.
-func (s *sensors) start(p *process, dir string, args []string, output, said *capture) (*exec.Cmd, error) {
+func (s *sensors) start(p *process, dir string, args []string) error {
 	file := filepath.Join(dir, s.executable)
 	as := &syscall.SysProcAttr{Setpgid: true}
 	if s.user != nil {
 		as.Credential = s.user.credential
 	}
 	for try := 1; ; try++ {
-		cmd := &exec.Cmd{
+		p.cmd = &exec.Cmd{
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
@@ -546,25 +543,25 @@ func (s *sensors) start(p *process, dir string, args []string, output, said *cap
 			Stdin:       nil, // /dev/null
 			SysProcAttr: as,
 		}
-		stdout, err := cmd.StdoutPipe()
-		stderr, err2 := cmd.StderrPipe()
+		stdout, err := p.cmd.StdoutPipe()
+		stderr, err2 := p.cmd.StderrPipe()
 		if err = errors.Join(err, err2); err == nil {
-			err = cmd.Start()
+			err = p.cmd.Start()
 		}
 		isAbsent := errors.Is(err, syscall.ENOENT)
 		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
 		switch {
 		case err == nil:
-			output.begin(stdout)
-			said.begin(stderr)
+			p.output.begin(stdout)
+			p.said.begin(stderr)
 			s.mu.Lock()
-			p.pid = cmd.Process.Pid
+			p.pid = p.cmd.Process.Pid
 			s.mu.Unlock()
-			return cmd, nil
+			return nil
 		case isBusy && try < startTries:
 		case isAbsent && exists(file) && try < 5: // it was away a moment ago, or else its interpreter is
 		default:
-			return nil, err
+			return err
 		}
 		time.Sleep(startPause)
 	}
@@ -646,15 +643,16 @@ func (s *sensors) await(ctx context.Context, pid int) (ended bool, code int, why
 // they wrote, reaps the child and returns its exit code, or minus the signal that ended
 // it. In this order: until the child is reaped, nobody else can get the number of its
 // group, and then os/exec closes the pipes.
-func reap(cmd *exec.Cmd, output, said *capture) (code int) {
-	syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	output.finish()
-	said.finish()
-	cmd.Wait() // its error is in the state
-	if cmd.ProcessState == nil {
+func (r *runState) reap(p *process) (code int) {
+	defer r.remove(p)
+	syscall.Kill(-p.pid, syscall.SIGKILL)
+	p.output.finish()
+	p.said.finish()
+	p.cmd.Wait() // its error is in the state
+	if p.cmd.ProcessState == nil {
 		return -int(syscall.SIGKILL) // nobody knows: not a success
 	}
-	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	status := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
 	if status.Signaled() {
 		return -int(status.Signal())
 	}
