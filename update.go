@@ -363,7 +363,7 @@ func (c *change) replace() error {
 		}
 	}
 	err := c.staging.rename(c.name, c.installed, c.name)
-	if !c.installed.has(c.name) {
+	if c.staging.has(c.name) {
 		return err
 	}
 	c.tidy(err) // of the sync: the new version is in its place, as all can see
