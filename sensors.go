@@ -724,18 +724,17 @@ func (r *runState) reapOrphans(ctx context.Context) {
 // thread while a sensor has used up the limit of processes.
 func reserveThreads() {
 	var all sync.WaitGroup
-	release := make(chan struct{})
-	for i := 0; i < runtime.GOMAXPROCS(0)+spareThreads; i++ {
-		all.Add(1)
+	n := runtime.GOMAXPROCS(0) + spareThreads
+	all.Add(n)
+	for i := 0; i < n; i++ {
 		go func() {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			all.Done()
-			<-release
+			all.Wait() // so that no thread is used twice
 		}()
 	}
 	all.Wait()
-	close(release)
 }
 
 // A capture keeps the last bytes of what a process writes to a pipe.

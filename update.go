@@ -170,15 +170,14 @@ func (u *updater) recover(ctx context.Context) error {
 	}
 	c := &change{updater: u, ctx: ctx}
 	defer c.close()
-	if err := c.begin(0); errors.Is(err, context.DeadlineExceeded) {
+	err := c.begin(0)
+	if errors.Is(err, context.DeadlineExceeded) {
 		return nil
-	} else if err != nil {
-		return err
 	}
-	if err := c.settle(); err != nil {
-		return err
+	for i := 0; i < 2 && err == nil; i++ { // the second call removes the versions that the first one moved
+		err = c.settle()
 	}
-	return c.settle() // of the versions that the first call replaced
+	return err
 }
 
 // ownerWarning returns a line for the log, or "". It warns root if the sensors belong to another user, but
