@@ -96,17 +96,19 @@ type sensors struct {
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
-	watch   sync.Once            // prepares the process for its first run
+	threads sync.Once            // reserves them before the first run
 
-	mu        cond // guards what is below, and is broadcast at each SIGCHLD
+	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
+	idle      []chan os.Signal // each has been a process's children, and will be again
 }
 
 // A process runs a sensor.
 type process struct {
 	sensor       string
 	cmd          *exec.Cmd
-	pid          int // 0 while it starts
+	pid          int            // 0 while it starts
+	children     chan os.Signal // gets a SIGCHLD when a child has ended, perhaps this one
 	output, said capture
 	stuck        bool // SIGKILL did not end it
 }
@@ -123,10 +125,7 @@ type helpEntry struct {
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
 		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user},
-		runState: &runState{
-			helps: make(map[string]helpEntry), processes: make(map[*process]bool),
-			mu: cond{signals: make(chan os.Signal, 1)},
-		},
+		runState: &runState{helps: make(map[string]helpEntry), processes: make(map[*process]bool)},
 	}
 }
 
@@ -466,13 +465,13 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if p == nil {
 		return reading{code: codeNotStarted, reason: "a process of an earlier run cannot be killed"}
 	}
-	s.watchChildren()
+	s.threads.Do(reserveThreads)
 	p.said.copy = stderr
 	if err := s.start(p, dir, args); err != nil {
 		s.remove(p)
 		return notStarted(filepath.Join(dir, s.executable), err)
 	}
-	ended, code, why := s.await(ctx, p.pid)
+	ended, code, why := p.await(ctx, s.timeout)
 	if !ended {
 		// It waits in the kernel, perhaps for a dead disk or network. It must not hold up
 		// other sensors, and no second run may get stuck like it. It may still write, so
@@ -481,7 +480,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		p.stuck = true
 		s.mu.Unlock()
 		go func() {
-			s.waitEnded(context.Background(), p.pid)
+			p.waitEnded(context.Background())
 			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
@@ -505,6 +504,12 @@ func (r *runState) add(name string) *process {
 		}
 	}
 	p := &process{sensor: name, output: capture{limit: maxOutput + 1}, said: capture{limit: maxReason}}
+	if len(r.idle) == 0 { // Notify is for good, as Stop would cost more than all else that a run needs
+		r.idle = append(r.idle, make(chan os.Signal, 1))
+		signal.Notify(r.idle[0], syscall.SIGCHLD)
+	}
+	last := len(r.idle) - 1
+	p.children, r.idle = r.idle[last], r.idle[:last]
 	r.processes[p] = true
 	return p
 }
@@ -513,6 +518,7 @@ func (r *runState) remove(p *process) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.processes, p)
+	r.idle = append(r.idle, p.children)
 }
 
 // running returns how many sensors run. A process that SIGKILL did not end counts.
@@ -617,22 +623,22 @@ func whyNotStarted(file string, err error) string {
 // await waits until a process ends, and ends it at the time-out or when ctx does:
 // then it also returns the code and the reason. It reports whether the process has
 // ended: not even SIGKILL ends one that waits in the kernel.
-func (s *sensors) await(ctx context.Context, pid int) (ended bool, code int, why string) {
-	limited, cancel := context.WithTimeout(ctx, s.timeout)
+func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool, code int, why string) {
+	limited, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if s.waitEnded(limited, pid) {
+	if p.waitEnded(limited) {
 		return true, 0, ""
 	}
-	why = fmt.Sprintf("timed out after %v", s.timeout)
+	why = fmt.Sprintf("timed out after %v", timeout)
 	if ctx.Err() != nil {
 		why = interrupted
 	}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		syscall.Kill(-pid, sig)
-		syscall.Kill(pid, sig) // it may have left its group
+		syscall.Kill(-p.pid, sig)
+		syscall.Kill(p.pid, sig) // it may have left its group
 		patient, cancel := context.WithTimeout(context.Background(), killTime)
 		defer cancel()
-		if s.waitEnded(patient, pid) {
+		if p.waitEnded(patient) {
 			return true, -int(sig), why
 		}
 	}
@@ -659,28 +665,19 @@ func (r *runState) reap(p *process) (code int) {
 	return status.ExitStatus()
 }
 
-// waitEnded waits until a child has ended, and leaves it to be reaped. It
-// reports false where ctx ends first. It blocks no thread.
-func (r *runState) waitEnded(ctx context.Context, pid int) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+// waitEnded waits until a process has ended, and leaves it to be reaped. It reports
+// false where ctx ends first. It blocks no thread.
+func (p *process) waitEnded(ctx context.Context) bool {
 	for {
-		if ended, err := endedChild(pid); ended == pid || err != nil {
+		if ended, err := endedChild(p.pid); ended == p.pid || err != nil {
 			return true
 		}
-		if r.mu.wait(ctx, time.Time{}) != nil {
+		select {
+		case <-p.children:
+		case <-ctx.Done():
 			return false
 		}
 	}
-}
-
-// watchChildren makes each SIGCHLD from here on wake those who wait. It also makes the
-// threads that the agent needs when a sensor has used up the limit of processes.
-func (r *runState) watchChildren() {
-	r.watch.Do(func() {
-		reserveThreads()
-		signal.Notify(r.mu.signals, syscall.SIGCHLD)
-	})
 }
 
 // endedChild looks at one child or, for 0, at all of them, and returns the number of
@@ -701,21 +698,27 @@ func endedChild(pid int) (int, error) {
 // reapOrphans reaps the processes that other processes leave to process 1, until
 // ctx ends. It never takes the process of a run, whose exit code the run needs.
 func (r *runState) reapOrphans(ctx context.Context) {
-	r.watchChildren()
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	children := make(chan os.Signal, 1)
+	signal.Notify(children, syscall.SIGCHLD)
+	defer signal.Stop(children)
 	for ctx.Err() == nil {
+		r.mu.Lock()
 		pid, _ := endedChild(0)
 		for p := range r.processes {
 			if p.pid == pid || p.pid == 0 { // a run's, or perhaps that of one that starts
 				pid = 0
 			}
 		}
-		if pid == 0 {
-			r.mu.wait(ctx, time.Now().Add(orphanTime)) // the process of a run may have been in the way
+		r.mu.Unlock()
+		if pid > 0 {
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 			continue
 		}
-		syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		select {
+		case <-children:
+		case <-time.After(orphanTime): // the process of a run may have been in the way
+		case <-ctx.Done():
+		}
 	}
 }
 
@@ -1076,8 +1079,7 @@ func (q *queue) close(ctx context.Context) {
 // A cond is a sync.Cond whose wait ends with a context, or at a time.
 type cond struct {
 	sync.Mutex
-	woken   chan struct{}  // nil: nobody waits
-	signals chan os.Signal // each wakes everybody, too; nil: none comes
+	sleepers sync.Cond
 }
 
 // wait unlocks the mutex until broadcast is called. It returns an error where ctx
@@ -1088,32 +1090,19 @@ func (c *cond) wait(ctx context.Context, at time.Time) error {
 		ctx, cancel = context.WithDeadline(ctx, at)
 		defer cancel()
 	}
-	if c.woken == nil {
-		c.woken = make(chan struct{})
-	}
-	woken := c.woken
-	c.Unlock()
-	defer c.Lock()
-	select {
-	case <-woken:
-		return nil
-	case <-c.signals: // of all who wait one gets it
+	stop := context.AfterFunc(ctx, func() {
 		c.Lock()
+		defer c.Unlock()
 		c.broadcast()
-		c.Unlock()
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	})
+	defer stop()
+	c.sleepers.L = c
+	c.sleepers.Wait()
+	return ctx.Err()
 }
 
 // broadcast wakes everybody who waits. The mutex is locked.
-func (c *cond) broadcast() {
-	if c.woken != nil {
-		close(c.woken)
-		c.woken = nil
-	}
-}
+func (c *cond) broadcast() { c.sleepers.Broadcast() }
 
 const (
 	maxPending  = 1024            // readings that wait for the monitor in memory alone
