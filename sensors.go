@@ -1206,7 +1206,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	return d
 }
 
-// open takes what a spool holds. Where it cannot be opened there is none.
+// open opens a spool and takes what it holds. A spool that cannot be opened is not used.
 func (d *delivery) open(s *spool) {
 	found, err := s.open()
 	if err != nil {
@@ -1400,7 +1400,7 @@ func (d *delivery) try(ctx context.Context, p *pendingReading) (misses int) {
 	return d.record(p, c, err)
 }
 
-// record notes how an attempt with this client ended.
+// record notes how an attempt with this client ended, and returns what try does.
 func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1645,8 +1645,8 @@ type spool struct {
 	folder   *os.File  // the directory, which stays locked
 	f        *os.File  // the file
 	size     int       // bytes of the file
-	last     uint64    // the highest number that was found
-	damaged  int       // lines that were found
+	last     uint64    // the highest number of a record
+	damaged  int       // lines that could not be read
 	written  clocks    // when the file was written
 	outdated bool      // the file is to be written anew
 	retryAt  time.Time // after an error; zero while the spool works
@@ -1746,8 +1746,8 @@ func (s *spool) append(records []byte, sync bool) error {
 	return s.f.Sync()
 }
 
-// rewrite makes a file of these readings alone. At every moment the old file or
-// the new one is there, whole.
+// rewrite replaces the file by one of these readings alone. At every moment the old
+// file or the new one is there, whole.
 func (s *spool) rewrite(all []*pendingReading, now clocks) error {
 	if len(all) == 0 { // which takes no space on the disk
 		s.size = 0

@@ -537,7 +537,7 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 	for i := 0; err == nil && i < len(names); i++ {
 		err = c.copy(f, names[i], target, names[i])
 	}
-	// He gets it last: until here he cannot change it.
+	// The owner gets it last: until here he cannot change it.
 	return errors.Join(err, chown(target.File, ownerOf(info)), syncFile(target.File))
 }
 
