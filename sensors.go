@@ -480,7 +480,8 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		p.stuck = true
 		s.mu.Unlock()
 		go func() {
-			p.waitEnded(context.Background())
+			for !p.waitEnded(context.Background(), time.Hour) {
+			}
 			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
@@ -624,9 +625,7 @@ func whyNotStarted(file string, err error) string {
 // then it also returns the code and the reason. It reports whether the process has
 // ended: not even SIGKILL ends one that waits in the kernel.
 func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool, code int, why string) {
-	limited, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	if p.waitEnded(limited) {
+	if p.waitEnded(ctx, timeout) {
 		return true, 0, ""
 	}
 	why = fmt.Sprintf("timed out after %v", timeout)
@@ -636,9 +635,7 @@ func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool,
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		syscall.Kill(-p.pid, sig)
 		syscall.Kill(p.pid, sig) // it may have left its group
-		patient, cancel := context.WithTimeout(context.Background(), killTime)
-		defer cancel()
-		if p.waitEnded(patient) {
+		if p.waitEnded(context.Background(), killTime) {
 			return true, -int(sig), why
 		}
 	}
@@ -666,33 +663,32 @@ func (r *runState) reap(p *process) (code int) {
 }
 
 // waitEnded waits until a process has ended, and leaves it to be reaped. It reports
-// false where ctx ends first. It blocks no thread.
-func (p *process) waitEnded(ctx context.Context) bool {
-	for {
-		if ended, err := endedChild(p.pid); ended == p.pid || err != nil {
-			return true
-		}
+// false where ctx ends first, or the time is over. It blocks no thread.
+func (p *process) waitEnded(ctx context.Context, limit time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for endedChild(p.pid) != p.pid {
 		select {
 		case <-p.children:
 		case <-ctx.Done():
 			return false
 		}
 	}
+	return true
 }
 
 // endedChild looks at one child or, for 0, at all of them, and returns the number of
-// one that has ended and is not reaped yet. It returns 0 if none has ended, and an
-// error if there is no such child.
-func endedChild(pid int) (int, error) {
+// one that has ended and is not reaped yet, or 0. A child that is not there has ended.
+func endedChild(pid int) int {
 	which := min(pid, 1)                 // P_ALL or P_PID of <sys/wait.h>
 	var info [32]int32                   // siginfo_t
 	const siPid = 3 + strconv.IntSize/64 // behind three ints, aligned to a word
 	_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(which), uintptr(pid),
 		uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
 	if errno != 0 {
-		return 0, os.NewSyscallError("waitid", errno)
+		return pid
 	}
-	return int(info[siPid]), nil
+	return int(info[siPid])
 }
 
 // reapOrphans reaps the processes that other processes leave to process 1, until
@@ -703,7 +699,7 @@ func (r *runState) reapOrphans(ctx context.Context) {
 	defer signal.Stop(children)
 	for ctx.Err() == nil {
 		r.mu.Lock()
-		pid, _ := endedChild(0)
+		pid := endedChild(0)
 		for p := range r.processes {
 			if p.pid == pid || p.pid == 0 { // a run's, or perhaps that of one that starts
 				pid = 0
