@@ -265,13 +265,10 @@ func (s *sensors) names() (names, missing []string, err error) {
 		return nil, nil, fmt.Errorf("list sensors: %w", err)
 	}
 	for _, e := range entries {
-		dir := filepath.Join(s.path, e.Name())
-		if info, err := os.Stat(dir); err != nil || !info.IsDir() || e.Name()[0] == '.' {
-			continue
-		}
 		name, bad := sensorName(e.Name())
-		info, err := os.Stat(filepath.Join(dir, s.executable))
+		info, err := os.Stat(filepath.Join(s.path, e.Name(), s.executable))
 		switch {
+		case e.Name()[0] == '.' || errors.Is(err, syscall.ENOTDIR): // not meant to be a sensor
 		case bad != nil:
 			why := fmt.Sprintf("its name is not plain text of at most %d bytes", maxName)
 			missing = append(missing, fmt.Sprintf("sensor %s: %s", cut(e.Name()), why))
