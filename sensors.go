@@ -67,7 +67,7 @@ const (
 	spareThreads = 6                     // beside those that run Go code: for files, names and signals
 )
 
-// swapPrefix begins the name of a sensor's version while a new one takes its place.
+// swapPrefix begins the name of a version of a sensor while the next one takes its place.
 const swapPrefix = ".picket-swap-"
 
 const (
@@ -84,7 +84,7 @@ const (
 	codeNotFound   = 127 // no such sensor
 )
 
-// A sensors is a directory of sensors and how they are run.
+// sensors is a directory of sensors, and how they are run.
 type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
@@ -96,7 +96,7 @@ type sensors struct {
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
 	helps   map[string]helpEntry // by sensor
-	threads sync.Once            // reserves them before the first run
+	threads sync.Once            // are reserved before the first run
 
 	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
