@@ -1535,8 +1535,8 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 			}
 			at = s.lookAt
 		}
-		if len(d.pending) > d.inMemory && s.written.stepped(d.clocks()) {
-			s.outdated = true // the times in the file are wrong
+		if len(d.pending) > d.inMemory && s.written.corrected(d.clocks()) != s.written.wall {
+			s.outdated = true // the clock was set: the times in the file are wrong
 		}
 		if d.unsaved || len(d.marks) > 0 || s.outdated {
 			if at = s.retryAt; !now.Before(at) {
@@ -1902,9 +1902,6 @@ func (c clocks) corrected(now clocks) time.Time {
 	}
 	return t
 }
-
-// stepped reports whether the clock was set between c and now.
-func (c clocks) stepped(now clocks) bool { return c.corrected(now) != c.wall }
 
 // systemClocks returns a function that reads the clocks of the box. Where nothing
 // names the boot, each process counts as one.
