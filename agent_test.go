@@ -3862,7 +3862,7 @@ func TestVerify(t *testing.T) {
 	texts := strings.NewReplacer("{good}", good, "{second}\n", sign2(archive), "{stranger}\n", stranger(archive),
 		"{impostor}\n", impostor(archive), "{other}\n", sign(archive[1:]), "{public}\n", public, "{line}", line,
 		"{short}", line[4:], "{RS}", base64.StdEncoding.EncodeToString([]byte("RS"+strings.Repeat("x", 72))),
-		`\r`, "\r", "{end}\n", "")
+		`\r`, "\r", "{end}\n", "", "{much}", strings.Repeat("x", maxKeyFile))
 	for _, c := range cases(t, "testdata/signatures.txt") {
 		where, want, _ := strings.Cut(c.name, ": ")
 		keys, sensor, _ := strings.Cut(where, " ")

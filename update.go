@@ -28,8 +28,8 @@ package main
 //
 // The last one stays until the next change of the sensor or the next start. recover puts the installed
 // version back if the new one is not in its place, else it does the rest, and it removes every other hidden
-// name. It does the same with what older versions of picket left: .picket-lock, .picket-new-disk and
-// .picket-old-disk.
+// name. It does the same with what older versions of picket left: .picket-lock, .picket-new-disk,
+// .picket-next-disk and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -74,6 +74,7 @@ const (
 	gonePrefix    = ".picket-gone-"          // the version that was replaced: runs may be in it
 	backupPrefix  = ".picket-backup-"        // a backup that is being made
 	olderPrefix   = ".picket-new-"           // of older versions: the new version of a sensor
+	nextPrefix    = ".picket-next-"          // the same, of versions after those
 	oldPrefix     = ".picket-old-"           // of older versions: the replaced version, not yet a backup
 	olderBackups  = ".*_????-??-??T??:??:??" // of older versions: half made or half removed
 	backupLayout  = "2006-01-02T15:04:05"
@@ -392,8 +393,7 @@ func (c *change) settle() error {
 	errs := []error{err}
 	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
 		switch prefix, name := versionOf(file); {
-		case prefix == olderPrefix && (!c.isWhole(name) || c.installed.has(oldPrefix+name)),
-			(prefix == swapPrefix || prefix == oldPrefix) && !c.isWhole(name):
+		case prefix == olderPrefix && c.installed.has(oldPrefix+name), prefix != "" && !c.isWhole(name):
 			errs = append(errs, c.put(file, name))
 		case prefix == swapPrefix || prefix == oldPrefix:
 			errs = append(errs, c.keepOld(file, name))
@@ -464,7 +464,7 @@ func (c *change) keepOld(file, name string) error {
 
 // versionOf splits the hidden name of a version that settle may need. Of any other name it returns "".
 func versionOf(file string) (prefix, name string) {
-	for _, prefix := range []string{swapPrefix, oldPrefix, olderPrefix} {
+	for _, prefix := range []string{swapPrefix, oldPrefix, olderPrefix, nextPrefix} {
 		name, ok := strings.CutPrefix(file, prefix)
 		if _, err := sensorName(name); ok && err == nil { // above all it is not ".."
 			return prefix, name
@@ -734,7 +734,13 @@ func (c *change) verify() error {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
 	var text bytes.Buffer
-	if err := c.from(c.ctx, ".sig", &text); err != nil {
+	err = c.from(c.ctx, ".sig", writerFunc(func(p []byte) (int, error) {
+		if text.Len()+len(p) > maxKeyFile {
+			return 0, fmt.Errorf("larger than %d bytes", maxKeyFile)
+		}
+		return text.Write(p)
+	}))
+	if err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
 	number, signature, err := parseSignify(text.Bytes(), ed25519.SignatureSize)
