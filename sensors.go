@@ -777,12 +777,16 @@ func (c *capture) write(n int) {
 func (c *capture) finish() {
 	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
 	<-c.ended
-	pipe := int(c.pipe.Fd())
-	syscall.SetNonblock(pipe, true) // Fd has changed that
-	for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
-		n, _ = syscall.Read(pipe, c.part[:])
-		c.write(max(0, n))
+	pipe, err := c.pipe.SyscallConn()
+	if err != nil {
+		return
 	}
+	pipe.Control(func(fd uintptr) {
+		for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
+			n, _ = syscall.Read(int(fd), c.part[:])
+			c.write(max(0, n))
+		}
+	})
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
@@ -827,9 +831,13 @@ type job struct {
 type lane struct {
 	limit   int // of running
 	running []*job
-	waiting []*job // the next one first
-	turn    int    // the latest turn of those that have begun
+	waiting []*job           // the next one first
+	callers map[string]share // of those that wait, by caller
+	turn    int              // the latest turn of those that have begun
 }
+
+// A share is what one caller has in a lane.
+type share struct{ waiting, turn int } // the turn of its latest command
 
 // mayRun reports whether a command for a sensor can run now. One slot of several
 // is kept from each sensor, so that one that hangs does not stop the others.
@@ -848,17 +856,12 @@ func (l *lane) mayRun(sensor string) bool {
 // if fewer than size wait, or if fewer than twice as many wait and few of them are its
 // caller's.
 func (l *lane) push(j *job, size int) bool {
-	all, own := len(l.waiting), 0
-	j.turn = l.turn + 1
-	for _, other := range l.waiting {
-		if other.from == j.from {
-			own++
-			j.turn = max(j.turn, other.turn+1)
-		}
-	}
-	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own >= max(1, size/4)) {
+	all, own := len(l.waiting), l.callers[j.from]
+	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own.waiting >= max(1, size/4)) {
 		return false
 	}
+	j.turn = max(l.turn, own.turn) + 1
+	l.callers[j.from] = share{own.waiting + 1, j.turn}
 	i := all
 	for i > 0 && l.waiting[i-1].turn > j.turn {
 		i--
@@ -894,6 +897,11 @@ func (l *lane) next() *job {
 func (l *lane) take(i int) *job {
 	j := l.waiting[i]
 	l.waiting = slices.Delete(l.waiting, i, i+1)
+	own := l.callers[j.from]
+	l.callers[j.from] = share{own.waiting - 1, own.turn}
+	if own.waiting == 1 {
+		delete(l.callers, j.from)
+	}
 	return j
 }
 
@@ -926,7 +934,9 @@ func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	ctx, cancel := context.WithCancel(context.Background())
 	return &queue{
 		run: run, deliver: deliver, discard: discard, ctx: ctx, cancel: cancel,
-		size: size, active: make(map[any]*job), readings: lane{limit: concurrency}, changes: lane{limit: 1},
+		size: size, active: make(map[any]*job),
+		readings: lane{limit: concurrency, callers: make(map[string]share)},
+		changes:  lane{limit: 1, callers: make(map[string]share)},
 	}
 }
 
@@ -1023,19 +1033,22 @@ func (q *queue) start(l *lane) {
 		q.work.Add(1)
 		go func(j *job) {
 			defer q.work.Done()
-			q.finish(l, j, q.run(q.ctx, j.command))
+			for j != nil {
+				j = q.finish(l, j, q.run(q.ctx, j.command))
+			}
 		}(j)
 	}
 }
 
-// finish delivers the reading of a command, and runs what can run now.
-func (q *queue) finish(l *lane, j *job, r reading) {
+// finish delivers the reading of a command, and returns the next one to run.
+func (q *queue) finish(l *lane, j *job, r reading) *job {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.deliverAll(j, r)
 	l.running = slices.DeleteFunc(l.running, func(other *job) bool { return other == j })
-	q.start(l)
+	next := l.next()
 	q.admit()
+	return next
 }
 
 // deliverAll delivers the reading of a command for its own ticket and those of the
