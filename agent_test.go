@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"expvar"
 	"flag"
 	"fmt"
 	"io"
@@ -87,24 +88,15 @@ func TestMain(m *testing.M) {
 	}
 	code := m.Run()
 	os.RemoveAll(program.dir)
-	for _, what := range sortedKeys(totals.n) {
-		fmt.Printf("total: %d %s\n", totals.n[what], what)
-	}
+	totals.Do(func(total expvar.KeyValue) { fmt.Printf("total: %v %s\n", total.Value, total.Key) })
 	os.Exit(code)
 }
 
 // totals counts what the tests have done. It is printed at the end.
-var totals = struct {
-	sync.Mutex
-	n map[string]int
-}{n: make(map[string]int)}
+var totals expvar.Map
 
 // total counts what a test has done.
-func total(what string, n int) {
-	totals.Lock()
-	defer totals.Unlock()
-	totals.n[what] += n
-}
+func total(what string, n int) { totals.Add(what, int64(n)) }
 
 // parallel calls work n times at once, and waits for all of them.
 func parallel(n int, work func(i int)) {
