@@ -177,8 +177,7 @@ func logged(t *testing.T) fmt.Stringer {
 	return &b
 }
 
-// A lockedBuffer may be written and read at the same time. It takes the severities off
-// the lines of a log.
+// A lockedBuffer may be written and read at the same time.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -187,26 +186,26 @@ type lockedBuffer struct {
 func (b *lockedBuffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	_, text := splitSeverity(string(p))
-	b.b.WriteString(text)
-	return len(p), nil
+	return b.b.Write(p)
 }
 
+// severity is what a line of a log begins with that has one.
+var severity = regexp.MustCompile(`(?m)^<\d>`)
+
+// String returns the text without the severities of its lines.
 func (b *lockedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.b.String()
+	return severity.ReplaceAllString(b.b.String(), "")
 }
 
 // wantLog waits until a log has a text, in which … stands for anything.
 func wantLog(t testing.TB, log fmt.Stringer, text string) {
 	t.Helper()
-	defer func() {
-		if t.Failed() {
-			t.Logf("the log is %s", log)
-		}
-	}()
-	await(t, "the log has "+text, func() bool { return like(log.String(), "…"+text+"…") })
+	for begun := time.Now(); time.Since(begun) < patience && !like(log.String(), "…"+text+"…"); {
+		time.Sleep(time.Millisecond)
+	}
+	has(t, "the log", log, text)
 }
 
 func readFile(t testing.TB, file string) []byte {
@@ -907,7 +906,7 @@ func (b *box) start(t testing.TB, args ...string) *child {
 func (b *box) startAs(t testing.TB, cmd *exec.Cmd) *child {
 	t.Helper()
 	p := start(t, cmd)
-	b.client = p.client(t)
+	b.client = clientOf(t, p.address(t))
 	return p
 }
 
@@ -982,52 +981,41 @@ func wants(t testing.TB, got storedReading, want string) {
 type child struct {
 	*exec.Cmd
 	log    lockedBuffer
-	serves chan string   // gets each line of the log that names the address where it serves
 	ended  chan struct{} // is closed when it has ended
+	served int           // addresses of its log that a test knows
 }
 
 // servesAt matches the line with which a program says where it serves.
 var servesAt = regexp.MustCompile(`(?:on|listening)"? (?:https?://|address=)?(127\.0\.0\.1:\d+)[,/\n]`)
 
-// start starts a program and kills it when the test ends.
+// start starts a program and kills it when the test ends; one that fails shows the log.
 func start(t testing.TB, cmd *exec.Cmd) *child {
 	t.Helper()
-	c := &child{Cmd: cmd, serves: make(chan string, 100), ended: make(chan struct{})}
-	stderr, err := cmd.StderrPipe()
-	must(t, err)
+	c := &child{Cmd: cmd, ended: make(chan struct{})}
+	cmd.Stderr = &c.log
 	must(t, cmd.Start())
-	go func() {
-		defer close(c.ended)
-		defer close(c.serves)
-		var err error
-		for lines := bufio.NewReader(stderr); err == nil; {
-			var line string
-			line, err = lines.ReadString('\n')
-			c.log.Write([]byte(line))
-			if match := servesAt.FindStringSubmatch(line); match != nil {
-				c.serves <- match[1]
-			}
+	go func() { defer close(c.ended); c.Wait() }() // whose error is in ProcessState
+	t.Cleanup(func() {
+		c.Process.Kill()
+		<-c.ended
+		if t.Failed() {
+			t.Logf("%s: %s", c.Path, &c.log)
 		}
-		c.Wait() // whose error is in ProcessState
-	}()
-	t.Cleanup(func() { c.Process.Kill(); <-c.ended })
+	})
 	return c
 }
 
-// client waits until an agent serves, and returns a client that calls it.
-func (c *child) client(t testing.TB) *client {
-	t.Helper()
-	return clientOf(t, c.address(t))
-}
-
-// address waits until the program serves, and returns where.
+// address waits until the program serves, and returns where; the next call waits for its
+// next address.
 func (c *child) address(t testing.TB) string {
 	t.Helper()
-	address := receive(t, "its address", c.serves)
-	if address == "" {
-		t.Fatalf("%s does not serve: %s", c.Path, &c.log)
-	}
-	return address
+	var found [][]string
+	await(t, c.Path+" serves", func() bool {
+		found = servesAt.FindAllStringSubmatch(c.log.String(), -1)
+		return len(found) > c.served
+	})
+	c.served++
+	return found[c.served-1][1]
 }
 
 // signal sends signals.
@@ -1603,15 +1591,12 @@ func TestProcessLimit(t *testing.T) {
 	cmd := exec.Command(needs(t, "setpriv"), "--reuid=54321", "--regid=54321", "--clear-groups",
 		needs(t, "prlimit"), "--nproc=60", binary(t))
 	cmd.Dir = b.dir
-	p := b.startAs(t, cmd)
+	b.startAs(t, cmd)
 	defer func() {
 		for _, pid := range marked() {
 			syscall.Kill(pid, syscall.SIGKILL) // which the agent would have done
 		}
 		awaitNone(t, marked)
-		if t.Failed() {
-			t.Log(&p.log)
-		}
 	}()
 	mustCall(t, b.client, "cmd_submit_reading", 0, "greedy")
 	await(t, "no process is left to start", func() bool { return exists(filepath.Join(greedy, "full")) })
@@ -4936,7 +4921,7 @@ func TestSurroundings(t *testing.T) {
 			p := start(t, terminal)
 			switch test.command {
 			case "":
-				b.client = p.client(t)
+				b.client = clientOf(t, p.address(t))
 				b.read(t, 1, "s")
 				runTool(t, b.dir, "sh", "-c", "kill $(cat pid)")
 			case "check s hang":
@@ -5731,7 +5716,7 @@ func TestInit(t *testing.T) {
 	awaitSpooled(t, spool, 1)
 	kill("picket", syscall.SIGKILL)
 	b.set(nil)
-	b.client = boot.client(t)
+	b.client = clientOf(t, boot.address(t))
 	wants(t, receive(t, "reading", b.readings), "ticket 10: exit 0, value 5")
 	awaitSpooled(t, spool, 0)
 
@@ -5744,7 +5729,7 @@ func TestInit(t *testing.T) {
 	wantLog(t, &boot.log, "picket: /var/picket/client.cfg:2: [monitor] url: this is neither …"+waits+"…"+waits)
 	b.configure(t, b.config)
 	kill("picket", syscall.SIGHUP)
-	b.client = boot.client(t)
+	b.client = clientOf(t, boot.address(t))
 
 	// Init's shutdown ends it in time.
 	must(t, errors.Join(syscall.Kill(sleeps[0], 0), syscall.Kill(sleeps[1], 0))) // they are there
