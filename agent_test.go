@@ -218,14 +218,12 @@ func readFile(t testing.TB, file string) []byte {
 // writeTree makes files, which are executable, and directories.
 func writeTree(t testing.TB, dir string, tree files) {
 	t.Helper()
-	for _, name := range sortedKeys(tree) {
-		file := filepath.Join(dir, name)
-		if strings.HasSuffix(name, "/") {
-			must(t, os.MkdirAll(file, 0o755))
-			continue
-		}
+	for name, text := range tree {
+		file := dir + "/" + name
 		must(t, os.MkdirAll(filepath.Dir(file), 0o755))
-		must(t, os.WriteFile(file, []byte(tree[name]), 0o755))
+		if !strings.HasSuffix(name, "/") {
+			must(t, os.WriteFile(filepath.Clean(file), []byte(text), 0o755))
+		}
 	}
 }
 
@@ -467,13 +465,8 @@ func openFiles(t *testing.T) int { return len(get(os.ReadDir("/proc/self/fd"))) 
 // residentMemory is a figure of /proc/PID/status, in KiB.
 func residentMemory(t testing.TB, pid any, name string) int {
 	t.Helper()
-	text := readFile(t, fmt.Sprintf("/proc/%v/status", pid))
-	match := regexp.MustCompile(name + `:\s+(\d+) kB`).FindSubmatch(text)
-	if match == nil {
-		t.Fatalf("got %s; want %s in it", text, name)
-	}
-	n, _ := strconv.Atoi(string(match[1]))
-	return n
+	_, figure, _ := strings.Cut(string(readFile(t, fmt.Sprintf("/proc/%v/status", pid))), name+":")
+	return get(strconv.Atoi(strings.Fields(figure)[0]))
 }
 
 // A recorder is a monitor that keeps what it gets, and misbehaves on demand.
@@ -507,21 +500,16 @@ func newRecorder(t testing.TB) *recorder {
 	m.monitor = &monitor{stored: func(s storedReading) error { m.readings <- s; return nil }}
 	inner := newHandler(m.methods())
 	inner.http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a := attempt{context: r.Context()}
+		a := attempt{context: r.Context(), store: func() { inner.ServeHTTP(httptest.NewRecorder(), r) }}
 		body, _ := io.ReadAll(r.Body)
 		a.method, a.params, _ = decodeCall(body)
 		r.Body = io.NopCloser(bytes.NewReader(body))
 		m.mu.Lock()
 		misbehave := m.misbehave
 		m.mu.Unlock()
-		if a.method == "healthcheck" { // an agent that starts, which may be at any time
-			misbehave = nil
-		} else {
+		if a.method != "healthcheck" { // which an agent that starts calls at any time
 			a.try = int(m.tries.Add(1))
-		}
-		if misbehave != nil {
-			a.store = func() { inner.ServeHTTP(httptest.NewRecorder(), r) }
-			if misbehave(w, a) {
+			if misbehave != nil && misbehave(w, a) {
 				return
 			}
 		}
@@ -631,35 +619,18 @@ func mustCall(t testing.TB, c *client, name string, params ...any) any {
 	return v
 }
 
-// wantFault wants a method to refuse its parameters.
-func wantFault(t testing.TB, c *client, method string, params ...any) {
-	t.Helper()
-	equal(t, fmt.Sprintf("%s%.80v", method, params), verdict(c.call(ctx, method, params...)), fmt.Sprint(faultParams))
-}
-
 // fromJSON returns the elements of an array in JSON, whole numbers as int or i8.
-func fromJSON(t *testing.T, text string) []any {
+func fromJSON(t *testing.T, text string) (list []any) {
 	t.Helper()
-	var list []any
 	must(t, json.Unmarshal([]byte(text), &list))
-	return plainJSON(list).([]any)
-}
-
-// plainJSON replaces the numbers in a value.
-func plainJSON(v any) any {
-	switch v := v.(type) {
-	case float64:
-		if n := int64(v); float64(int32(n)) == v {
-			return int(n)
-		} else if float64(n) == v {
-			return n
-		}
-	case []any:
-		for i := range v {
-			v[i] = plainJSON(v[i])
+	for i, v := range list {
+		if number, ok := v.(float64); ok && number == float64(int32(number)) {
+			list[i] = int(number)
+		} else if ok && number == float64(int64(number)) {
+			list[i] = int64(number)
 		}
 	}
-	return v
+	return list
 }
 
 // picket runs a command line in this process. It returns "exit CODE", what is
@@ -681,18 +652,6 @@ func writeSensor(t testing.TB, dir, name, script string) {
 
 // printing is a sensor that prints a number.
 func printing(n int) string { return fmt.Sprintf("#!/bin/sh\necho %d\n", n) }
-
-// A gate is a file for which sensors wait.
-type gate string
-
-// open lets the sensors go on.
-func (g gate) open(t testing.TB) { must(t, os.WriteFile(string(g), nil, 0o600)) }
-
-// gatedSensor returns a sensor that prints 3 as soon as its gate is open.
-func gatedSensor(t testing.TB) (gate, string) {
-	file := filepath.Join(t.TempDir(), "gate")
-	return gate(file), "#!/bin/sh\nwhile [ ! -e '" + file + "' ]; do sleep 0.02; done; echo 3\n"
-}
 
 // A packed is one entry of a package that a test builds.
 type packed struct {
@@ -875,11 +834,6 @@ func (b *box) configure(t testing.TB, text string) {
 	t.Helper()
 	b.config = text
 	writeTree(t, b.dir, files{"client.cfg": text})
-}
-
-// written returns the client.cfg that is there.
-func (b *box) written(t testing.TB) string {
-	return string(readFile(t, filepath.Join(b.dir, "client.cfg")))
 }
 
 // run runs the agent in this process until the test ends.
@@ -1489,17 +1443,13 @@ func testSensors(t testing.TB, script string) *sensors {
 	return newSensors(dir, "check", "options", patience, nil)
 }
 
-// summary is what a reading says: its code, its value and its reason.
-func summary(r reading) string {
+// summaryOf runs a sensor, and returns what the reading says: its code, its value and its reason.
+func summaryOf(s *sensors, name string, args ...string) string {
+	r := s.read(ctx, name, args, nil)
 	if r.value == "" {
 		r.value = "nan"
 	}
 	return strings.TrimSpace(fmt.Sprint(r.code, " ", r.value, " ", r.reason))
-}
-
-// summaryOf runs a sensor.
-func summaryOf(s *sensors, name string, args ...string) string {
-	return summary(s.read(ctx, name, args, nil))
 }
 
 // TestReading runs the sensors of testdata/sensors/readings.txt. No reading waits for what
@@ -1532,8 +1482,7 @@ func TestReadingQuick(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would close files
 	open := openFiles(t)
 	for i := 0; i < 40; i++ {
-		r := s.read(ctx, "s", []string{fmt.Sprintf("0.%03d", i/2)}, nil)
-		equal(t, fmt.Sprint(i/2, " ms"), summary(r), `3 12 "x"`)
+		equal(t, fmt.Sprint(i/2, " ms"), summaryOf(s, "s", fmt.Sprintf("0.%03d", i/2)), `3 12 "x"`)
 		equal(t, "none", s.read(ctx, "none", nil, nil).code, codeNotFound)
 	}
 	await(t, "all files are closed", func() bool { return openFiles(t) <= open })
@@ -2405,9 +2354,9 @@ func TestResetChanges(t *testing.T) {
 	expect(t, failed >= len(archive)/101, "got %d failures of the update; want more", failed)
 	for n := 0; try(n, "cmd_register_new_server") != 0; n += 11 {
 		failed++
-		equal(t, "client.cfg", b.written(t), b.config)
+		equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
 	}
-	equal(t, "client.cfg", b.written(t), strings.Replace(b.config, b.url.String(), b.next, 1))
+	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), strings.Replace(b.config, b.url.String(), b.next, 1))
 	leavesNothing(t, b.dir)
 	total("network faults survived", failed)
 }
@@ -4271,8 +4220,8 @@ func TestCrashKill(t *testing.T) {
 // TestReplacedRun: a change does not wait for a run in the version that it replaces. Its directory
 // stays, whatever other sensors are changed, until the next change of the sensor or the next start.
 func TestReplacedRun(t *testing.T) {
-	open := gate(filepath.Join(t.TempDir(), "gate"))
-	script := "#!/bin/sh\n: >began; until [ -e '" + string(open) + "' ]; do sleep 0.01; done; cat lib/n\n"
+	gate := filepath.Join(t.TempDir(), "gate")
+	script := "#!/bin/sh\n: >began; until [ -e '" + gate + "' ]; do sleep 0.01; done; cat lib/n\n"
 	u := testUpdater(t, t.TempDir(), files{"sensors/demo/lib/n": "7", "sensors/demo/check": script})
 	gone := u.at(gonePrefix + "demo")
 	run := make(chan string, 1)
@@ -4281,7 +4230,7 @@ func TestReplacedRun(t *testing.T) {
 	must(t, u.plainInstall(demo(t, 2)))
 	equal(t, "the new version", summaryOf(u.sensors, "demo"), "0 2")
 	must(t, u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), "")))
-	open.open(t)
+	writeTree(t, "", files{gate: ""})
 	equal(t, "the run in the old version", receive(t, "the run", run), "0 7")
 	equal(t, "links", fmt.Sprint(ownerOf(get(os.Stat(gone+"/check"))).Nlink), "2") // the backup is the other
 	has(t, "a change that fails", u.plainInstall(fromText("", "")), "cut off")
@@ -4436,15 +4385,15 @@ func TestReadable(t *testing.T) {
 }
 
 // probeBox runs a box with sensors and a prober, and returns what that prints and its
-// address. Until the gate is open, the sensor hangs waits.
-func probeBox(t testing.TB) (b *box, out *lockedBuffer, probes string, hangs gate) {
+// address. The sensor hangs waits for the file that is returned last.
+func probeBox(t testing.TB) (b *box, out *lockedBuffer, probes, hangs string) {
 	t.Helper()
-	hangs, script := gatedSensor(t)
+	hangs = filepath.Join(t.TempDir(), "gate")
 	b = newBox(t, "", files{
 		"sensors/number/check": "#!/bin/sh\necho -0.50\n", "sensors/count/check": "#!/bin/sh\necho $#\n",
 		"sensors/disk/check": "#!/bin/sh\necho 61.2\n", "sensors/net/check": "#!/bin/sh\necho -3\n",
 		"sensors/fails/check": "#!/bin/sh\necho 7; exit 3\n", "sensors/text/check": "#!/bin/sh\necho text\n",
-		"sensors/hangs/check": script,
+		"sensors/hangs/check": "#!/bin/sh\nuntil [ -e '" + hangs + "' ]; do sleep 0.02; done; echo 3\n",
 	})
 	out = &lockedBuffer{}
 	p := newProber(nil, out)
@@ -4502,7 +4451,7 @@ func TestProbe(t *testing.T) {
 	}
 	equal(t, "what is printed", out.String(), "")
 
-	hangs.open(t)
+	writeTree(t, "", files{hangs: ""})
 	wantLog(t, out, " 127.0.0.1 ticket \"probe-…\": exit 0, value 3, late\n… exit 0, value 3, late\n")
 	at := dateTime("20261122T20:43:21")
 	monitor := testClient(t, b.url, nil)
@@ -4513,7 +4462,7 @@ func TestProbe(t *testing.T) {
 	for _, params := range [][]any{
 		{1, []any{0, 0.5}, at}, {1, []any{0, "1"}, string(at)}, {1, []any{0, "1"}}, {1.5, []any{0, "1"}, at},
 	} {
-		wantFault(t, monitor, "cmd_store_probe_data", params...)
+		equal(t, fmt.Sprint(params), verdict(monitor.call(ctx, "cmd_store_probe_data", params...)), "-32602")
 	}
 	has(t, "counts", scrape(t, probes, "/metrics", ""), `{result="stored"} 47…{result="late"} 2…{result="unknown"} 1`)
 }
@@ -5257,7 +5206,8 @@ func TestStoryHanging(t *testing.T) {
 	hang := "#!/bin/sh\nsleep 60"
 	b := newBox(t, "[sensor]\ntimeout = 200ms\n", files{"sensors/one/check": hang, "sensors/two/check": hang})
 	a := b.run(t)
-	wantFault(t, b.client, "cmd_submit_reading", strings.Repeat("x", maxTicket+1), "one")
+	long := strings.Repeat("x", maxTicket+1)
+	equal(t, "a long ticket", verdict(b.client.call(ctx, "cmd_submit_reading", long, "one")), "-32602")
 	conn := dial(t, b.client.url.Host, "")
 	must(t, conn.SetDeadline(time.Time{}))
 	answers := bufio.NewReader(conn)
@@ -5355,7 +5305,7 @@ func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes i
 	gets(t, b.recorder, 100, 119)
 	wants(t, b.ask(t, "cmd_register_new_server", 3), "ticket 3: exit 1, value nan")
 	wantLog(t, &p.log, "move: …client.cfg…: "+reason)
-	equal(t, "client.cfg", b.written(t), b.config)
+	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
 	leavesNothing(t, reason, b.dir)
 	set(-1)
 	mustCall(t, b.client, "cmd_register_new_server", 4)
