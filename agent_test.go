@@ -1192,33 +1192,6 @@ func TestLost(t *testing.T) {
 	equal(t, "lost by an empty client.cfg", len(s.lost(empty)), 10)
 }
 
-// TestIrregular: a FIFO, a socket, a device or a directory in the place of a
-// file is an error that names the option. Nothing waits for it.
-func TestIrregular(t *testing.T) {
-	dir := t.TempDir()
-	fifo, socket := filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
-	l, err := net.Listen("unix", socket)
-	must(t, errors.Join(err, syscall.Mkfifo(fifo, 0o600)))
-	defer l.Close()
-	for _, file := range []string{dir, fifo, socket, "/dev/zero"} {
-		want := file + ": not a regular file"
-		_, err := readINI(file)
-		equal(t, "client.cfg", fmt.Sprint(err), want)
-		for text, option := range map[string]string{
-			"[monitor]\nca = FILE":                          "[monitor] ca",
-			"[agent]\nclient_ca = FILE":                     "[agent] client_ca",
-			"[agent]\ncertificate = FILE\nkey = go.mod":     "[agent] certificate",
-			"[monitor]\nkey = FILE\ncertificate = go.mod\n": "[monitor] key",
-		} {
-			c := get(parseINI("c.cfg", strings.ReplaceAll(text, "FILE", file)))
-			_, found := c.settings("")
-			has(t, option, found, "c.cfg:2: "+option+": "+want)
-		}
-	}
-	_, err = readKeys(fifo)
-	has(t, "a key", err, "not a regular file")
-}
-
 // TestShippedConfig: client.cfg shows every option with its default, and a document
 // explains it. Whoever follows the README sets values in it; those may differ.
 func TestShippedConfig(t *testing.T) {
