@@ -215,9 +215,12 @@ func readFile(t testing.TB, file string) []byte {
 	return data
 }
 
-// writeTree makes files, which are executable, and directories.
+// writeTree makes files, which are executable, and directories. A process that is started
+// meanwhile would have such a file open, and the file would be busy.
 func writeTree(t testing.TB, dir string, tree files) {
 	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	for name, text := range tree {
 		file := dir + "/" + name
 		must(t, os.MkdirAll(filepath.Dir(file), 0o755))
@@ -1565,41 +1568,47 @@ func TestShippedSensors(t *testing.T) {
 		must(t, os.Symlink(needs(t, tool), filepath.Join(tools["dash"], tool)))
 		must(t, os.Symlink(needs(t, "busybox"), filepath.Join(tools["busybox ash"], tool)))
 	}
-	s := testSensors(t, "")
-	var runs [][][3]string // those of a table under a shell come one after the other
-	for i := 0; i < len(smallShells)*len(tables); i++ {
+	parallel(len(smallShells)*len(tables), func(i int) {
 		shell, table := smallShells[i%len(smallShells)], tables[i/len(smallShells)]
 		name := strings.TrimSuffix(filepath.Base(table), ".txt")
-		runs = append(runs, nil)
 		for _, c := range cases(t, table) {
-			root, where := t.TempDir(), shell+": "+c.name+": "+name
-			questions := makeBox(t, root, c.text)
-			script := strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").
-				Replace(scripts["sensors/"+name+"/check"])
-			writeScript(t, s, filepath.Base(root), shell, preludeOf(shell, root, tools[shell]), script)
-			for _, q := range questions {
-				runs[i] = append(runs[i], [3]string{where, root, q})
-			}
-		}
-	}
-	// All files are written by now: one just written may be busy while another process starts.
-	parallel(len(runs), func(i int) {
-		for _, r := range runs[i] {
-			testAnswer(t, s, r[0], r[1], r[2])
+			testBox(t, shell, tools[shell], name, scripts["sensors/"+name+"/check"], c)
 		}
 	})
 	awaitNone(t, marked)
 }
 
+// testBox asks a sensor the questions of a case, with one argument as old monitors do or,
+// under dash, with a word in each.
+func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
+	t.Helper()
+	root, s := t.TempDir(), testSensors(t, "")
+	questions := makeBox(t, root, c.text)
+	script = strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").Replace(script)
+	writeScript(t, s, name, shell, preludeOf(shell, root, tools), script)
+	for _, q := range questions {
+		question, want, found := strings.Cut(q, " = ")
+		args := []string{question}
+		if shell == "dash" {
+			args = strings.Fields(question)
+		}
+		status, reason, failed := strings.Cut(want, ": ")
+		if want = "0 " + want; failed {
+			want = fmt.Sprintf(`%s nan "%s: %s"`, status, name, reason)
+		}
+		got := strings.ReplaceAll(summaryOf(s, name, args...), root, "")
+		expect(t, found && like(got, want), "%s: %s: %s %s: got %s; want %s", shell, c.name, name, question, got, want)
+		total("answers of shipped sensors", 1)
+	}
+}
+
 // TestShippedSensorsHere asks the shipped sensors every question on this machine, and some
 // that each must refuse. Their common part is that of the example in docs/sensors.md.
 func TestShippedSensorsHere(t *testing.T) {
-	scripts, held := shipped(t, "sensors/"), make(chan bool)
-	l := listenRaw(t, "127.0.0.1:0", func(c net.Conn) { <-held })
-	t.Cleanup(func() { close(held) })
+	scripts := shipped(t, "sensors/")
+	_, port, _ := net.SplitHostPort(listen(t, "127.0.0.1:0").Addr().String())
 	pidfile := filepath.Join(t.TempDir(), "pid")
 	writeTree(t, "", files{pidfile: fmt.Sprintln(os.Getpid())})
-	_, port, _ := net.SplitHostPort(l.Addr().String())
 	words := map[string]string{
 		"<vol>": "/", "<if>": "lo", "<n>": "0", "<name>": filepath.Base(os.Args[0]), "<pidfile>": pidfile,
 		"<file>": pidfile, "<dir>": filepath.Dir(pidfile), "<host>": "127.0.0.1", "<port>": port,
@@ -1661,22 +1670,20 @@ func makeBox(t testing.TB, root, text string) (questions []string) {
 	t.Helper()
 	tree, file := make(files), ""
 	for _, line := range splitLines(strings.ReplaceAll(text, "{}", root)) {
-		content, isContent := strings.CutPrefix(line, "\t")
 		name, target, isLink := strings.Cut(line, " -> ")
 		switch {
-		case isContent:
-			tree[file] += content + "\n"
+		case strings.HasPrefix(line, "\t"):
+			tree[file] += line[1:] + "\n"
 		case strings.HasPrefix(line, "? "):
 			questions = append(questions, line[2:])
 		case isLink:
 			writeTree(t, root, files{filepath.Dir(name) + "/": ""})
 			must(t, os.Symlink(target, root+name))
-		case strings.HasPrefix(line, "/bin/"):
-			file = line
-			tree[file] = "#!/bin/sh\n"
 		default:
-			file = line
-			tree[file] = ""
+			file, tree[line] = line, ""
+			if strings.HasPrefix(line, "/bin/") {
+				tree[line] = "#!/bin/sh\n"
+			}
 		}
 	}
 	writeTree(t, root, tree)
@@ -1705,30 +1712,10 @@ func preludeOf(shell, root, tools string) string {
 	return prelude
 }
 
-// testAnswer asks a sensor "QUESTION = ANSWER", with one argument as old monitors do or,
-// under dash, with a word in each.
-func testAnswer(t testing.TB, s *sensors, where, root, q string) {
-	t.Helper()
-	question, want, found := strings.Cut(q, " = ")
-	args := []string{question}
-	if strings.HasPrefix(where, "dash") {
-		args = strings.Fields(question)
-	}
-	status, reason, failed := strings.Cut(want, ": ")
-	if want = "0 " + want; failed {
-		want = status + ` nan "` + where[strings.LastIndex(where, " ")+1:] + ": " + reason + `"`
-	}
-	got := strings.ReplaceAll(summaryOf(s, filepath.Base(root), args...), root, "")
-	expect(t, found && like(got, want), "%s %s: got %s; want %s", where, question, got, want)
-	total("answers of shipped sensors", 1)
-}
-
 // busyboxPath makes a directory with busybox's applets and nothing else.
 func busyboxPath(t *testing.T, busybox string) string {
 	dir := t.TempDir()
-	for _, applet := range strings.Fields(runTool(t, "", busybox, "--list")) {
-		must(t, os.Symlink(busybox, filepath.Join(dir, applet)))
-	}
+	runTool(t, "", busybox, "--install", "-s", dir)
 	return dir
 }
 
