@@ -315,7 +315,6 @@ func cases(t testing.TB, file string) (list []testCase) {
 // one is not as it is shipped: whoever uses picket changes client.cfg and sensors.
 // testdata/shipped.txt has their checksums, as of sha256sum; -update renews them.
 func shipped(t testing.TB, prefix string) files {
-	t.Helper()
 	const list = "testdata/shipped.txt"
 	found, now := make(files), ""
 	for _, line := range splitLines(string(readFile(t, list))) {
@@ -347,7 +346,6 @@ func lockFile(t testing.TB, path string) *os.File {
 
 // forEverybody lets other users into a temporary directory.
 func forEverybody(t *testing.T, dir string) {
-	t.Helper()
 	for ; dir != "/" && dir != os.TempDir(); dir = filepath.Dir(dir) {
 		must(t, os.Chmod(dir, 0o755))
 	}
@@ -413,7 +411,6 @@ var program struct {
 
 // binary returns the path of the program.
 func binary(t testing.TB) string {
-	t.Helper()
 	program.once.Do(func() {
 		program.dir = get(os.MkdirTemp("", "picket-test-"))
 		must(t, os.Chmod(program.dir, 0o755))
@@ -528,26 +525,17 @@ func away(w http.ResponseWriter, _ attempt) bool { w.WriteHeader(503); return tr
 // listenRaw calls a function with each connection until the test ends, and closes the
 // connection after it.
 func listenRaw(t testing.TB, address string, serve func(net.Conn)) *rawListener {
-	t.Helper()
 	l := &rawListener{Listener: listen(t, address)}
-	l.served.Add(1)
 	go func() {
-		defer l.served.Done()
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
 			l.conns.Add(1)
-			l.served.Add(1)
-			go func() {
-				defer l.served.Done()
-				defer conn.Close()
-				serve(conn)
-			}()
+			go func() { defer conn.Close(); serve(conn) }()
 		}
 	}()
-	t.Cleanup(func() { l.Close(); l.served.Wait() })
 	return l
 }
 
@@ -563,20 +551,17 @@ func listen(t testing.TB, address string) net.Listener {
 // A rawListener counts its connections.
 type rawListener struct {
 	net.Listener
-	conns  atomic.Int32
-	served sync.WaitGroup
+	conns atomic.Int32
 }
 
 // serve serves a handler on loopback until the test ends.
 func serve(t testing.TB, h http.Handler) *url.URL {
-	t.Helper()
 	u, _ := serveOn(t, "127.0.0.1:0", h)
 	return u
 }
 
 // serveOn serves a handler at an address.
 func serveOn(t testing.TB, address string, h http.Handler) (*url.URL, *http.Server) {
-	t.Helper()
 	listener := listen(t, address)
 	server := &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)}
 	run := server.Serve
@@ -647,12 +632,6 @@ func picket(args ...string) string {
 	return fmt.Sprintf("exit %d\n%s", code, &out)
 }
 
-// writeSensor makes a sensor of a shell script.
-func writeSensor(t testing.TB, dir, name, script string) {
-	t.Helper()
-	writeTree(t, dir, files{name + "/check": "#!/bin/sh\n" + script + "\n"})
-}
-
 // printing is a sensor that prints a number.
 func printing(n int) string { return fmt.Sprintf("#!/bin/sh\necho %d\n", n) }
 
@@ -668,7 +647,6 @@ func entry(name, body string) packed { return packed{Header: tar.Header{Name: na
 
 // packageOf returns a package, not compressed, with these entries in order.
 func packageOf(t testing.TB, entries ...packed) string {
-	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, e := range entries {
@@ -700,15 +678,11 @@ func packageOf(t testing.TB, entries ...packed) string {
 
 // demoPackage is a package of the sensor demo, which prints a number, and more.
 func demoPackage(t testing.TB, n int, more ...packed) string {
-	t.Helper()
 	return packageOf(t, append([]packed{entry("demo/", ""), entry("demo/check", printing(n))}, more...)...)
 }
 
 // demo is the source of a demoPackage.
-func demo(t testing.TB, n int, more ...packed) source {
-	t.Helper()
-	return fromText(demoPackage(t, n, more...), "")
-}
+func demo(t testing.TB, n int, more ...packed) source { return fromText(demoPackage(t, n, more...), "") }
 
 // fromText is a source of a package that is in memory.
 func fromText(archive, signature string) source {
@@ -722,7 +696,6 @@ func fromText(archive, signature string) source {
 // testUpdater returns an updater of dir/sensors and dir/backup with these
 // files in them, which takes packages of 1 MiB that unpack to 2 MiB.
 func testUpdater(t testing.TB, dir string, before files) *updater {
-	t.Helper()
 	writeTree(t, dir, before)
 	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
 	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
@@ -766,7 +739,6 @@ func (ca *testCA) sign(cert *x509.Certificate, from, to time.Time) string {
 // files writes a certificate that is valid between two times, its key and the
 // CA's certificate, and loads them.
 func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
-	t.Helper()
 	dir, now := t.TempDir(), time.Now()
 	cert := &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
@@ -782,7 +754,6 @@ func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles 
 
 // valid writes a certificate that is valid now.
 func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
-	t.Helper()
 	return ca.files(t, name, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
 }
 
@@ -794,7 +765,6 @@ func newCA(t testing.TB, name string) *testCA {
 
 // loadTLS loads the certificate of a name, its key and the CA's from dir.
 func loadTLS(t testing.TB, dir, name string) tlsFiles {
-	t.Helper()
 	path := func(file string) string { return filepath.Join(dir, file) }
 	f := tlsFiles{certificate: path(name + ".crt"), key: path(name + ".key"), ca: path("ca.crt")}
 	if option, err := f.load(); err != nil {
@@ -824,7 +794,6 @@ type box struct {
 // newBox makes a box with these files. Its client.cfg names the monitor, has an
 // address to listen at, and then more; its packages are in packages/.
 func newBox(t testing.TB, more string, tree files) *box {
-	t.Helper()
 	b := &box{recorder: newRecorder(t), dir: t.TempDir()}
 	b.packages = filepath.Join(b.dir, "packages")
 	writeTree(t, b.dir, tree)
@@ -991,7 +960,6 @@ func clientOf(t testing.TB, address string) *client {
 
 // self is the command that runs this program in dir.
 func self(t testing.TB, dir string, args ...string) *exec.Cmd {
-	t.Helper()
 	cmd := exec.Command(get(os.Executable()), args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PICKET_TEST_MAIN=1")
 	return cmd
@@ -1391,10 +1359,9 @@ func TestSplitWordsShell(t *testing.T) {
 
 // testSensors returns the sensors of a new directory with one sensor, s.
 func testSensors(t testing.TB, script string) *sensors {
-	t.Helper()
 	dir := t.TempDir()
 	if script != "" {
-		writeSensor(t, dir, "s", script)
+		writeTree(t, dir, files{"s/check": "#!/bin/sh\n" + script})
 	}
 	return newSensors(dir, "check", "options", patience, nil)
 }
@@ -1548,7 +1515,6 @@ var smallShells = []string{"dash", "busybox ash"}
 // writeScript makes a sensor of a shipped script, to be run by a shell. The prelude comes
 // before the script's first line.
 func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) {
-	t.Helper()
 	program, applet, _ := strings.Cut(shell, " ")
 	interpreter := strings.TrimSpace("#!" + needs(t, program) + " " + applet)
 	_, script, _ = strings.Cut(script, "\n")
@@ -1667,7 +1633,6 @@ func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words ma
 
 // makeBox makes the files of a case, and returns its questions.
 func makeBox(t testing.TB, root, text string) (questions []string) {
-	t.Helper()
 	tree, file := make(files), ""
 	for _, line := range splitLines(strings.ReplaceAll(text, "{}", root)) {
 		name, target, isLink := strings.Cut(line, " -> ")
@@ -1836,16 +1801,13 @@ func (q *testQueue) step(line string) {
 	case "cancel":
 		within(0, q.close)
 	case "delivers":
-		for _, want := range strings.Split(rest, ", ") {
-			equal(q, line, receive(q, "delivery", q.delivered), want)
-		}
-	case "delivered":
-		var got []string
-		for len(q.delivered) > 0 {
-			got = append(got, <-q.delivered)
+		got := strings.Split(rest, ", ")
+		for i := range got {
+			got[i] = receive(q, "delivery", q.delivered)
 		}
 		slices.Sort(got)
 		equal(q, line, strings.Join(got, ", "), rest)
+		equal(q, "more that is delivered", len(q.delivered), 0)
 	case "counts":
 		equal(q, line, fmt.Sprint(q.count(), len(q.started)), rest)
 	case "discards":
@@ -4271,13 +4233,14 @@ func TestCommandLine(t *testing.T) {
 		"taken.cfg": "[agent]\nlisten = " + empty.url.Host + "\n", "s.tar.bz2": "package", "s.tar.bz2.sig": "signature",
 	})
 	must(t, syscall.Mkfifo("fifo", 0o600))
-	writeSensor(t, "sensors", "s", `case $1 in
+	writeTree(t, "sensors", files{"s/check": `#!/bin/sh
+		case $1 in
 		options) echo "x  what x is";;
 		fail) echo oops >&2; exit 4;;
 		hang) kill -9 $$;;
 		text) echo text;;
 		*) echo 42;;
-		esac`)
+		esac`})
 	defer func(before *os.File) { os.Stderr = before }(os.Stderr)
 	os.Stderr = get(os.Create("stderr"))
 	defer os.Stderr.Close()
@@ -5034,7 +4997,7 @@ func (s *story) step(t *testing.T, line string) {
 	}
 	switch word {
 	case "sensor":
-		writeSensor(t, filepath.Join(s.dir, "sensors"), name, script)
+		writeTree(t, s.dir+"/sensors", files{name + "/check": "#!/bin/sh\n" + script + "\n"})
 	case "package":
 		base := filepath.Base(name)
 		check := entry(base+"/check", "#!/bin/sh\n"+script+"\n")
