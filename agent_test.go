@@ -75,9 +75,6 @@ type files = map[string]string
 func TestMain(m *testing.M) {
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // else each child takes a second to end
 	if os.Getenv("PICKET_TEST_MAIN") != "" { // a child that is to be the program
-		if n, err := strconv.ParseUint(os.Getenv("PICKET_TEST_FILES"), 10, 16); err == nil {
-			syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n})
-		}
 		main()
 		os.Exit(0)
 	}
@@ -870,19 +867,6 @@ func (b *box) startTiny(t *testing.T) (p *child, limited bool) {
 	return p, strings.Contains(string(readFile(t, fmt.Sprintf("/proc/%d/cgroup", p.Process.Pid))), group)
 }
 
-// reload has an agent read another client.cfg, and returns what it logs of that.
-func (b *box) reload(t testing.TB, p *child, text string) string {
-	t.Helper()
-	before := len(p.log.String())
-	writeTree(t, b.dir, files{"client.cfg": text})
-	p.signal(t, syscall.SIGHUP)
-	await(t, "the reload", func() bool { // its last line
-		lines := p.log.String()[before:]
-		return strings.Contains(lines, "is in force; monitor ") || strings.Contains(lines, "stay in force\n")
-	})
-	return p.log.String()[before:]
-}
-
 // wants compares what the monitor gets: "ticket 7: exit 0, value 1".
 func wants(t testing.TB, got storedReading, want string) {
 	t.Helper()
@@ -930,12 +914,9 @@ func (c *child) address(t testing.TB) string {
 	return found[c.served-1][1]
 }
 
-// signal sends signals.
-func (c *child) signal(t testing.TB, signals ...syscall.Signal) {
+func (c *child) signal(t testing.TB, s syscall.Signal) {
 	t.Helper()
-	for _, s := range signals {
-		must(t, c.Process.Signal(s))
-	}
+	must(t, c.Process.Signal(s))
 }
 
 // wait waits for the end and returns the exit code, -1 for a signal.
@@ -1420,31 +1401,6 @@ func TestReadingStuck(t *testing.T) {
 	has(t, "beside it", summaryOf(s, "s"), "126 nan …cannot be killed")
 	s.remove(p)
 	equal(t, "after it", summaryOf(s, "s"), "0 1")
-}
-
-// TestOrphans: as process 1 the agent reaps what sensors leave, and no reading
-// gets the exit code of an orphan.
-func TestOrphans(t *testing.T) {
-	needsRoot(t)
-	const orphans = "for i in 1 2 3; do (setsid sh -c 'sleep 0.01; exit 9' &); (sleep 300 &); done"
-	b := newBox(t, "", files{"sensors/s/check": "#!/bin/sh\n" + orphans + "; echo $1; exit $2"})
-	p := b.startAs(t, wrapped(self(t, b.dir), needs(t, "unshare"), "--pid", "--fork", "--kill-child"))
-	const n = 60
-	for i := 0; i < n; i++ {
-		mustCall(t, b.client, "cmd_submit_reading", i, "s", []any{i, i % 2 * 3})
-	}
-	for i := 0; i < n; i++ {
-		s := receive(t, "reading", b.readings)
-		wants(t, s, fmt.Sprintf("ticket %v: exit %d, value %v", s.ticket, s.ticket.(int)%2*3, s.ticket))
-	}
-	children := func(pid string) string {
-		pids, _ := exec.Command(needs(t, "pgrep"), "-P", pid).Output() // zombies, too
-		return strings.TrimSpace(string(pids))
-	}
-	agent := children(fmt.Sprint(p.Process.Pid))
-	_, err := strconv.Atoi(agent) // unshare has one child
-	must(t, err)
-	await(t, "all orphans are reaped", func() bool { return children(agent) == "" })
 }
 
 // TestProcessLimit: a sensor uses up all processes that the agent's user may
@@ -2881,8 +2837,7 @@ func TestLargeAnswers(t *testing.T) {
 // may have few.
 func TestFewFiles(t *testing.T) {
 	b := newBox(t, "", files{"sensors/s/check": printing(1)})
-	t.Setenv("PICKET_TEST_FILES", "48")
-	b.start(t)
+	b.startAs(t, wrapped(self(t, b.dir), "sh", "-c", `ulimit -n 48; exec "$@"`, "sh"))
 	for i := 0; i < 3*maxConns; i++ {
 		dial(t, b.client.url.Host, "")
 	}
@@ -4819,7 +4774,8 @@ func TestStarts(t *testing.T) {
 			if !strings.Contains(c.name, "log") {
 				p.signal(t, syscall.SIGUSR1)
 				wantLog(t, &p.log, "health: ")
-				b.reload(t, p, b.config)
+				p.signal(t, syscall.SIGHUP)
+				wantLog(t, &p.log, "is in force; monitor ")
 			}
 			p.terminate(t)
 		})
