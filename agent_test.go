@@ -679,7 +679,9 @@ func demoPackage(t testing.TB, n int, more ...packed) string {
 }
 
 // demo is the source of a demoPackage.
-func demo(t testing.TB, n int, more ...packed) source { return fromText(demoPackage(t, n, more...), "") }
+func demo(t testing.TB, n int, more ...packed) source {
+	return fromText(demoPackage(t, n, more...), "")
+}
 
 // fromText is a source of a package that is in memory.
 func fromText(archive, signature string) source {
@@ -726,9 +728,9 @@ type testCA struct {
 	key  *ecdsa.PrivateKey
 }
 
-// sign returns a certificate that is valid between two times, as PEM.
-func (ca *testCA) sign(cert *x509.Certificate, from, to time.Time) string {
-	cert.SerialNumber, cert.NotBefore, cert.NotAfter = big.NewInt(time.Now().UnixNano()), from, to
+// sign returns a certificate as PEM.
+func (ca *testCA) sign(cert *x509.Certificate) string {
+	cert.SerialNumber = big.NewInt(time.Now().UnixNano())
 	der := get(x509.CreateCertificate(rand.Reader, cert, ca.cert, &ca.key.PublicKey, ca.key))
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
@@ -736,16 +738,13 @@ func (ca *testCA) sign(cert *x509.Certificate, from, to time.Time) string {
 // files writes a certificate that is valid between two times, its key and the
 // CA's certificate, and loads them.
 func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles {
-	dir, now := t.TempDir(), time.Now()
+	dir := t.TempDir()
 	cert := &x509.Certificate{
-		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: from, NotAfter: to, KeyUsage: x509.KeyUsageDigitalSignature,
 	}
 	key := pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: get(x509.MarshalECPrivateKey(ca.key))})
-	writeTree(t, dir, files{
-		name + ".crt": ca.sign(cert, from, to), name + ".key": string(key),
-		"ca.crt": ca.sign(ca.cert, now.Add(-time.Hour), now.Add(time.Hour)),
-	})
+	writeTree(t, dir, files{name + ".crt": ca.sign(cert), name + ".key": string(key), "ca.crt": ca.sign(ca.cert)})
 	return loadTLS(t, dir, name)
 }
 
@@ -757,6 +756,7 @@ func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
 func newCA(t testing.TB, name string) *testCA {
 	return &testCA{key: get(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), cert: &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 	}}
 }
 
@@ -1142,12 +1142,11 @@ func TestShippedConfig(t *testing.T) {
 		want, _ := (&ini{}).settings("")
 		equal(t, name, got, want)
 		equal(t, name+": findings", len(found), 0)
-		for _, o := range known {
-			_, shown := c.locate(o.section, o.name)
-			expect(t, name != "with every default" || shown,
-				"got a client.cfg without [%s] %s; want every option", o.section, o.name)
-			has(t, "the document", document, "`"+o.name+"`")
-		}
+	}
+	for _, o := range known {
+		_, shown := get(parseINI("client.cfg", all)).locate(o.section, o.name)
+		expect(t, shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
+		has(t, "the document", document, "`"+o.name+"`")
 	}
 }
 
@@ -1243,8 +1242,7 @@ func TestCrashConfig(t *testing.T) {
 	const text = "[monitor]\nurl = http://%d/ ; here\n"
 	if file := os.Getenv("PICKET_TEST_CONFIG"); file != "" { // this process is to be killed
 		for i := 0; ; i = 1 - i {
-			u := fmt.Sprintf("http://%d/", i)
-			must(t, editINI(ctx, file, func(c *ini) error { return c.set("monitor", "url", u) }))
+			must(t, editINI(ctx, file, func(c *ini) error { return c.set("monitor", "url", fmt.Sprint("http://", i, "/")) }))
 		}
 	}
 	half := 0
@@ -1287,27 +1285,23 @@ func TestSensorName(t *testing.T) {
 
 // TestArguments takes good arguments; TestBadRequests has the bad ones.
 func TestArguments(t *testing.T) {
-	for _, test := range []struct {
-		v    any
-		want []string
-	}{
-		{nil, nil},
-		{"", nil},
-		{"percent /", []string{"percent", "/"}},
-		{[]any{}, nil},
-		{[]any{"used /", "", " x "}, []string{"used /", "", " x "}},
-		{
-			[]any{7, int64(-5e9), 2.5, true, false, dateTime("20261122T20:43:21"), []byte("abc")},
-			[]string{"7", "-5000000000", "2.5", "1", "0", "20261122T20:43:21", "abc"},
-		},
-		{strings.Repeat("'' ", 128), make([]string, 128)},
-		{[]any{strings.Repeat("x", maxArguments-32)}, []string{strings.Repeat("x", maxArguments-32)}},
+	long := strings.Repeat("x", maxArguments-32)
+	for _, test := range [][2]any{
+		{nil, "[]"}, {"", "[]"}, {[]any{}, "[]"}, {"percent /", `["percent" "/"]`},
+		{[]any{"used /", "", " x "}, `["used /" "" " x "]`},
+		{[]any{7, int64(-5e9), 2.5, true, false, dateTime("20261122T20:43:21"), []byte("abc")},
+			`["7" "-5000000000" "2.5" "1" "0" "20261122T20:43:21" "abc"]`},
+		{strings.Repeat("'' ", 128), fmt.Sprintf("%q", make([]string, 128))},
+		{[]any{long}, fmt.Sprintf("%q", []string{long})},
 	} {
-		got, err := arguments(test.v)
-		expect(t, err == nil && slices.Equal(got, test.want), "%v: got %q, %v; want %q", test.v, got, err, test.want)
+		got, err := arguments(test[0])
+		must(t, err)
+		equal(t, fmt.Sprint(test[0]), fmt.Sprintf("%q", got), test[1])
 	}
 }
 
+// TestSplitWords splits the texts of testdata/sensors/words.txt, and others in which the
+// shell itself expands nothing: that is compared with.
 func TestSplitWords(t *testing.T) {
 	for _, c := range cases(t, "testdata/sensors/words.txt") {
 		words, err := splitWords(strings.TrimSuffix(c.text, "\n"))
@@ -1317,21 +1311,17 @@ func TestSplitWords(t *testing.T) {
 		}
 		equal(t, c.text, got, c.name)
 	}
-}
-
-// TestSplitWordsShell compares with the shell itself, where it expands nothing.
-func TestSplitWordsShell(t *testing.T) {
 	random := mathrand.New(mathrand.NewSource(1)) // the same each time
 	compared := 0
 	for n := 0; n < 500; n++ {
-		var b strings.Builder
-		for b.Len() < n%8 {
-			b.WriteByte("ab '\"\\ \t"[random.Intn(8)])
+		text := ""
+		for len(text) < n%8 {
+			text += string("ab '\"\\ \t"[random.Intn(8)])
 		}
-		words, err := splitWords(b.String())
+		words, err := splitWords(text)
 		if err == nil && len(words) > 0 { // else the shell waits for more, or takes set -- without words
-			script := "set -- " + b.String() + "\nprintf '<%s>' \"$@\""
-			equal(t, b.String(), "<"+strings.Join(words, "><")+">", runTool(t, "", "/bin/sh", "-c", script))
+			shell := runTool(t, "", "/bin/sh", "-c", "set -- "+text+"\nprintf '<%s>' \"$@\"")
+			equal(t, text, "<"+strings.Join(words, "><")+">", shell)
 			compared++
 		}
 	}
@@ -1500,28 +1490,45 @@ func TestShippedSensors(t *testing.T) {
 	awaitNone(t, marked)
 }
 
+// busyboxTools makes busybox use the tools of a box, and else those that every box has: it
+// may prefer its own applets to what is in PATH, but not to a function.
+const busyboxTools = `command() { [ -e {root}/bin/$2 ]; }
+	tool() { [ -e {root}/bin/$2 ] && file={root}/bin/$2 || file={tools}/$2; eval "$2() { $1 $file \"\$@\"; }"; }
+	for name in date df find iw iwinfo sleep stat; do tool '' $name; done
+	for name in nc nslookup ping; do tool exec $name; done # which the sensor may kill
+`
+
 // testBox asks a sensor the questions of a case, with one argument as old monitors do or,
 // under dash, with a word in each.
 func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
 	t.Helper()
-	root, s := t.TempDir(), testSensors(t, "")
+	root, s, prelude := t.TempDir(), testSensors(t, ""), "PATH={root}/bin:{tools}\n"
+	if shell != "dash" {
+		prelude += busyboxTools
+	}
+	places := strings.NewReplacer("{root}", root, "{tools}", tools, "/proc/", root+"/proc/", "/sys/", root+"/sys/")
 	questions := makeBox(t, root, c.text)
-	script = strings.NewReplacer("/proc/", root+"/proc/", "/sys/", root+"/sys/").Replace(script)
-	writeScript(t, s, name, shell, preludeOf(shell, root, tools), script)
+	writeScript(t, s, name, shell, places.Replace(prelude), places.Replace(script))
 	for _, q := range questions {
-		question, want, found := strings.Cut(q, " = ")
+		question, want, _ := strings.Cut(q, " = ")
 		args := []string{question}
 		if shell == "dash" {
 			args = strings.Fields(question)
 		}
-		status, reason, failed := strings.Cut(want, ": ")
-		if want = "0 " + want; failed {
-			want = fmt.Sprintf(`%s nan "%s: %s"`, status, name, reason)
-		}
-		got := strings.ReplaceAll(summaryOf(s, name, args...), root, "")
-		expect(t, found && like(got, want), "%s: %s: %s %s: got %s; want %s", shell, c.name, name, question, got, want)
+		got := strings.ReplaceAll(answerOf(s, name, args...), root, "")
+		expect(t, like(got, want), "%s: %s: %s %s: got %s; want %s", shell, c.name, name, question, got, want)
 		total("answers of shipped sensors", 1)
 	}
+}
+
+// answerOf asks a shipped sensor, and returns the value or, in its words, "STATUS: REASON".
+func answerOf(s *sensors, name string, args ...string) string {
+	r := s.read(ctx, name, args, nil)
+	if r.code == 0 {
+		return r.value
+	}
+	reason := strings.TrimSuffix(strings.TrimPrefix(r.reason, `"`+name+": "), `"`)
+	return fmt.Sprintf("%d%s: %s", r.code, r.value, reason)
 }
 
 // TestShippedSensorsHere asks the shipped sensors every question on this machine, and some
@@ -1531,10 +1538,8 @@ func TestShippedSensorsHere(t *testing.T) {
 	_, port, _ := net.SplitHostPort(listen(t, "127.0.0.1:0").Addr().String())
 	pidfile := filepath.Join(t.TempDir(), "pid")
 	writeTree(t, "", files{pidfile: fmt.Sprintln(os.Getpid())})
-	words := map[string]string{
-		"<vol>": "/", "<if>": "lo", "<n>": "0", "<name>": filepath.Base(os.Args[0]), "<pidfile>": pidfile,
-		"<file>": pidfile, "<dir>": filepath.Dir(pidfile), "<host>": "127.0.0.1", "<port>": port,
-	}
+	words := strings.NewReplacer("<vol>", "/", "<if>", "lo", "<n>", "0", "<name>", filepath.Base(os.Args[0]),
+		"<pidfile>", pidfile, "<file>", pidfile, "<dir>", filepath.Dir(pidfile), "<host>", "127.0.0.1", "<port>", port)
 	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
 	example := common.FindString(string(readFile(t, "docs/sensors.md")))
 	for _, shell := range smallShells {
@@ -1555,33 +1560,30 @@ func TestShippedSensorsHere(t *testing.T) {
 	}
 }
 
-func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words map[string]string) {
+func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words *strings.Replacer) {
 	none := map[string]bool{ // what not every box has
 		"swap_used_pct": true, "temperature": true, "conntrack": true, "wireless": true, "reach": shell == "dash",
 	}
 	lines := splitLines(help)
 	parallel(len(lines), func(i int) { // several wait for a second
-		option, more, _ := strings.Cut(lines[i], " ")
-		args, want := []string{option}, "0 …"
-		for _, word := range strings.Fields(more) {
-			if words[word] != "" {
-				args = append(args, words[word])
-			}
+		question, _, _ := strings.Cut(lines[i], "  ")
+		args, want := strings.Fields(words.Replace(question)), "[^:]+"
+		if args[0] == "alive" || args[0] == "tcp" {
+			want = "1"
 		}
-		if option == "alive" || option == "tcp" {
-			want = "0 1"
+		if none[name] || none[args[0]] {
+			want += "|1: .*"
 		}
-		got := summaryOf(s, name, args...)
-		expect(t, like(got, want) || (none[name] || none[option]) && like(got, `1 nan "`+name+`: …"`),
+		got := answerOf(s, name, args...)
+		expect(t, regexp.MustCompile("^("+want+")$").MatchString(got),
 			"%s %s %q: got %s; want %s", shell, name, args, got, want)
 	})
 	for _, question := range []string{
 		"", "nonsense", "$(reboot)", "-x", "*", "options more", "a b c", lines[0][:1], "a\nb\x7f", strings.Repeat("x", 8000),
 	} {
-		got := summaryOf(s, name, question)
-		want := fmt.Sprintf(`2 nan "%s: cannot be asked …'picket check %[1]s options' lists what can"`, name)
+		got, want := answerOf(s, name, question), "2: cannot be asked …'picket check "+name+" options' lists what can"
 		if len(question) > 1000 {
-			want = "2 nan …"
+			want = "2: …"
 		}
 		expect(t, like(got, want) && !strings.Contains(got, `\n`), "%s %s: got %s; want %s", shell, question, got, want)
 	}
@@ -1609,28 +1611,6 @@ func makeBox(t testing.TB, root, text string) (questions []string) {
 	}
 	writeTree(t, root, tree)
 	return questions
-}
-
-// preludeOf makes a script use the tools of its box, and else those that every box has.
-// busybox may prefer its own applets to what is in PATH, but not to a function.
-func preludeOf(shell, root, tools string) string {
-	prelude := "PATH=" + root + "/bin:" + tools + "\n"
-	if shell == "dash" {
-		return prelude
-	}
-	prelude += "command() { [ -e " + root + "/bin/$2 ]; }\n"
-	function := func(format string, names ...string) {
-		for _, name := range names {
-			file := root + "/bin/" + name
-			if !exists(file) {
-				file = filepath.Join(tools, name)
-			}
-			prelude += fmt.Sprintf(format, name, file) + "\n"
-		}
-	}
-	function(`%s() { %s "$@"; }`, "date", "df", "find", "iw", "iwinfo", "sleep", "stat")
-	function(`%s() { exec %s "$@"; }`, "nc", "nslookup", "ping") // which the sensor may kill
-	return prelude
 }
 
 // busyboxPath makes a directory with busybox's applets and nothing else.
@@ -1711,13 +1691,6 @@ func commandOf(words []string) (c command) {
 	return c
 }
 
-// waitOutside counts the commands that wait for room.
-func (q *testQueue) waitOutside() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.outside)
-}
-
 // step makes one step of testdata/queue.txt.
 func (q *testQueue) step(line string) {
 	q.Helper()
@@ -1731,10 +1704,14 @@ func (q *testQueue) step(line string) {
 	case "submit":
 		must(q, q.accept(ctx, commandOf(words), time.Now().Add(patience)))
 	case "wait":
-		before, accepted := q.waitOutside(), make(chan error, 1)
+		accepted := make(chan error, 1)
 		go func() { accepted <- q.accept(ctx, commandOf(words), time.Now().Add(patience)) }()
-		await(q, "it waits for room", func() bool { return q.waitOutside() > before })
 		q.outsiders = append(q.outsiders, accepted)
+		await(q, "it waits for room", func() bool {
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			return len(q.outside) == len(q.outsiders)
+		})
 	case "full":
 		has(q, line, q.accept(ctx, commandOf(words), time.Now()), fmt.Sprint("fault ", faultBusy))
 	case "room", "closing":
