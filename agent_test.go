@@ -348,15 +348,6 @@ func forEverybody(t *testing.T, dir string) {
 	}
 }
 
-// mount mounts something until the test ends, or skips the test.
-func mount(t *testing.T, source, target, kind string, flags uintptr, data string) {
-	t.Helper()
-	if err := syscall.Mount(source, target, kind, flags, data); err != nil {
-		t.Skipf("mount %s: %v", target, err)
-	}
-	t.Cleanup(func() { must(t, syscall.Unmount(target, syscall.MNT_DETACH)) })
-}
-
 // needs returns the path of a program, or skips the test.
 func needs(t testing.TB, name string) string {
 	t.Helper()
@@ -438,22 +429,25 @@ func processes(fits func(dir string) bool) (pids []int) {
 }
 
 // mark puts a word into the environment of all processes that are started from
-// here on. It returns a function that lists them.
-func mark(t *testing.T) func() []int {
-	word := fmt.Sprint(t.Name(), time.Now().UnixNano())
+// here on, and returns it.
+func mark(t *testing.T) (word string) {
+	word = fmt.Sprint(t.Name(), time.Now().UnixNano())
 	t.Setenv("PICKET_TEST_MARK", word)
-	return func() []int {
-		return processes(func(dir string) bool {
-			env, _ := os.ReadFile(dir + "/environ") // it may have ended
-			return strings.Contains(string(env), "PICKET_TEST_MARK="+word)
-		})
-	}
+	return word
 }
 
-// awaitNone waits until none of the marked processes is left.
-func awaitNone(t *testing.T, marked func() []int) {
+// marked lists the processes that have a word in their environment.
+func marked(word string) []int {
+	return processes(func(dir string) bool {
+		env, _ := os.ReadFile(dir + "/environ") // it may have ended
+		return strings.Contains(string(env), "="+word+"\x00")
+	})
+}
+
+// awaitNone waits until no process is left that has a word in its environment.
+func awaitNone(t *testing.T, word string) {
 	t.Helper()
-	await(t, "no process is left", func() bool { return len(marked()) == 0 })
+	await(t, "no process is left", func() bool { return len(marked(word)) == 0 })
 }
 
 // openFiles counts the open files of this process.
@@ -1349,7 +1343,7 @@ func summaryOf(s *sensors, name string, args ...string) string {
 // TestReading runs the sensors of testdata/sensors/readings.txt. No reading waits for what
 // its sensor starts, and what stays in the process group is killed.
 func TestReading(t *testing.T) {
-	marked, tests := mark(t), cases(t, "testdata/sensors/readings.txt")
+	word, tests := mark(t), cases(t, "testdata/sensors/readings.txt")
 	parallel(len(tests), func(i int) {
 		script, want := tests[i].text, tests[i].name
 		s := testSensors(t, script)
@@ -1361,12 +1355,12 @@ func TestReading(t *testing.T) {
 		took := time.Since(begun)
 		expect(t, took <= patience, "%q: got an end after %v; want at most %v", script, took, patience)
 	})
-	for _, pid := range marked() { // the one that left the group on purpose
+	for _, pid := range marked(word) { // the one that left the group on purpose
 		if group, err := syscall.Getpgid(pid); err == nil && group == pid {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	awaitNone(t, marked)
+	awaitNone(t, word)
 }
 
 // TestReadingQuick: nothing that a sensor writes is lost, whenever it ends, and
@@ -1398,7 +1392,7 @@ func TestReadingStuck(t *testing.T) {
 func TestProcessLimit(t *testing.T) {
 	needsRoot(t)
 	const uid = 54321
-	marked := mark(t)
+	word := mark(t)
 	b := newBox(t, "[sensor]\nconcurrency = 8\ntimeout = 3s\n[monitor]\nspool = spool\n", files{
 		"sensors/s/check":      printing(1),
 		"sensors/greedy/check": "#!/bin/sh\n(while sleep 300 & do :; done); : >full; exec sleep 300",
@@ -1411,10 +1405,10 @@ func TestProcessLimit(t *testing.T) {
 	cmd.Dir = b.dir
 	b.startAs(t, cmd)
 	defer func() {
-		for _, pid := range marked() {
+		for _, pid := range marked(word) {
 			syscall.Kill(pid, syscall.SIGKILL) // which the agent would have done
 		}
-		awaitNone(t, marked)
+		awaitNone(t, word)
 	}()
 	mustCall(t, b.client, "cmd_submit_reading", 0, "greedy")
 	await(t, "no process is left to start", func() bool { return exists(filepath.Join(greedy, "full")) })
@@ -1473,7 +1467,7 @@ func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) 
 // the box, and /bin holds the tools that not every box has. "? QUESTION = VALUE" and
 // "? QUESTION = STATUS: REASON" are what must be answered; … stands for anything.
 func TestShippedSensors(t *testing.T) {
-	scripts, tables, marked := shipped(t, "sensors/"), glob(t, "testdata/sensors/shipped/*.txt"), mark(t)
+	scripts, tables, word := shipped(t, "sensors/"), glob(t, "testdata/sensors/shipped/*.txt"), mark(t)
 	equal(t, "sensors with a table", len(tables), len(scripts))
 	tools := map[string]string{"dash": t.TempDir(), "busybox ash": t.TempDir()} // that every box has
 	for _, tool := range strings.Fields("awk cat date find grep head ln ls mkdir readlink sed sleep tr") {
@@ -1487,7 +1481,7 @@ func TestShippedSensors(t *testing.T) {
 			testBox(t, shell, tools[shell], name, scripts["sensors/"+name+"/check"], c)
 		}
 	})
-	awaitNone(t, marked)
+	awaitNone(t, word)
 }
 
 // busyboxTools makes busybox use the tools of a box, and else those that every box has: it
@@ -4860,12 +4854,7 @@ func TestStories(t *testing.T) {
 				s.agent.terminate(t)
 			}
 			equal(t, "readings of which no line tells", len(s.untold)+len(s.got), 0)
-			awaitNone(t, func() []int {
-				return processes(func(dir string) bool {
-					env, _ := os.ReadFile(dir + "/environ") // it may have ended
-					return strings.Contains(string(env), "STORY="+s.dir)
-				})
-			})
+			awaitNone(t, s.dir)
 		})
 	}
 }
@@ -4900,11 +4889,6 @@ func newStory(t *testing.T) *story {
 			return nil
 		}
 	}
-	t.Cleanup(func() {
-		if t.Failed() && s.agent != nil {
-			t.Logf("the log is %s", &s.agent.log)
-		}
-	})
 	pair := newCA(t, "ca").valid(t, "monitor")
 	_, secure := serveTLS(t, next.methods(), pair)
 	secure.Scheme = "http"
@@ -5074,7 +5058,10 @@ func TestStoryHanging(t *testing.T) {
 func TestStoryDisk(t *testing.T) {
 	t.Run("full disk", func(t *testing.T) {
 		b := newBox(t, scarceConfig, nil)
-		mount(t, "none", b.dir, "tmpfs", 0, "size=1m")
+		if err := syscall.Mount("none", b.dir, "tmpfs", 0, "size=1m"); err != nil {
+			t.Skip(err)
+		}
+		t.Cleanup(func() { must(t, syscall.Unmount(b.dir, syscall.MNT_DETACH)) })
 		testScarce(t, b, "no space", func(_ int, bytes int64) error { return fillDisk(b.dir+"/filler", bytes) })
 	})
 	t.Run("limited file size", func(t *testing.T) {
@@ -5233,13 +5220,13 @@ func damage(t *testing.T, random *mathrand.Rand, file string) (most int) {
 // stored once, or more often if an answer was lost, and everything the agent used is
 // given back.
 func TestSoak(t *testing.T) {
-	marked := mark(t)
+	word := mark(t)
 	summaryOf(testSensors(t, "echo 1"), "s") // begins os/signal's goroutine, which never ends
 	goroutines, open := runtime.NumGoroutine(), openFiles(t)
 	debug.FreeOSMemory()
 	before := residentMemory(t, "self", "VmRSS")
 	t.Run("load", func(t *testing.T) { newSoak(t).load(t) })
-	awaitNone(t, marked)
+	awaitNone(t, word)
 	await(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= goroutines })
 	await(t, "no file is open", func() bool { return openFiles(t) <= open })
 	debug.FreeOSMemory()
