@@ -924,8 +924,7 @@ func (c *child) wait(t testing.TB) int {
 func (c *child) terminate(t testing.TB) {
 	t.Helper()
 	c.signal(t, syscall.SIGTERM)
-	code := c.wait(t)
-	expect(t, code == 0, "got exit %d; want 0: %s", code, &c.log)
+	equal(t, "the exit code", c.wait(t), 0)
 }
 
 // clientOf returns a client of an agent at this address.
@@ -957,14 +956,10 @@ func get[T any](value T, err error) T {
 
 // largeBox makes a box with a signed package of demo of nearly 4 MiB.
 func largeBox(t *testing.T, more string) *box {
-	body := make([]byte, 4<<20-100<<10) // that no compression makes smaller
+	dir, body := t.TempDir(), make([]byte, 4<<20-100<<10) // that no compression makes smaller
 	mathrand.New(mathrand.NewSource(3)).Read(body)
-	archive := demoPackage(t, 1, entry("demo/data", string(body)))
-	if tool, err := exec.LookPath("bzip2"); err == nil { // else it takes less memory
-		dir := t.TempDir()
-		writeTree(t, dir, files{"demo.tar": archive})
-		archive = runTool(t, dir, tool, "-9c", "demo.tar")
-	}
+	writeTree(t, dir, files{"demo.tar": demoPackage(t, 1, entry("demo/data", string(body)))})
+	archive := runTool(t, dir, needs(t, "bzip2"), "-9c", "demo.tar")
 	public, sign := signify(t, "keynum_1")
 	return newBox(t, more+"[sensor]\npublic_key = key.pub\n", files{
 		"sensors/s/check": printing(1), "key.pub": public,
@@ -1325,9 +1320,7 @@ func TestSplitWords(t *testing.T) {
 // testSensors returns the sensors of a new directory with one sensor, s.
 func testSensors(t testing.TB, script string) *sensors {
 	dir := t.TempDir()
-	if script != "" {
-		writeTree(t, dir, files{"s/check": "#!/bin/sh\n" + script})
-	}
+	writeTree(t, dir, files{"s/check": "#!/bin/sh\n" + script})
 	return newSensors(dir, "check", "options", patience, nil)
 }
 
@@ -1537,7 +1530,7 @@ func TestShippedSensorsHere(t *testing.T) {
 	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
 	example := common.FindString(string(readFile(t, "docs/sensors.md")))
 	for _, shell := range smallShells {
-		s, prelude := testSensors(t, ""), ""
+		s, prelude := newSensors(t.TempDir(), "check", "options", patience, nil), ""
 		if shell != "dash" {
 			prelude = "PATH=" + busyboxPath(t, needs(t, "busybox")) + "\n"
 		}
