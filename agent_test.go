@@ -515,15 +515,14 @@ func away(w http.ResponseWriter, _ attempt) bool { w.WriteHeader(503); return tr
 
 // listenRaw calls a function with each connection until the test ends, and closes the
 // connection after it.
-func listenRaw(t testing.TB, address string, serve func(net.Conn)) *rawListener {
-	l := &rawListener{Listener: listen(t, address)}
+func listenRaw(t testing.TB, address string, serve func(net.Conn)) net.Listener {
+	l := listen(t, address)
 	go func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
-			l.conns.Add(1)
 			go func() { defer conn.Close(); serve(conn) }()
 		}
 	}()
@@ -537,12 +536,6 @@ func listen(t testing.TB, address string) net.Listener {
 	must(t, err)
 	t.Cleanup(func() { l.Close() })
 	return l
-}
-
-// A rawListener counts its connections.
-type rawListener struct {
-	net.Listener
-	conns atomic.Int32
 }
 
 // serve serves a handler on loopback until the test ends.
@@ -2873,7 +2866,9 @@ func TestClient(t *testing.T) {
 			continue
 		}
 		t.Run(parts[3], func(t *testing.T) {
+			var conns atomic.Int32
 			l := listenRaw(t, "127.0.0.1:0", func(conn net.Conn) {
+				conns.Add(1)
 				r := bufio.NewReader(conn)
 				for _, answer := range strings.Split(c.text, "...\n") {
 					if answer == "close\n" {
@@ -2903,7 +2898,7 @@ func TestClient(t *testing.T) {
 				expect(t, regexp.MustCompile("^"+want+"$").MatchString(got) && !strings.Contains(got, "secret"),
 					"got %s; want %s", got, want)
 			}
-			equal(t, "connections", fmt.Sprint(l.conns.Load()), parts[2])
+			equal(t, "connections", fmt.Sprint(conns.Load()), parts[2])
 		})
 	}
 	equal(t, "requests elsewhere", elsewhere.tries.Load(), int64(0))
@@ -6053,7 +6048,7 @@ func readMessage(r *bufio.Reader) (first string, err error) {
 
 // A wireMonitor counts the readings that it takes, and takes little of the processor.
 type wireMonitor struct {
-	*rawListener
+	net.Listener
 	away   atomic.Bool
 	stored chan struct{}
 }
@@ -6063,7 +6058,7 @@ func (b *bench) monitor() *wireMonitor {
 	const answer = "HTTP/1.1 %s\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n%s"
 	body := encodeResponse(true, nil)
 	yes, no := fmt.Sprintf(answer, "200 OK", len(body), body), fmt.Sprintf(answer, "503 Service Unavailable", 0, "")
-	m.rawListener = listenRaw(b, "127.0.0.1:0", func(conn net.Conn) {
+	m.Listener = listenRaw(b, "127.0.0.1:0", func(conn net.Conn) {
 		for r := bufio.NewReader(conn); ; {
 			if _, err := readMessage(r); err != nil {
 				return
