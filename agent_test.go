@@ -531,9 +531,7 @@ func listenRaw(t testing.TB, address string, serve func(net.Conn)) net.Listener 
 
 // listen listens on loopback until the test ends.
 func listen(t testing.TB, address string) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", address)
-	must(t, err)
+	l := get(net.Listen("tcp", address))
 	t.Cleanup(func() { l.Close() })
 	return l
 }
@@ -561,9 +559,7 @@ func serveOn(t testing.TB, address string, h http.Handler) (*url.URL, *http.Serv
 // dial connects, from an address of loopback or, with "", from any. The connection is
 // closed when the test ends.
 func dial(t testing.TB, address, from string) *net.TCPConn {
-	t.Helper()
-	conn, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", address)
-	must(t, err)
+	conn := get((&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", address))
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
 	return conn.(*net.TCPConn)
@@ -653,8 +649,7 @@ func packageOf(t testing.TB, entries ...packed) string {
 			}
 			copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
 		}
-		_, err := io.WriteString(w, e.body)
-		must(t, err)
+		get(io.WriteString(w, e.body))
 	}
 	w.Flush()
 	return b.String() + strings.Repeat("\x00", 1024)
@@ -685,9 +680,8 @@ func testUpdater(t testing.TB, dir string, before files) *updater {
 	writeTree(t, dir, before)
 	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
 	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
-	return &updater{
-		sensors: s, backup: filepath.Join(dir, "backup"), maxPackage: 1 << 20, maxUnpacked: 2 << 20, keep: 3,
-	}
+	backup := filepath.Join(dir, "backup")
+	return &updater{sensors: s, backup: backup, maxPackage: 1 << 20, maxUnpacked: 2 << 20, keep: 3}
 }
 
 // at is a path among the sensors.
@@ -795,9 +789,7 @@ func (b *box) configure(t testing.TB, text string) {
 // run runs the agent in this process until the test ends.
 func (b *box) run(t testing.TB) *agent {
 	t.Helper()
-	s := get(readSettings(filepath.Join(b.dir, "client.cfg")))
-	a, err := newAgent(s)
-	must(t, err)
+	a := get(newAgent(get(readSettings(filepath.Join(b.dir, "client.cfg")))))
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- a.run(ctx) }()
@@ -1517,8 +1509,7 @@ func TestShippedSensorsHere(t *testing.T) {
 			writeScript(t, s, strings.Split(file, "/")[1], shell, prelude, scripts[file])
 			equal(t, "the common part of "+file, common.FindString(scripts[file]), example)
 		}
-		helps, err := s.helpTexts(ctx)
-		must(t, err)
+		helps := get(s.helpTexts(ctx))
 		equal(t, "sensors", len(helps), len(scripts))
 		for _, name := range sortedKeys(helps) {
 			testSensorHere(t, s, shell, name, helps[name], words)
