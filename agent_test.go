@@ -517,15 +517,20 @@ func away(w http.ResponseWriter, _ attempt) bool { w.WriteHeader(503); return tr
 // connection after it.
 func listenRaw(t testing.TB, address string, serve func(net.Conn)) net.Listener {
 	l := listen(t, address)
+	var served sync.WaitGroup
+	served.Add(1)
 	go func() {
+		defer served.Done()
 		for {
 			conn, err := l.Accept()
 			if err != nil {
 				return
 			}
-			go func() { defer conn.Close(); serve(conn) }()
+			served.Add(1)
+			go func() { defer served.Done(); defer conn.Close(); serve(conn) }()
 		}
 	}()
+	t.Cleanup(func() { l.Close(); served.Wait() })
 	return l
 }
 

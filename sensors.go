@@ -562,8 +562,11 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 			p.pid = p.cmd.Process.Pid
 			s.mu.Unlock()
 			return nil
-		case isBusy && try < startTries:
-		case isAbsent && exists(file) && try < 5: // it was away a moment ago, or else its interpreter is
+		case try >= startTries:
+			return err
+		case isBusy:
+		case isAbsent && exists(file): // it was away a moment ago, or else its interpreter is
+			try += startTries / 4
 		default:
 			return err
 		}
