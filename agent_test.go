@@ -610,7 +610,7 @@ func fromJSON(t *testing.T, text string) (list []any) {
 // printed, and the error as it would be logged.
 func picket(args ...string) string {
 	var out bytes.Buffer
-	code, err := execute(ctx, nil, args, &out)
+	code, err := execute(ctx, args, &out)
 	if err != nil {
 		fmt.Fprintf(&out, "picket: %v\n", err)
 	}

@@ -122,6 +122,8 @@ const (
 	probeTicket  = "probe-"         // begins the ticket of a probe
 )
 
+var errNoConfig = errors.New("no client.cfg")
+
 // Exit codes of the process. That of picket check is the sensor's.
 const (
 	exitFailed = 1
@@ -135,22 +137,15 @@ var (
 )
 
 func main() {
-	ctx, cancel := context.WithCancel(context.Background())
-	ends, caught := make(chan os.Signal, 1), make(chan struct{})
-	go func() { // beside the start, as each signal takes two switches between threads
-		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
-		close(caught)
-		<-ends
-		signal.Reset(syscall.SIGINT) // a second one ends the process at once
-		cancel()
-	}()
+	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
 	log.SetFlags(0)
 	log.SetOutput(plainLog(os.Stderr, false))
 	closeOnExec()
 	tz, ok := os.LookupEnv("TZ")
 	time.Local = localZone(tz, ok, "/etc")
 	var lost error // of the output
-	code, err := execute(ctx, caught, os.Args[1:], writerFunc(func(p []byte) (int, error) {
+	code, err := execute(ctx, os.Args[1:], writerFunc(func(p []byte) (int, error) {
 		n, err := os.Stdout.Write(p)
 		if err != nil && lost == nil {
 			lost = fmt.Errorf("write the output: %w", err)
@@ -198,27 +193,26 @@ func leaveTerminal() {
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
-// An exitError ends the process with a code of its own, and with a message
-// where err is not nil.
+// An exitError ends the process with a code of its own. Its error is nil if there is
+// nothing more to say.
 type exitError struct {
 	code int
-	err  error
+	error
 }
-
-func (e *exitError) Error() string { return fmt.Sprint(e.err) }
 
 // exitCode returns the exit code for an error, and the message, if there is one.
 func exitCode(err error) (int, error) {
 	coded := &exitError{exitFailed, err}
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0, nil
-	case errors.As(err, &coded) && coded.err == nil:
-		return coded.code, nil
+	}
+	if errors.As(err, &coded); coded.error == nil {
+		err = nil
 	}
 	return coded.code, err
 }
 
+// usagef returns an error of usage or configuration.
 func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
@@ -226,8 +220,9 @@ func usagef(format string, args ...any) error {
 // A subcommand is a command of the command line.
 type subcommand struct {
 	name, args  string
-	least, most int // arguments; most < 0: any number
-	needs       int // what execute does before
+	flags       string // their names; each takes a value
+	least, most int    // arguments beside the flags; most < 0: any number
+	needs       int    // what is read before it runs
 	run         func(context.Context, *invocation) error
 	page        string // the first line is its line of "picket help"
 }
@@ -235,58 +230,58 @@ type subcommand struct {
 // What a subcommand needs.
 const (
 	needsNothing  = iota
-	needsFile     // the path of client.cfg
-	needsNoTTY    // the terminal given up, as it runs sensors
-	needsSettings // all of these, and the settings
+	needsINI      // client.cfg
+	needsSettings // its settings, and the terminal given up, as it runs sensors
 )
 
 const (
-	helpUsage = "picket help"
 	tlsArgs   = "[-ca FILE] [-cert FILE -key FILE]"
 	exitCodes = "Exit codes: 0; 1 it went wrong; 2 usage or configuration"
 )
 
 // Subcommands are all that picket can be told, each with its page of the help.
 var subcommands = []subcommand{
-	{"", "", 0, 0, needsNoTTY, runUnderInit, "run the agent until SIGTERM or SIGINT"},
-	{"check", "SENSOR [ARG...]", 1, -1, needsSettings, runCheck, `run one sensor as the agent would
+	{"", "", "", 0, 0, needsNothing, runAgent, "run the agent until SIGTERM or SIGINT"},
+	{"check", "SENSOR [ARG...]", "", 1, -1, needsSettings, runCheck, `run one sensor as the agent would
 It prints the value or, asked for its options alone, the help text.
   picket check disk percent /
   picket check disk options
 Exit codes: the sensor's; 128 + S where signal S ended it; 65 no number;
 126 not started; 127 no such sensor; 2 usage or configuration.`},
-	{"list", "", 0, 0, needsSettings, runList, `the sensors, what they can be asked
+	{"list", "", "", 0, 0, needsSettings, runList, `the sensors, what they can be asked
   picket list`},
-	{"config", "", 0, 0, needsFile, runConfig, `check client.cfg, print every option
+	{"config", "", "", 0, 0, needsINI, runConfig, `check client.cfg, print every option
 Each with its value or default. A password is shown as xxxxx.
   picket config
-  picket -c /etc/picket.cfg config`},
-	{"config get", "SECTION OPTION", 2, 2, needsFile, runConfigGet, `print one value
+  picket -c /etc/picket.cfg config
+See also: picket help config get, config set, config unset.`},
+	{"config get", "SECTION OPTION", "", 2, 2, needsINI, runConfigGet, `print one value
 Or its default. A password is shown as xxxxx.
   picket config get monitor url`},
-	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", 3, -1, needsFile, runConfigSet,
+	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "", 3, -1, needsINI, runConfigSet,
 		`change values in place
 Every other byte of client.cfg stays. A change that makes it wrong is refused.
   picket config set monitor url http://monitor:8081/xmlrpc/`},
-	{"config unset", "SECTION [OPTION]", 1, 2, needsFile, runConfigUnset, `remove an option or a section
+	{"config unset", "SECTION [OPTION]", "", 1, 2, needsINI, runConfigUnset, `remove an option or a section
 Comments stay.
   picket config unset monitor spool`},
-	{"update", "SENSOR", 1, 1, needsSettings, runUpdate, `fetch a package and install it
+	{"update", "SENSOR", "", 1, 1, needsSettings, runUpdate, `fetch a package and install it
 It comes from the monitor of client.cfg.
   picket update disk`},
-	{"rollback", "SENSOR", 1, 1, needsSettings, runRollback, `put the newest backup back in place
+	{"rollback", "SENSOR", "", 1, 1, needsSettings, runRollback, `put the newest backup back in place
 The version replaced becomes a backup.
   picket rollback disk`},
-	{"install", "FILE.tar.bz2", 1, 1, needsSettings, runInstall, `install a package that lies here
+	{"install", "FILE.tar.bz2", "", 1, 1, needsSettings, runInstall, `install a package that lies here
 Its name is the sensor's. With a public_key it needs FILE.tar.bz2.sig beside it.
   picket install packages/disk.tar.bz2`},
-	{"call", tlsArgs + " URL METHOD [ARG...]", 2, -1, needsNothing, runCall, `call an XML-RPC method
+	{"call", tlsArgs + " URL METHOD [ARG...]", "ca cert key", 2, -1, needsNothing, runCall, `call an XML-RPC method
 It prints the result. A whole number is sent as int, anything else as string.
   -ca FILE    the CA of an https URL, else the system's list
   -cert FILE -key FILE    the certificate to show
   picket call http://127.0.0.1:8080/ cmd_submit_reading 7 disk "percent /"`},
 	{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
-		" [-agent-ca, -agent-cert, -agent-key FILE]", 0, -1, needsNothing, runMonitor,
+		" [-agent-ca, -agent-cert, -agent-key FILE]",
+		"listen packages next probe ca cert key agent-ca agent-cert agent-key", 0, 0, needsNothing, runMonitor,
 		`print readings, answer Prometheus
   -listen ADDRESS    where it serves agents, else 127.0.0.1:8081
   -probe ADDRESS    where it serves Prometheus; who asks can command any agent
@@ -296,50 +291,37 @@ It prints the result. A whole number is sent as int, anything else as string.
   -ca FILE    only callers with a certificate of this CA are served
   -agent-ca, -agent-cert, -agent-key FILE    for probes of agents with TLS
   picket monitor -listen :8081 -packages packages`},
-	{"selftest", "", 0, 0, needsNoTTY, runSelftest, `prove that all works on this box
+	{"selftest", "", "", 0, 0, needsNothing, runSelftest, `prove that all works on this box
 It runs sensors of its own, in TMPDIR or /tmp, then each one that is installed.
   TMPDIR=/opt/picket picket selftest`},
-	{"version", "", 0, 0, needsNothing, runVersion, `version, commit, Go, architecture
+	{"version", "", "", 0, 0, needsNothing, runVersion, `version, commit, Go, architecture
   picket version`},
-	{"help", "[COMMAND]", 0, 2, needsNothing, nil, `this page, or that of a command
+	{"help", "[COMMAND]", "", 0, 0, needsNothing, nil, `this page, or that of a command
   picket help config set`},
 }
 
 // An invocation is one call of the program.
 type invocation struct {
-	config   string          // the -c of the command line
-	caught   <-chan struct{} // closed when SIGINT and SIGTERM end ctx
-	usage    string          // the line to type
-	args     []string
+	config   string // the -c of the command line
+	command  *subcommand
+	flags    map[string]*string
+	args     []string // beside the flags
 	out      io.Writer
-	file     string // client.cfg, where it is needed
-	settings *settings
-}
-
-// usageError returns an error that ends with the line to type.
-func (in *invocation) usageError(format string, args ...any) error {
-	return usagef(format+"; type: %s", append(args, in.usage)...)
+	ini      *ini      // client.cfg, where the subcommand needs it
+	settings *settings // so
 }
 
 // execute runs the program with the arguments of its command line, and returns
 // its exit code and what there is to say. Its error shows no password.
-func execute(ctx context.Context, caught <-chan struct{}, args []string, out io.Writer) (int, error) {
-	in := &invocation{caught: caught, out: out, usage: helpUsage}
-	c, err := in.findSubcommand(args)
-	if err == nil && c.needs >= needsNoTTY {
-		leaveTerminal()
+func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
+	in := &invocation{command: &subcommands[0], out: out}
+	err := in.parse(args)
+	if err == nil {
+		err = in.run(ctx)
 	}
-	if err == nil && (c.needs == needsFile || c.needs == needsSettings) {
-		in.file, err = findConfig(in.config)
-	}
-	if err == nil && c.needs == needsSettings {
-		in.settings, err = readSettings(in.file)
-	}
-	if err == nil && c.run != nil {
-		err = c.run(ctx, in)
-	}
-	if err == nil && c.run == nil || errors.Is(err, flag.ErrHelp) {
-		err = in.help(c)
+	if errors.Is(err, flag.ErrHelp) {
+		in.help()
+		err = nil
 	}
 	code, err := exitCode(err)
 	if err != nil {
@@ -348,9 +330,51 @@ func execute(ctx context.Context, caught <-chan struct{}, args []string, out io.
 	return code, err
 }
 
-// parse parses flags and keeps the other arguments. It returns flag.ErrHelp where
-// they ask for help.
-func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
+// parse finds the subcommand that a command line names, with its flags and arguments.
+// It returns flag.ErrHelp if the command line asks for help.
+func (in *invocation) parse(args []string) error {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags.StringVar(&in.config, "c", "", "")
+	version := flags.Bool("version", false, "")
+	if err := in.parseFlags(flags, args); err != nil {
+		return err
+	}
+	words := in.args
+	if *version {
+		words = []string{"version"}
+	}
+	asked := len(words) > 0 && words[0] == "help"
+	if asked {
+		words = words[1:]
+	}
+	rest := words
+	for n := 1; n <= len(words) && n <= 2; n++ {
+		name := strings.Join(words[:n], " ")
+		if i := slices.IndexFunc(subcommands, func(c subcommand) bool { return c.name == name }); i >= 0 {
+			in.command, rest = &subcommands[i], words[n:]
+		}
+	}
+	c := in.command
+	flags, in.flags = flag.NewFlagSet("", flag.ContinueOnError), make(map[string]*string)
+	for _, name := range strings.Fields(c.flags) {
+		in.flags[name] = flags.String(name, "", "")
+	}
+	if err := in.parseFlags(flags, rest); err != nil {
+		return err
+	}
+	switch n := len(in.args); {
+	case n > 0 && (c.name == "" || c.name == "config"):
+		return usagef("unknown command %q; type: picket help", strings.TrimSpace(c.name+" "+in.args[0]))
+	case asked:
+		return flag.ErrHelp
+	case n < c.least || c.most >= 0 && n > c.most:
+		return in.usageError("%s: arguments missing or too many", c.name)
+	}
+	return nil
+}
+
+// parseFlags parses flags and keeps the arguments behind them.
+func (in *invocation) parseFlags(flags *flag.FlagSet, args []string) error {
 	flags.SetOutput(io.Discard)
 	err := flags.Parse(args)
 	if in.args = flags.Args(); err != nil && !errors.Is(err, flag.ErrHelp) {
@@ -359,70 +383,45 @@ func (in *invocation) parse(flags *flag.FlagSet, args []string) error {
 	return err
 }
 
-// findSubcommand returns the subcommand that a command line names, keeps the
-// arguments behind its name and checks their number.
-func (in *invocation) findSubcommand(args []string) (c *subcommand, err error) {
-	c = &subcommand{} // none
-	flags := flag.NewFlagSet("picket", flag.ContinueOnError)
-	flags.StringVar(&in.config, "c", "", "")
-	version := flags.Bool("version", false, "")
-	if err := in.parse(flags, args); err != nil {
-		return c, err
+// usageError returns an error that ends with the line to type.
+func (in *invocation) usageError(format string, args ...any) error {
+	line := in.command.usage()
+	if in.command.name == "" {
+		line = "picket help"
 	}
-	if *version {
-		in.args = []string{"version"}
-	}
-	words := 0
-	for i := range subcommands {
-		name := strings.Fields(subcommands[i].name)
-		if n := len(name); n >= words && n <= len(in.args) && slices.Equal(name, in.args[:n]) {
-			c, words = &subcommands[i], n
-		}
-	}
-	in.args = in.args[words:]
-	asked := len(in.args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, in.args[0])
-	if n := len(in.args); asked {
-		in.args = in.args[1:]
-		return c, flag.ErrHelp
-	} else if n > 0 && (c.name == "" || c.name == "config") {
-		return c, in.usageError("unknown command %q", strings.TrimSpace(c.name+" "+in.args[0]))
-	} else if in.usage = c.usage(); n < c.least || c.most >= 0 && n > c.most {
-		return c, in.usageError("%s: arguments missing or too many", c.name)
-	}
-	return c, nil
+	return usagef(format+"; type: %s", append(args, line)...)
 }
 
 func (c *subcommand) usage() string {
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
 }
 
-// help prints the page of a subcommand and of those whose names begin with its
-// name, or a line of each. The subcommand help is asked for others.
-func (in *invocation) help(asked *subcommand) error {
-	name := asked.name
-	if asked.run == nil {
-		name = strings.Join(in.args, " ")
-	}
-	var pages []string
-	for _, c := range subcommands {
-		if !strings.Contains(c.page, "Exit codes") {
-			c.page += "\n" + exitCodes + "."
-		}
-		if name != "" && (c.name == name || strings.HasPrefix(c.name, name+" ")) {
-			pages = append(pages, fmt.Sprintf("usage: %s\n%s\n", c.usage(), c.page))
+// run reads what the subcommand needs and runs it.
+func (in *invocation) run(ctx context.Context) (err error) {
+	if in.command.needs >= needsINI {
+		if in.ini, err = readConfig(in.config); err != nil {
+			return err
 		}
 	}
-	switch {
-	case name == "":
-		in.helpAll()
-	case len(pages) == 0:
-		return usagef("unknown command %q; type: %s", name, helpUsage)
+	if in.command.needs >= needsSettings {
+		leaveTerminal()
+		if in.settings, err = checkSettings(in.ini); err != nil {
+			return err
+		}
 	}
-	fmt.Fprint(in.out, strings.Join(pages, "\n"))
-	return nil
+	return in.command.run(ctx, in)
 }
 
-func (in *invocation) helpAll() {
+// help prints the page of the subcommand or, if the command line names none, a line
+// of each.
+func (in *invocation) help() {
+	if c := in.command; c.name != "" {
+		fmt.Fprintf(in.out, "usage: %s\n%s\n", c.usage(), c.page)
+		if !strings.Contains(c.page, "Exit codes") {
+			fmt.Fprintf(in.out, "%s.\n", exitCodes)
+		}
+		return
+	}
 	fmt.Fprint(in.out, "usage: picket [-c client.cfg] [COMMAND]\n\n")
 	for _, c := range subcommands {
 		summary, _, _ := strings.Cut(c.page, "\n")
@@ -464,13 +463,22 @@ func findConfig(named string) (string, error) {
 			return file, nil
 		}
 	}
-	return "", usagef("no client.cfg: looked for %s; type: picket -c FILE ...",
-		strings.Join(slices.Compact(files), ", then "))
+	return "", &exitError{exitUsage, fmt.Errorf("%w: looked for %s; type: picket -c FILE ...",
+		errNoConfig, strings.Join(slices.Compact(files), ", then "))}
 }
 
-// readSettings returns the settings of a file.
-func readSettings(file string) (*settings, error) {
-	c, err := readINI(file)
+// readConfig reads and parses client.cfg: the file that is named, or the one found.
+func readConfig(named string) (*ini, error) {
+	file, err := findConfig(named)
+	if err != nil {
+		return nil, err
+	}
+	return readINI(file)
+}
+
+// readSettings returns the settings of client.cfg, so named or found.
+func readSettings(named string) (*settings, error) {
+	c, err := readConfig(named)
 	if err != nil {
 		return nil, err
 	}
@@ -498,20 +506,17 @@ func report(found []finding, grave int) error {
 	if errs == nil {
 		return nil
 	}
-	return &exitError{exitUsage, errors.Join(errs...)}
+	return usagef("%w", errors.Join(errs...))
 }
 
-// runUnderInit runs the agent. Process 1 would start an agent that ends with
-// an error, say for a wrong client.cfg, again without a pause: so under process
-// 1 it waits first, 30 s or until a signal comes.
-func runUnderInit(ctx context.Context, in *invocation) error {
-	signals, caught := make(chan os.Signal, 8), make(chan struct{})
-	go func() {
-		<-in.caught
-		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
-		close(caught)
-	}()
-	err := runAgent(ctx, in, signals, caught)
+// runAgent runs the agent. Process 1 would start an agent that ends with an error,
+// say for a wrong client.cfg, again without a pause: so under process 1 it waits
+// first, 30 s or until a signal comes.
+func runAgent(ctx context.Context, in *invocation) error {
+	leaveTerminal()
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
+	err := serveAgent(ctx, in.config, signals)
 	if err == nil || os.Getppid() != 1 {
 		return err
 	}
@@ -525,16 +530,12 @@ func runUnderInit(ctx context.Context, in *invocation) error {
 	return &exitError{code: code}
 }
 
-// runAgent runs the agent. It answers once the signals are caught.
-func runAgent(ctx context.Context, in *invocation, signals <-chan os.Signal, caught <-chan struct{}) error {
+// serveAgent runs the agent with the settings of client.cfg until ctx ends.
+func serveAgent(ctx context.Context, config string, signals <-chan os.Signal) error {
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
-	file, err := findConfig(in.config)
-	if err != nil {
-		return err
-	}
-	s, err := readSettings(file)
+	s, err := readSettings(config)
 	if err != nil {
 		return err
 	}
@@ -549,7 +550,6 @@ func runAgent(ctx context.Context, in *invocation, signals <-chan os.Signal, cau
 		defer time.AfterFunc(50*time.Millisecond, func() { debug.SetGCPercent(25) }).Stop()
 	}
 	a.recover(ctx)
-	<-caught
 	return a.run(ctx)
 }
 
@@ -1315,7 +1315,7 @@ func sensorOnDisk(v string) (string, error) {
 		err = fmt.Errorf("%w; type: picket list", err)
 	}
 	if err != nil {
-		return "", &exitError{exitUsage, err}
+		return "", usagef("%w", err)
 	}
 	return name, nil
 }
@@ -1368,10 +1368,7 @@ func changeSensor(in *invocation, verb, name string, change func(u *updater, nam
 // runConfig prints every option as INI, with its value or default. A password
 // in a URL is not shown.
 func runConfig(_ context.Context, in *invocation) error {
-	c, err := readINI(in.file)
-	if err != nil {
-		return err
-	}
+	c := in.ini
 	s, found := checkAll(c)
 	if err := report(found, mistake); err != nil {
 		return err
@@ -1379,7 +1376,7 @@ func runConfig(_ context.Context, in *invocation) error {
 	for _, text := range activate(s).sensors.warnings() {
 		log.Print(warning + text)
 	}
-	effective := &ini{name: in.file, values: make(map[iniKey]iniValue)}
+	effective := &ini{name: c.name, values: make(map[iniKey]iniValue)}
 	for _, o := range c.options(s, "") {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
@@ -1389,22 +1386,18 @@ func runConfig(_ context.Context, in *invocation) error {
 			return err
 		}
 	}
-	fmt.Fprintf(in.out, "# %s; paths start from its directory\n%s", in.file, effective.text())
+	fmt.Fprintf(in.out, "# %s; paths start from its directory\n%s", c.name, effective.text())
 	return nil
 }
 
 func runConfigGet(_ context.Context, in *invocation) error {
-	c, err := readINI(in.file)
-	if err != nil {
-		return err
-	}
 	section, name := in.args[0], in.args[1]
 	if text, _ := unknown(section, name); text != "" {
 		return usagef("%s", text)
 	}
-	value, err := c.value(section, name)
+	value, err := in.ini.value(section, name)
 	if err != nil {
-		return usagef("%v", c.finding(section, name, err))
+		return usagef("%v", in.ini.finding(section, name, err))
 	}
 	fmt.Fprintln(in.out, redacted(value))
 	return nil
@@ -1414,7 +1407,7 @@ func runConfigSet(ctx context.Context, in *invocation) error {
 	if len(in.args)%3 != 0 {
 		return in.usageError("config set: arguments missing or too many")
 	}
-	return editConfig(ctx, in.file, in.args, func(c *ini) (err error) {
+	return editConfig(ctx, in.ini.name, in.args, func(c *ini) (err error) {
 		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
 			err = c.set(args[0], args[1], args[2])
 		}
@@ -1423,7 +1416,7 @@ func runConfigSet(ctx context.Context, in *invocation) error {
 }
 
 func runConfigUnset(ctx context.Context, in *invocation) error {
-	return editConfig(ctx, in.file, nil, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
+	return editConfig(ctx, in.ini.name, nil, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
 }
 
 // editConfig changes client.cfg. It refuses a change after which more is wrong than
@@ -1480,48 +1473,30 @@ func checkAll(c *ini) (*settings, []finding) {
 	return s, found
 }
 
-// tlsFlags adds the flags that name certificates. Their names begin with a prefix.
-func tlsFlags(flags *flag.FlagSet, prefix string) *tlsFiles {
-	t := &tlsFiles{}
-	flags.StringVar(&t.ca, prefix+"ca", "", "")
-	flags.StringVar(&t.certificate, prefix+"cert", "", "")
-	flags.StringVar(&t.key, prefix+"key", "", "")
-	return t
-}
-
 // loadTLS reads the certificates that flags with a prefix name. Its error names the flag.
-func (in *invocation) loadTLS(t *tlsFiles, prefix string) error {
+func (in *invocation) loadTLS(prefix string) (t tlsFiles, err error) {
+	t.ca, t.certificate, t.key = *in.flags[prefix+"ca"], *in.flags[prefix+"cert"], *in.flags[prefix+"key"]
 	option, err := t.load()
-	if option == "certificate" {
-		option = "cert"
-	}
 	if err != nil {
-		return in.usageError("-%s%s: %w", prefix, option, err)
+		return t, in.usageError("-%s%s: %w", prefix, strings.TrimSuffix(option, "ificate"), err)
 	}
-	return nil
+	return t, nil
 }
 
 func runCall(ctx context.Context, in *invocation) error {
-	flags := flag.NewFlagSet("call", flag.ContinueOnError)
-	files := tlsFlags(flags, "")
-	if err := in.parse(flags, in.args); err != nil {
-		return err
-	}
-	if len(in.args) < 2 {
-		return in.usageError("call: arguments missing")
-	}
 	u, err := httpURL(in.args[0])
 	if err != nil {
 		return in.usageError("%w", err)
 	}
-	if err := in.loadTLS(files, ""); err != nil {
+	files, err := in.loadTLS("")
+	if err != nil {
 		return err
 	}
 	var params []any
 	for _, arg := range in.args[2:] {
 		params = append(params, wireValue(arg))
 	}
-	c := newClient(u, time.Minute, clientTLS(*files))
+	c := newClient(u, time.Minute, clientTLS(files))
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
 	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
@@ -1558,18 +1533,10 @@ func readable(v any) string {
 }
 
 func runMonitor(ctx context.Context, in *invocation) error {
-	flags := flag.NewFlagSet("monitor", flag.ContinueOnError)
-	listen := flags.String("listen", "127.0.0.1:8081", "")
-	probe := flags.String("probe", "", "")
-	m := &monitor{}
-	flags.StringVar(&m.packages, "packages", "", "")
-	flags.StringVar(&m.next, "next", "", "")
-	files, agentFiles := tlsFlags(flags, ""), tlsFlags(flags, "agent-")
-	if err := in.parse(flags, in.args); err != nil {
-		return err
-	}
-	if len(in.args) > 0 {
-		return in.usageError("monitor takes no argument %q", in.args[0])
+	m := &monitor{packages: *in.flags["packages"], next: *in.flags["next"]}
+	listen, probe := *in.flags["listen"], *in.flags["probe"]
+	if listen == "" {
+		listen = "127.0.0.1:8081"
 	}
 	if _, err := httpURL(m.next); m.next != "" && err != nil {
 		return in.usageError("-next: %w", err)
@@ -1577,28 +1544,30 @@ func runMonitor(ctx context.Context, in *invocation) error {
 	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
 		return in.usageError("-packages: %w", err)
 	}
-	if *probe == "" && *agentFiles != (tlsFiles{}) {
-		return in.usageError("-agent-ca, -agent-cert and -agent-key need -probe")
+	files, err := in.loadTLS("")
+	if err != nil {
+		return err
 	}
-	if err := errors.Join(in.loadTLS(files, ""), in.loadTLS(agentFiles, "agent-")); err != nil {
+	agentFiles, err := in.loadTLS("agent-")
+	if err != nil {
 		return err
 	}
 	scheme := "http"
-	if m.tls = serverTLS(*files); m.tls != nil {
+	if m.tls = serverTLS(files); m.tls != nil {
 		scheme = "https"
 	}
-	listener, err := net.Listen("tcp", *listen)
+	listener, err := net.Listen("tcp", listen)
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
 	defer listener.Close()
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
-	p := newProber(clientTLS(*agentFiles), in.out)
-	p.host, _, _ = net.SplitHostPort(*probe) // Listen says what is wrong with it
-	if m.stored = p.stored; *probe == "" {
+	p := newProber(clientTLS(agentFiles), in.out)
+	p.host, _, _ = net.SplitHostPort(probe) // Listen says what is wrong with it
+	if m.stored = p.stored; probe == "" {
 		return m.serve(ctx, listener)
 	}
-	probes, err := net.Listen("tcp", *probe)
+	probes, err := net.Listen("tcp", probe)
 	if err != nil {
 		return fmt.Errorf("-probe: %w", err)
 	}
@@ -2065,10 +2034,11 @@ func (t *selftest) row(verdict, what, outcome string) {
 // runSelftest has an agent and a stand-in monitor go through selfSteps, and then
 // takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in *invocation) error {
-	s, err := &settings{}, error(nil)
-	file, absent := findConfig(in.config)
-	if absent == nil {
-		s, err = readSettings(file)
+	leaveTerminal()
+	s, err := readSettings(in.config)
+	installed := err == nil
+	if errors.Is(err, errNoConfig) {
+		s, err = &settings{}, nil
 	}
 	if err != nil {
 		return err
@@ -2083,7 +2053,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	log.SetOutput(plainLog(&lines, false))
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	t := &selftest{out: in.out}
-	if err = t.testAgent(ctx, dir, s.user); err == nil && absent == nil {
+	if err = t.testAgent(ctx, dir, s.user); err == nil && installed {
 		err = t.testInstalled(ctx, activate(s).sensors)
 	}
 	log.SetOutput(before)
