@@ -102,7 +102,6 @@ const (
 	sensorsTime = 5 * time.Second  // for running sensors when the agent ends
 	deliverTime = 5 * time.Second  // for undelivered readings after that
 	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
-	reloadTries = 10               // before a file that does not rest is refused
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
 	greetPause  = time.Second      // from the start to the greeting of the monitor, which would delay the first answer
 	helloTime   = 5 * time.Second  // to see whether a peer speaks TLS
@@ -137,8 +136,14 @@ var (
 )
 
 func main() {
-	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second one ends the process at once
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { // beside the start, as each signal takes two switches between threads
+		ends := make(chan os.Signal, 1)
+		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
+		<-ends
+		signal.Reset(syscall.SIGINT) // a second one ends the process at once
+		cancel()
+	}()
 	log.SetFlags(0)
 	log.SetOutput(plainLog(os.Stderr, false))
 	closeOnExec()
@@ -514,9 +519,12 @@ func report(found []finding, grave int) error {
 // first, 30 s or until a signal comes.
 func runAgent(ctx context.Context, in *invocation) error {
 	leaveTerminal()
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
-	err := serveAgent(ctx, in.config, signals)
+	signals, caught := make(chan os.Signal, 8), make(chan struct{})
+	go func() { // beside the start, as those of main
+		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
+		close(caught)
+	}()
+	err := serveAgent(ctx, in.config, signals, caught)
 	if err == nil || os.Getppid() != 1 {
 		return err
 	}
@@ -530,8 +538,9 @@ func runAgent(ctx context.Context, in *invocation) error {
 	return &exitError{code: code}
 }
 
-// serveAgent runs the agent with the settings of client.cfg until ctx ends.
-func serveAgent(ctx context.Context, config string, signals <-chan os.Signal) error {
+// serveAgent runs the agent with the settings of client.cfg until ctx ends. It answers
+// once the signals are caught.
+func serveAgent(ctx context.Context, config string, signals <-chan os.Signal, caught <-chan struct{}) error {
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
@@ -550,6 +559,7 @@ func serveAgent(ctx context.Context, config string, signals <-chan os.Signal) er
 		defer time.AfterFunc(50*time.Millisecond, func() { debug.SetGCPercent(25) }).Stop()
 	}
 	a.recover(ctx)
+	<-caught
 	return a.run(ctx)
 }
 
@@ -787,15 +797,8 @@ func (a *agent) run(ctx context.Context) (err error) {
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
 	}
-	ended, served := make(chan error), make(chan error, 1)
-	go func() { ended <- a.supervise(ctx, cancel, served) }()
-	served <- a.handler.serve(a.listener) // here, as the stack is large: growing one loads the runtime's tables
-	return <-ended
-}
-
-// supervise greets the monitor and does what signals ask, until ctx ends or the
-// listener fails. Then it ends the agent, as run says.
-func (a *agent) supervise(ctx context.Context, cancel func(), served <-chan error) (err error) {
+	served := make(chan error, 1)
+	go func() { served <- a.handler.serve(a.listener) }()
 	for pause := time.After(greetPause); ctx.Err() == nil; {
 		select {
 		case <-ctx.Done():
@@ -812,10 +815,18 @@ func (a *agent) supervise(ctx context.Context, cancel func(), served <-chan erro
 			}
 		}
 	}
+	a.end()
+	return err
+}
+
+// end ends the agent, as run says.
+func (a *agent) end() {
 	log.Print(notice + "ending")
 	a.cancel()
 	a.delivery.putLast()
-	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
+	if names := a.queue.running(); len(names) > 0 {
+		logWaiting(sensorsTime, oneLine(strings.Join(names, ", ")))
+	}
 	within(sensorsTime, a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
@@ -828,7 +839,6 @@ func (a *agent) supervise(ctx context.Context, cancel func(), served <-chan erro
 		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
 	}
 	within(deliverTime, a.delivery.close)
-	return err
 }
 
 // goBeside starts a goroutine that run waits for.
@@ -877,11 +887,9 @@ func wrongScheme(ctx context.Context, u *url.URL, err error) error {
 	return errors.New("it speaks TLS there, no plain HTTP: its URL begins with https://")
 }
 
-// logWaiting says what the agent waits for before it ends, if there is anything.
+// logWaiting says what the agent waits for before it ends.
 func logWaiting(most time.Duration, what string) {
-	if what != "" {
-		log.Printf(notice+"ending: waits for %s, at most %v", what, most)
-	}
+	log.Printf(notice+"ending: waits for %s, at most %v", what, most)
 }
 
 // within calls f with a context that ends after d.
@@ -937,11 +945,7 @@ func (a *agent) reload(ctx context.Context) {
 	now.sensors.runState = before.sensors.runState
 	a.active.Store(now)
 	a.queue.resize(s.concurrency, s.queue)
-	access := &access{s.allow, serverTLS(s.agentTLS)}
-	if s.agentTLS.equal(before.settings.agentTLS) { // so that connections may stay
-		access.tls = a.handler.rules().tls
-	}
-	a.handler.setAccess(access)
+	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
 	a.delivery.configure(monitorClient(s), readingZone(s), s.noValue)
 	a.applied(s)
 	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, masked(s.monitor.String()))
@@ -954,10 +958,7 @@ func (a *agent) reload(ctx context.Context) {
 // lack a protection which is in force.
 func rereadSettings(ctx context.Context, before *settings) (s *settings, err error) {
 	text, err := readSmall(before.file, maxConfig)
-	for same, tries := false, 0; err == nil && !same; tries++ {
-		if tries == reloadTries {
-			return s, fmt.Errorf("%s: still changing after %v", before.file, reloadTries*reloadTime)
-		}
+	for same := false; err == nil && !same; {
 		select {
 		case <-time.After(reloadTime):
 		case <-ctx.Done():
@@ -1328,40 +1329,35 @@ func indent(text, by string) string {
 func runUpdate(ctx context.Context, in *invocation) error {
 	c := monitorClient(in.settings)
 	defer c.close()
-	return changeSensor(in, "update", in.args[0], func(u *updater, name string) error {
-		return u.install(ctx, name, fromMonitor(c, name, in.settings.maxPackage))
-	})
-}
-
-func runRollback(ctx context.Context, in *invocation) error {
-	return changeSensor(in, "rollback", in.args[0], func(u *updater, name string) error {
-		return u.rollback(ctx, name)
-	})
+	return in.install(ctx, in.args[0], fromMonitor(c, in.args[0], in.settings.maxPackage))
 }
 
 func runInstall(ctx context.Context, in *invocation) error {
 	name := filepath.Base(in.args[0])
-	for _, suffix := range []string{".tar", ".tar.bz2", ".tar.gz", ".tbz2", ".tgz"} {
-		if before, ok := strings.CutSuffix(name, suffix); ok {
-			name = before
-			break
-		}
+	for _, suffix := range []string{".bz2", ".gz", ".tar", ".tbz2", ".tgz"} {
+		name = strings.TrimSuffix(name, suffix)
 	}
-	return changeSensor(in, "install", name, func(u *updater, name string) error {
-		return u.install(ctx, name, fromFile(in.args[0]))
-	})
+	return in.install(ctx, name, fromFile(in.args[0]))
+}
+
+func (in *invocation) install(ctx context.Context, name string, from source) error {
+	return in.changeSensor(name, func(u *updater) error { return u.install(ctx, name, from) })
+}
+
+func runRollback(ctx context.Context, in *invocation) error {
+	return in.changeSensor(in.args[0], func(u *updater) error { return u.rollback(ctx, in.args[0]) })
 }
 
 // changeSensor makes a change of a sensor by hand.
-func changeSensor(in *invocation, verb, name string, change func(u *updater, name string) error) error {
-	name, err := sensorOnDisk(name)
-	if err != nil {
+func (in *invocation) changeSensor(name string, change func(*updater) error) error {
+	if _, err := sensorOnDisk(name); err != nil {
 		return err
 	}
-	if err := change(activate(in.settings).updater, name); err != nil {
-		return fmt.Errorf("%s %s: %w", verb, name, err)
+	what := in.command.name + " " + name
+	if err := change(activate(in.settings).updater); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
 	}
-	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)
+	fmt.Fprintln(in.out, what+": done")
 	return nil
 }
 
@@ -1407,39 +1403,35 @@ func runConfigSet(ctx context.Context, in *invocation) error {
 	if len(in.args)%3 != 0 {
 		return in.usageError("config set: arguments missing or too many")
 	}
-	return editConfig(ctx, in.ini.name, in.args, func(c *ini) (err error) {
+	return in.editConfig(ctx, func(c *ini) (named []iniKey, err error) {
 		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
+			named = append(named, iniKey{args[0], ""}, iniKey{args[0], strings.ToLower(args[1])})
 			err = c.set(args[0], args[1], args[2])
 		}
-		return err
+		return named, err
 	})
 }
 
 func runConfigUnset(ctx context.Context, in *invocation) error {
-	return editConfig(ctx, in.ini.name, nil, func(c *ini) error { return c.remove(in.args[0], in.args[1:]...) })
+	return in.editConfig(ctx, func(c *ini) ([]iniKey, error) { return nil, c.remove(in.args[0], in.args[1:]...) })
 }
 
-// editConfig changes client.cfg. It refuses a change after which more is wrong than
-// before, and any finding about what set names: section, option and value, or several.
-func editConfig(ctx context.Context, file string, set []string, change func(*ini) error) error {
-	var fresh []finding
-	err := editINI(ctx, file, func(c *ini) error {
+// editConfig changes client.cfg. It refuses a change that leads to a mistake which was
+// not there before, or to any finding about the sections and options that the change
+// returns.
+func (in *invocation) editConfig(ctx context.Context, change func(*ini) ([]iniKey, error)) error {
+	return editINI(ctx, in.ini.name, func(c *ini) error {
 		_, before := checkAll(c)
-		if err := change(c); err != nil {
+		named, err := change(c)
+		if err != nil {
 			return err
 		}
-		old := make(map[iniKey]bool)
-		for _, f := range before {
-			old[f.at] = true
-		}
-		var refused []error
 		_, after := checkAll(c)
+		var refused []error
 		for _, f := range after {
-			switch {
-			case isNamed(set, f.at), !old[f.at] && f.grave >= mistake:
+			wasThere := slices.ContainsFunc(before, func(b finding) bool { return b.at == f.at })
+			if slices.Contains(named, f.at) || !wasThere && f.grave >= mistake {
 				refused = append(refused, errors.New(f.text)) // without a line: it is not in the file
-			case !old[f.at]:
-				fresh = append(fresh, f)
 			}
 		}
 		if len(refused) > 0 {
@@ -1447,20 +1439,6 @@ func editConfig(ctx context.Context, file string, set []string, change func(*ini
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	return report(fresh, mistake)
-}
-
-// isNamed reports whether set, of which each third is a value, names an option or section.
-func isNamed(set []string, key iniKey) bool {
-	for ; len(set) > 0; set = set[3:] {
-		if set[0] == key.section && (key.option == "" || strings.ToLower(set[1]) == key.option) {
-			return true
-		}
-	}
-	return false
 }
 
 // checkAll checks the settings of a text and the key that they name. An agent
