@@ -205,6 +205,8 @@ type exitError struct {
 	error
 }
 
+func (e *exitError) Unwrap() error { return e.error }
+
 // exitCode returns the exit code for an error, and the message, if there is one.
 func exitCode(err error) (int, error) {
 	coded := &exitError{exitFailed, err}
@@ -468,8 +470,8 @@ func findConfig(named string) (string, error) {
 			return file, nil
 		}
 	}
-	return "", &exitError{exitUsage, fmt.Errorf("%w: looked for %s; type: picket -c FILE ...",
-		errNoConfig, strings.Join(slices.Compact(files), ", then "))}
+	return "", usagef("%w: looked for %s; type: picket -c FILE ...",
+		errNoConfig, strings.Join(slices.Compact(files), ", then "))
 }
 
 // readConfig reads and parses client.cfg: the file that is named, or the one found.
