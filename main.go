@@ -371,7 +371,8 @@ func (in *invocation) parse(args []string) error {
 	}
 	switch n := len(in.args); {
 	case n > 0 && (c.name == "" || c.name == "config"):
-		return usagef("unknown command %q; type: picket help", strings.TrimSpace(c.name+" "+in.args[0]))
+		in.command = &subcommands[0]
+		return in.usageError("unknown command %q", strings.TrimSpace(c.name+" "+in.args[0]))
 	case asked:
 		return flag.ErrHelp
 	case n < c.least || c.most >= 0 && n > c.most:
@@ -383,23 +384,23 @@ func (in *invocation) parse(args []string) error {
 // parseFlags parses flags and keeps the arguments behind them.
 func (in *invocation) parseFlags(flags *flag.FlagSet, args []string) error {
 	flags.SetOutput(io.Discard)
-	err := flags.Parse(args)
-	if in.args = flags.Args(); err != nil && !errors.Is(err, flag.ErrHelp) {
+	if err := flags.Parse(args); err != nil { // flag.ErrHelp, too
 		return in.usageError("%w", err)
 	}
-	return err
+	in.args = flags.Args()
+	return nil
 }
 
 // usageError returns an error that ends with the line to type.
 func (in *invocation) usageError(format string, args ...any) error {
-	line := in.command.usage()
-	if in.command.name == "" {
-		line = "picket help"
-	}
-	return usagef(format+"; type: %s", append(args, line)...)
+	return usagef(format+"; type: %s", append(args, in.command.usage())...)
 }
 
+// usage returns the line to type.
 func (c *subcommand) usage() string {
+	if c.name == "" {
+		return "picket help"
+	}
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
 }
 
