@@ -413,7 +413,7 @@ func (in *invocation) run(ctx context.Context) (err error) {
 	}
 	if in.command.needs >= needsSettings {
 		leaveTerminal()
-		if in.settings, err = checkSettings(in.ini); err != nil {
+		if in.settings, err = checkSettings(in.ini, wrong); err != nil {
 			return err
 		}
 	}
@@ -490,31 +490,36 @@ func readSettings(named string) (*settings, error) {
 	if err != nil {
 		return nil, err
 	}
-	return checkSettings(c)
+	return checkSettings(c, wrong)
 }
 
-// checkSettings returns the settings of a text, and logs the warnings.
-func checkSettings(c *ini) (*settings, error) {
-	s, found := c.settings(filepath.Dir(c.name))
-	s.file = c.name
-	return s, report(found, wrong)
-}
-
-// report returns the findings that are at least so grave as one error, and logs the
-// others as warnings.
-func report(found []finding, grave int) error {
+// checkSettings returns the settings of client.cfg. Findings that are at least so grave
+// are an error, others are logged.
+func checkSettings(c *ini, grave int) (*settings, error) {
+	s, found := checkAll(c)
 	var errs []error
 	for _, f := range found {
-		if f.grave < grave {
-			log.Printf(warning+"%s", f)
-		} else {
+		if f.grave >= grave {
 			errs = append(errs, errors.New(f.String()))
+		} else {
+			log.Printf(warning+"%s", f)
 		}
 	}
-	if errs == nil {
-		return nil
+	if errs != nil {
+		return nil, usagef("%w", errors.Join(errs...))
 	}
-	return usagef("%w", errors.Join(errs...))
+	return s, nil
+}
+
+// checkAll checks the settings of client.cfg and the key that they name.
+func checkAll(c *ini) (*settings, []finding) {
+	s, found := c.settings(filepath.Dir(c.name))
+	s.file = c.name
+	if _, err := readKeys(s.publicKey); s.publicKey != "" && err != nil {
+		err = fmt.Errorf("%w: no package can be taken", err) // but an agent starts
+		found = append(found, c.finding("sensor", "public_key", tolerated{err}))
+	}
+	return s, found
 }
 
 // runAgent runs the agent. Process 1 would start an agent that ends with an error,
@@ -864,25 +869,23 @@ func (a *agent) greet(ctx context.Context) {
 }
 
 // wrongScheme returns the error of a call, or a better one: that the peer speaks
-// TLS where the URL is http, or the other way round. To a peer that has answered
-// plain HTTP with nothing that makes sense it says hello over TLS, and no more.
+// TLS where the URL is http, or the other way round. To a peer that has not answered
+// plain HTTP with anything that makes sense it says hello over TLS, and no more.
 func wrongScheme(ctx context.Context, u *url.URL, err error) error {
-	var answered *fault
-	var failed *net.OpError
-	switch {
+	switch answered := (*fault)(nil); {
 	case errors.Is(err, http.ErrSchemeMismatch):
 		return errors.New("it speaks plain HTTP there, no TLS: its URL begins with http://")
-	case err == nil || u.Scheme != "http" || errors.As(err, &answered) || errors.As(err, &failed) && failed.Op == "dial":
+	case err == nil || u.Scheme != "http" || errors.As(err, &answered):
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
-	port := u.Port()
-	if port == "" {
-		port = u.Scheme
+	host := u.Host
+	if u.Port() == "" {
+		host = net.JoinHostPort(u.Hostname(), "http")
 	}
 	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} // whoever it is
-	conn, errHello := dialer.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
+	conn, errHello := dialer.DialContext(ctx, "tcp", host)
 	if errHello != nil {
 		return err
 	}
@@ -910,11 +913,6 @@ func (a *agent) logWarnings() {
 	}
 	if text := now.updater.ownerWarning(); text != "" {
 		log.Print(warning + text)
-	}
-	if keys := now.settings.publicKey; keys != "" {
-		if _, err := readKeys(keys); err != nil {
-			log.Printf(severe+"[sensor] public_key: %v: no package is taken", err)
-		}
 	}
 	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
 		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
@@ -976,7 +974,7 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 	}
 	c, err := parseINI(before.file, string(text))
 	if err == nil {
-		s, err = checkSettings(c)
+		s, err = checkSettings(c, wrong)
 	}
 	if err != nil {
 		return s, err
@@ -1061,40 +1059,34 @@ func (a *agent) healthLine() string {
 // commands lists all that the monitor can ask, beside what every XML-RPC server
 // answers.
 func (a *agent) commands() []method {
-	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
-	return []method{
-		{
-			"cmd_submit_reading",
-			"string int string, string int string array, string int string string, " +
-				"string i8 string, string i8 string array, string i8 string string, " +
-				"string string string, string string string array, string string string string",
-			"cmd_submit_reading(ticket, sensor, [arguments]): runs a sensor and stores the reading at the monitor " +
-				"with cmd_store_probe_data. Returns OK at once.",
-			a.submit("cmd_submit_reading", "", "ticket sensor [arguments]"),
-		}, {
-			"cmd_update_sensor_code", "string string, string string int, string string string",
-			"cmd_update_sensor_code(sensor, [ticket]): fetches the sensor's package with cmd_get_sensor_code, " +
-				"tries it and installs it." + done,
-			a.submit("cmd_update_sensor_code", "update", "sensor [ticket]"),
-		}, {
-			"cmd_rollback_sensor_code", "string string, string string int, string string string",
-			"cmd_rollback_sensor_code(sensor, [ticket]): puts the newest backup of the sensor back in its place." + done,
-			a.submit("cmd_rollback_sensor_code", "rollback", "sensor [ticket]"),
-		}, {
-			"cmd_register_new_server", "string, string int, string string",
-			"cmd_register_new_server([ticket]): asks for another monitor with cmd_get_new_monitor_url, " +
-				"and moves there if its healthcheck answers OK." + done,
-			a.submit("cmd_register_new_server", "move", "[ticket]"),
-		},
+	methods := []method{
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
 	}
+	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
+	for _, c := range []struct{ name, change, takes, signatures, help string }{
+		{"cmd_submit_reading", "", "ticket, sensor, [arguments]",
+			"string int string, string int string array, string int string string, " +
+				"string i8 string, string i8 string array, string i8 string string, " +
+				"string string string, string string string array, string string string string",
+			"runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once."},
+		{"cmd_update_sensor_code", "update", "sensor, [ticket]", "string string, string string int, string string string",
+			"fetches the sensor's package with cmd_get_sensor_code, tries it and installs it." + done},
+		{"cmd_rollback_sensor_code", "rollback", "sensor, [ticket]", "string string, string string int, string string string",
+			"puts the newest backup of the sensor back in its place." + done},
+		{"cmd_register_new_server", "move", "[ticket]", "string, string int, string string",
+			"asks for another monitor with cmd_get_new_monitor_url, and moves there if its healthcheck answers OK." + done},
+	} {
+		help := fmt.Sprintf("%s(%s): %s", c.name, c.takes, c.help)
+		methods = append(methods, method{c.name, c.signatures, help, a.submit(c.name, c.change, c.takes)})
+	}
+	return methods
 }
 
 // submit returns the method that makes a command of its parameters. They are named
 // in order; those that may be missing have brackets.
 func (a *agent) submit(name, change, takes string) func(request, []any) (any, error) {
-	names := strings.Fields(takes)
+	names := strings.Split(takes, ", ")
 	least := len(names) - strings.Count(takes, "[")
 	return func(r request, params []any) (any, error) {
 		if len(params) < least || len(params) > len(names) {
@@ -1313,13 +1305,11 @@ func runList(ctx context.Context, in *invocation) error {
 func sensorOnDisk(v string) (string, error) {
 	name, err := sensorName(v)
 	if name == ownSensor {
-		err = fmt.Errorf("the sensor %s is the agent itself: the monitor asks the running one for its health "+
+		return "", usagef("the sensor %s is the agent itself: the monitor asks the running one for its health "+
 			"with cmd_submit_reading; to have it in the log, type: kill -USR1 $(pidof picket)", ownSensor)
-	} else if err != nil {
-		err = fmt.Errorf("%w; type: picket list", err)
 	}
 	if err != nil {
-		return "", usagef("%w", err)
+		return "", usagef("%w; type: picket list", err)
 	}
 	return name, nil
 }
@@ -1368,8 +1358,8 @@ func (in *invocation) changeSensor(name string, change func(*updater) error) err
 // in a URL is not shown.
 func runConfig(_ context.Context, in *invocation) error {
 	c := in.ini
-	s, found := checkAll(c)
-	if err := report(found, mistake); err != nil {
+	s, err := checkSettings(c, mistake)
+	if err != nil {
 		return err
 	}
 	for _, text := range activate(s).sensors.warnings() {
@@ -1444,16 +1434,6 @@ func (in *invocation) editConfig(ctx context.Context, change func(*ini) ([]iniKe
 	})
 }
 
-// checkAll checks the settings of a text and the key that they name. An agent
-// starts with a wrong key, but takes no packages.
-func checkAll(c *ini) (*settings, []finding) {
-	s, found := c.settings(filepath.Dir(c.name))
-	if _, err := readKeys(s.publicKey); s.publicKey != "" && err != nil {
-		found = append(found, c.finding("sensor", "public_key", tolerated{err}))
-	}
-	return s, found
-}
-
 // loadTLS reads the certificates that flags with a prefix name. Its error names the flag.
 func (in *invocation) loadTLS(prefix string) (t tlsFiles, err error) {
 	t.ca, t.certificate, t.key = *in.flags[prefix+"ca"], *in.flags[prefix+"cert"], *in.flags[prefix+"key"]
@@ -1480,13 +1460,11 @@ func runCall(ctx context.Context, in *invocation) error {
 	c := newClient(u, time.Minute, clientTLS(files))
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], params...)
-	if f := (*fault)(nil); err != nil && !errors.As(err, &f) {
-		err = fmt.Errorf("call %s: %w", masked(u.String()), wrongScheme(ctx, u, err))
+	if err != nil {
+		return fmt.Errorf("call %s: %w", masked(u.String()), wrongScheme(ctx, u, err))
 	}
-	if err == nil {
-		fmt.Fprintln(in.out, readable(v))
-	}
-	return err
+	fmt.Fprintln(in.out, readable(v))
+	return nil
 }
 
 // wireValue returns an argument of the command line as a value: a whole number
