@@ -4434,7 +4434,7 @@ func TestSelftest(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	writeTree(t, dir, shipped(t, ""))
 	chdir(t, dir)
-	want := "exit 0\n…\nok      disk percent /           exit 0, value …\nok      file count / …" +
+	want := "exit 0\n…\nok      disk percent /                   exit 0, value …\nok      file count / …" +
 		"\nok      process count picket …reach ping 127.0.0.1 …\nselftest passed\n"
 	got := picket("selftest")
 	expect(t, like(got, want), "got %s; want %s", got, want)

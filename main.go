@@ -102,6 +102,7 @@ const (
 	sensorsTime = 5 * time.Second  // for running sensors when the agent ends
 	deliverTime = 5 * time.Second  // for undelivered readings after that
 	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
+	selfTime    = 2 * time.Minute  // for the steps of the selftest
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
 	greetPause  = time.Second      // from the start to the greeting of the monitor, which would delay the first answer
 	helloTime   = 5 * time.Second  // to see whether a peer speaks TLS
@@ -1959,20 +1960,21 @@ func selfFiles() map[string]string {
 	}
 }
 
-// selfSteps lists what the selftest asks its agent for, and what must come of it.
-var selfSteps = []struct{ method, sensor, want string }{
-	{"cmd_submit_reading", "good", "exit 0, value 42"},
-	{"cmd_submit_reading", "failing", "exit 3, value nan"},
-	{"cmd_submit_reading", "hanging", "exit -15, value nan"},
-	{"cmd_submit_reading", "garbage", "exit 65, value nan"},
-	{"cmd_update_sensor_code", "good", "exit 0, value 1"},
-	{"cmd_submit_reading", "good", "exit 0, value 43"},
-	{"cmd_update_sensor_code", "garbage", "exit 1, value nan"}, // a package whose trial fails
-	{"cmd_submit_reading", "garbage", "exit 65, value nan"},
-	{"cmd_rollback_sensor_code", "good", "exit 0, value 1"},
-	{"cmd_submit_reading", "good", "exit 0, value 42"},
-	{"cmd_register_new_server", "", "exit 0, value 1"},
-	{"cmd_submit_reading", "good", "exit 0, value 42"},
+// selfSteps lists the calls that the selftest makes of its agent, and what its monitor
+// must get then.
+var selfSteps = []struct{ call, want string }{
+	{"cmd_submit_reading 1 good", "ticket 1: exit 0, value 42"},
+	{"cmd_submit_reading 2 failing", "ticket 2: exit 3, value nan"},
+	{"cmd_submit_reading 3 hanging", "ticket 3: exit -15, value nan"},
+	{"cmd_submit_reading 4 garbage", "ticket 4: exit 65, value nan"},
+	{"cmd_update_sensor_code good 5", "ticket 5: exit 0, value 1"},
+	{"cmd_submit_reading 6 good", "ticket 6: exit 0, value 43"},
+	{"cmd_update_sensor_code garbage 7", "ticket 7: exit 1, value nan"}, // a package whose trial fails
+	{"cmd_submit_reading 8 garbage", "ticket 8: exit 65, value nan"},
+	{"cmd_rollback_sensor_code good 9", "ticket 9: exit 0, value 1"},
+	{"cmd_submit_reading 10 good", "ticket 10: exit 0, value 42"},
+	{"cmd_register_new_server 11", "ticket 11: exit 0, value 1"},
+	{"cmd_submit_reading 12 good", "ticket 12: exit 0, value 42"},
 }
 
 // A selftest prints a row for each thing that it tries.
@@ -1987,7 +1989,7 @@ func (t *selftest) row(verdict, what, outcome string) {
 	if verdict == failed {
 		t.failed++
 	}
-	fmt.Fprintf(t.out, "%-7s %-24s %s\n", verdict, what, outcome)
+	fmt.Fprintf(t.out, "%-7s %-32s %s\n", verdict, what, outcome)
 }
 
 // runSelftest has an agent and a stand-in monitor go through selfSteps, and then
@@ -2060,45 +2062,38 @@ func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) 
 	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String()}, time.Minute, nil)
 	defer c.close()
 	ended := make(chan error, 2)
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithTimeout(ctx, selfTime)
 	go func() { ended <- m.serve(ctx, listener) }()
 	go func() { ended <- a.run(ctx) }()
-	for ticket := 1; ticket <= len(selfSteps) && err == nil; ticket++ {
-		err = t.step(ctx, c, ticket, stored)
+	for i := 0; i < len(selfSteps) && err == nil; i++ {
+		err = t.step(ctx, c, selfSteps[i].call, selfSteps[i].want, stored)
 	}
 	cancel()
 	return errors.Join(err, <-ended, <-ended)
 }
 
-// step gives a command and waits for what the monitor gets under its ticket.
-func (t *selftest) step(ctx context.Context, c *client, ticket int, stored <-chan storedReading) error {
-	step := selfSteps[ticket-1]
-	params := []any{step.sensor, ticket}
-	switch {
-	case step.method == "cmd_submit_reading":
-		params = []any{ticket, step.sensor}
-	case step.sensor == "":
-		params = params[1:]
+// step makes a call and waits for what the monitor gets.
+func (t *selftest) step(ctx context.Context, c *client, call, want string, stored <-chan storedReading) error {
+	words := strings.Fields(call)
+	var params []any
+	for _, word := range words[1:] {
+		params = append(params, wireValue(word))
 	}
-	_, err := c.call(ctx, step.method, params...)
-	if err != nil {
-		return fmt.Errorf("%s %s: %w", step.method, step.sensor, err)
+	if _, err := c.call(ctx, words[0], params...); err != nil {
+		return fmt.Errorf("%s: %w", call, err)
 	}
-	what := strings.Split(step.method, "_")[1] + " " + step.sensor
 	select {
 	case got := <-stored:
-		_, outcome, _ := strings.Cut(got.String(), fmt.Sprintf(" ticket %d: ", ticket))
-		verdict := "ok"
-		if outcome != step.want {
-			verdict, outcome = failed, outcome+"; should be "+step.want
+		_, outcome, _ := strings.Cut(got.String(), got.peer+" ")
+		if outcome == want {
+			t.row("ok", call, outcome)
+		} else {
+			t.row(failed, call, outcome+"; should be "+want)
 		}
-		t.row(verdict, what, outcome)
-	case <-time.After(c.timeout):
-		return fmt.Errorf("%s: nothing has arrived at the monitor in %v", what, c.timeout)
+		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return fmt.Errorf("%s: the monitor gets nothing: %w", call, ctx.Err())
 	}
-	return nil
 }
 
 // testInstalled takes a reading from every sensor: the first thing that its help
