@@ -1637,7 +1637,7 @@ func TestQueue(t *testing.T) {
 // commandOf reads "TICKET SENSOR" or "TICKET CHANGE:SENSOR", and perhaps "from ADDRESS".
 func commandOf(words []string) (c command) {
 	number, isInt64 := strings.CutPrefix(words[0], "i8:")
-	if c.ticket = wireValue(number); isInt64 {
+	if c.ticket = wireValues([]string{number})[0]; isInt64 {
 		c.ticket = int64(c.ticket.(int))
 	} else if words[0] == "nil" {
 		c.ticket = nil

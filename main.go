@@ -659,9 +659,9 @@ func (w *logWriter) run() {
 		if n := w.lost.Swap(0); n > 0 {
 			line = fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")) + line
 		}
-		for _, line := range strings.SplitAfter(strings.TrimSuffix(line, "\n"), "\n") {
+		for _, line := range strings.Split(strings.TrimSuffix(line, "\n"), "\n") {
 			if !w.useSyslog.Load() || toSyslog(line) != nil {
-				w.plain.Write([]byte(strings.TrimSuffix(line, "\n") + "\n"))
+				io.WriteString(w.plain, line+"\n")
 			}
 		}
 	}
@@ -765,8 +765,7 @@ func serverTLS(t tlsFiles) *tls.Config {
 	if t.pair == nil {
 		return nil
 	}
-	c := newTLS(buildTime())
-	c.Certificates = []tls.Certificate{*t.pair}
+	c := clientTLS(t)
 	if t.pool == nil {
 		return c
 	}
@@ -833,21 +832,30 @@ func (a *agent) end() {
 	log.Print(notice + "ending")
 	a.cancel()
 	a.delivery.putLast()
-	if names := a.queue.running(); len(names) > 0 {
-		logWaiting(sensorsTime, oneLine(strings.Join(names, ", ")))
-	}
-	within(sensorsTime, a.queue.close)
+	within(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")), a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
-	within(time.Second, func(ctx context.Context) {
+	within(time.Second, "", func(ctx context.Context) {
 		if a.handler.http.Shutdown(ctx) != nil {
 			a.handler.http.Close()
 		}
 	})
+	waits := ""
 	if n := a.delivery.count().undelivered; n > 0 {
-		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
+		waits = "the monitor to take " + plural(n, "reading")
 	}
-	within(deliverTime, a.delivery.close)
+	within(deliverTime, waits, a.delivery.close)
+}
+
+// within logs what the agent waits for before it ends, if there is anything, and calls f
+// with a context that ends after d.
+func within(d time.Duration, waits string, f func(context.Context)) {
+	if waits != "" {
+		log.Printf(notice+"ending: waits for %s, at most %v", waits, d)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	f(ctx)
 }
 
 // goBeside starts a goroutine that run waits for.
@@ -894,18 +902,6 @@ func wrongScheme(ctx context.Context, u *url.URL, err error) error {
 	return errors.New("it speaks TLS there, no plain HTTP: its URL begins with https://")
 }
 
-// logWaiting says what the agent waits for before it ends.
-func logWaiting(most time.Duration, what string) {
-	log.Printf(notice+"ending: waits for %s, at most %v", what, most)
-}
-
-// within calls f with a context that ends after d.
-func within(d time.Duration, f func(context.Context)) {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	f(ctx)
-}
-
 // logWarnings logs what is allowed, but perhaps not meant.
 func (a *agent) logWarnings() {
 	now := a.active.Load()
@@ -938,10 +934,8 @@ func (a *agent) reload(ctx context.Context) {
 		log.Print(severe + "reload: the settings before stay in force")
 		return
 	}
-	was := before.settings
-	if s.listen != was.listen || s.spool != was.spool || s.spoolSize != was.spoolSize {
+	if was := before.settings; s.listen != was.listen || s.spool != was.spool || s.spoolSize != was.spoolSize {
 		log.Print(notice + "reload: [agent] listen, [monitor] spool and spool_size are in force at the next start")
-		s.listen, s.spool, s.spoolSize = was.listen, was.spool, was.spoolSize
 	}
 	now := activate(s)
 	now.sensors.runState = before.sensors.runState
@@ -987,28 +981,23 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 	return s, err
 }
 
-// Vitals are what the agent's health is read from, at one moment.
-type vitals struct {
-	*agent
-	deliveryTotals
-}
-
 // health lists what the agent can be asked. A value less than 0 is not known.
 var health = []struct {
 	name, help string
-	value      func(vitals) int
+	value      func(*agent) int
 }{
-	{"uptime", "seconds since the agent started", func(v vitals) int { return seconds(v.started) }},
-	{"queued", "commands that wait", func(v vitals) int { return v.queue.count() }},
-	{"running", "sensors that run", func(v vitals) int { return v.active.Load().sensors.running() }},
-	{"undelivered", "readings that the monitor does not have yet", func(v vitals) int { return v.undelivered }},
-	{"delivered", "readings delivered since the start", func(v vitals) int { return v.delivered }},
-	{"dropped", "readings given up since the start", func(v vitals) int { return v.dropped }},
-	{"refused", "calls refused since the start", func(v vitals) int { return int(v.handler.count.Load()) }},
-	{"rss_kb", "resident memory in KiB", func(vitals) int { return residentKiB() }},
-	{"spool_bytes", "size of the spool", func(v vitals) int { return int(v.spoolBytes) }},
+	{"uptime", "seconds since the agent started", func(a *agent) int { return seconds(a.started) }},
+	{"queued", "commands that wait", func(a *agent) int { return a.queue.count() }},
+	{"running", "sensors that run", func(a *agent) int { return a.active.Load().sensors.running() }},
+	{"undelivered", "readings that the monitor does not have yet",
+		func(a *agent) int { return a.delivery.count().undelivered }},
+	{"delivered", "readings delivered since the start", func(a *agent) int { return a.delivery.count().delivered }},
+	{"dropped", "readings given up since the start", func(a *agent) int { return a.delivery.count().dropped }},
+	{"refused", "calls refused since the start", func(a *agent) int { return int(a.handler.count.Load()) }},
+	{"rss_kb", "resident memory in KiB", func(*agent) int { return residentKiB() }},
+	{"spool_bytes", "size of the spool", func(a *agent) int { return int(a.delivery.count().spoolBytes) }},
 	{"last_delivery_age", "seconds since the latest delivery, or the start",
-		func(v vitals) int { return seconds(v.latest) }},
+		func(a *agent) int { return seconds(a.delivery.count().latest) }},
 }
 
 func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
@@ -1030,7 +1019,7 @@ func (a *agent) ownReading(args []string) reading {
 		if len(args) != 1 || args[0] != h.name {
 			continue
 		}
-		if value := h.value(vitals{a, a.delivery.count()}); value >= 0 {
+		if value := h.value(a); value >= 0 {
 			return reading{value: strconv.Itoa(value), taken: time.Now()}
 		}
 		return reading{code: exitFailed, taken: time.Now(), reason: h.name + " is not known: is there a /proc?"}
@@ -1048,11 +1037,11 @@ func ownHelp() string {
 	return strings.Join(lines, "\n")
 }
 
-// healthLine returns the agent's health in one line, as of one moment.
+// healthLine returns the agent's health in one line.
 func (a *agent) healthLine() string {
-	line, now := "health:", vitals{a, a.delivery.count()}
+	line := "health:"
 	for _, h := range health {
-		line += fmt.Sprint(" ", h.name, " ", h.value(now))
+		line += fmt.Sprint(" ", h.name, " ", h.value(a))
 	}
 	return line
 }
@@ -1454,13 +1443,9 @@ func runCall(ctx context.Context, in *invocation) error {
 	if err != nil {
 		return err
 	}
-	var params []any
-	for _, arg := range in.args[2:] {
-		params = append(params, wireValue(arg))
-	}
 	c := newClient(u, time.Minute, clientTLS(files))
 	defer c.close()
-	v, err := c.call(ctx, in.args[1], params...)
+	v, err := c.call(ctx, in.args[1], wireValues(in.args[2:])...)
 	if err != nil {
 		return fmt.Errorf("call %s: %w", masked(u.String()), wrongScheme(ctx, u, err))
 	}
@@ -1468,13 +1453,17 @@ func runCall(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// wireValue returns an argument of the command line as a value: a whole number
-// as int, anything else as a string.
-func wireValue(arg string) any {
-	if n, err := strconv.ParseInt(arg, 10, 32); err == nil {
-		return int(n)
+// wireValues returns words of a command line as values: a whole number as int, anything
+// else as a string.
+func wireValues(words []string) (values []any) {
+	for _, word := range words {
+		if n, err := strconv.ParseInt(word, 10, 32); err == nil {
+			values = append(values, int(n))
+		} else {
+			values = append(values, word)
+		}
 	}
-	return arg
+	return values
 }
 
 // readable returns a value for people: a struct as one line for each member.
@@ -1674,10 +1663,8 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
-	case r.Header.Get("Sec-Fetch-Site") == "cross-site": // a browser on this machine may show any page
-		status, text = http.StatusForbidden, "Another site's page must not ask.\n"
-	case !p.isOwnHost(r.Host):
-		status, text = http.StatusForbidden, "Ask by address, or by the name that -probe has.\n"
+	case r.Header.Get("Sec-Fetch-Site") == "cross-site", !p.isOwnHost(r.Host): // a browser may show any page
+		status, text = http.StatusForbidden, "Ask by address or by the name that -probe has, and from no other site.\n"
 	case r.URL.Path == "/probe":
 		status, text = p.answer(r)
 	case r.URL.Path == "/metrics":
@@ -2075,11 +2062,7 @@ func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) 
 // step makes a call and waits for what the monitor gets.
 func (t *selftest) step(ctx context.Context, c *client, call, want string, stored <-chan storedReading) error {
 	words := strings.Fields(call)
-	var params []any
-	for _, word := range words[1:] {
-		params = append(params, wireValue(word))
-	}
-	if _, err := c.call(ctx, words[0], params...); err != nil {
+	if _, err := c.call(ctx, words[0], wireValues(words[1:])...); err != nil {
 		return fmt.Errorf("%s: %w", call, err)
 	}
 	select {
