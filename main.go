@@ -832,27 +832,30 @@ func (a *agent) end() {
 	log.Print(notice + "ending")
 	a.cancel()
 	a.delivery.putLast()
-	within(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")), a.queue.close)
+	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
+	within(sensorsTime, a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
-	within(time.Second, "", func(ctx context.Context) {
+	within(time.Second, func(ctx context.Context) {
 		if a.handler.http.Shutdown(ctx) != nil {
 			a.handler.http.Close()
 		}
 	})
-	waits := ""
 	if n := a.delivery.count().undelivered; n > 0 {
-		waits = "the monitor to take " + plural(n, "reading")
+		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
 	}
-	within(deliverTime, waits, a.delivery.close)
+	within(deliverTime, a.delivery.close)
 }
 
-// within logs what the agent waits for before it ends, if there is anything, and calls f
-// with a context that ends after d.
-func within(d time.Duration, waits string, f func(context.Context)) {
-	if waits != "" {
-		log.Printf(notice+"ending: waits for %s, at most %v", waits, d)
+// logWaiting says what the agent waits for before it ends, if there is anything.
+func logWaiting(most time.Duration, what string) {
+	if what != "" {
+		log.Printf(notice+"ending: waits for %s, at most %v", what, most)
 	}
+}
+
+// within calls f with a context that ends after d.
+func within(d time.Duration, f func(context.Context)) {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
 	f(ctx)
