@@ -53,7 +53,7 @@
 //
 //  1. agent.submit makes a command of sensor and ticket.
 //  2. queue.accept gives it a place. When it begins, equal ones that wait join it.
-//  3. agent.runChange calls updater.install, which takes the steps of a change.
+//  3. agent.makeChange calls updater.install, which takes the steps of a change.
 //  4. begin opens the directories and locks them; settle finishes an earlier change.
 //  5. fetch writes the package to the staging directory.
 //  6. verify checks its signature.
@@ -273,13 +273,13 @@ Every other byte of client.cfg stays. A change that makes it wrong is refused.
 	{"config unset", "SECTION [OPTION]", "", 1, 2, needsINI, runConfigUnset, `remove an option or a section
 Comments stay.
   picket config unset monitor spool`},
-	{"update", "SENSOR", "", 1, 1, needsSettings, runUpdate, `fetch a package and install it
+	{"update", "SENSOR", "", 1, 1, needsSettings, runChange, `fetch a package and install it
 It comes from the monitor of client.cfg.
   picket update disk`},
-	{"rollback", "SENSOR", "", 1, 1, needsSettings, runRollback, `put the newest backup back in place
+	{"rollback", "SENSOR", "", 1, 1, needsSettings, runChange, `put the newest backup back in place
 The version replaced becomes a backup.
   picket rollback disk`},
-	{"install", "FILE.tar.bz2", "", 1, 1, needsSettings, runInstall, `install a package that lies here
+	{"install", "FILE.tar.bz2", "", 1, 1, needsSettings, runChange, `install a package that lies here
 Its name is the sensor's. With a public_key it needs FILE.tar.bz2.sig beside it.
   picket install packages/disk.tar.bz2`},
 	{"call", tlsArgs + " URL METHOD [ARG...]", "ca cert key", 2, -1, needsNothing, runCall, `call an XML-RPC method
@@ -1127,7 +1127,7 @@ func (a *agent) accept(r request, name string, c command) (any, error) {
 func (a *agent) runCommand(ctx context.Context, c command) reading {
 	a.delivery.waitRoom(ctx)
 	if c.change != "" {
-		return a.runChange(ctx, c)
+		return a.makeChange(ctx, c)
 	}
 	begun, now := time.Now(), a.active.Load()
 	var r reading
@@ -1143,8 +1143,8 @@ func (a *agent) runCommand(ctx context.Context, c command) reading {
 	return r
 }
 
-// runChange makes a change and returns its outcome as a reading.
-func (a *agent) runChange(ctx context.Context, c command) reading {
+// makeChange makes a change and returns its outcome as a reading.
+func (a *agent) makeChange(ctx context.Context, c command) reading {
 	begun := time.Now()
 	err := a.change(ctx, c)
 	a.noteChange(c, err)
@@ -1245,33 +1245,34 @@ func healthcheck(_ request, params []any) (any, error) {
 }
 
 func runCheck(ctx context.Context, in *invocation) error {
-	asksHelp := len(in.args) == 2 && in.args[1] == in.settings.help
-	if in.args[0] == ownSensor && asksHelp {
+	name, args := in.args[0], in.args[1:]
+	asksHelp := len(args) == 1 && args[0] == in.settings.help
+	if name == ownSensor && asksHelp {
 		fmt.Fprintln(in.out, ownHelp())
 		return nil
 	}
-	name, err := sensorOnDisk(in.args[0])
-	if err != nil {
+	if err := checkOnDisk(name); err != nil {
 		return err
 	}
 	s := activate(in.settings).sensors
 	var r reading
 	if asksHelp {
-		r = s.runIn(ctx, filepath.Join(s.path, name), name, in.args[1:], os.Stderr)
-	} else if r = s.read(ctx, name, in.args[1:], os.Stderr); r.value == "" {
+		r = s.runIn(ctx, filepath.Join(s.path, name), name, args, os.Stderr)
+	} else if r = s.read(ctx, name, args, os.Stderr); r.value == "" {
 		r.value = in.settings.noValue
 	}
 	fmt.Fprintln(in.out, strings.TrimSpace(r.value))
-	if r.code < 0 {
-		r.code = 128 - r.code // as a shell shows a signal
-	}
-	switch {
-	case r.code == 0:
+	if r.code == 0 {
 		return nil
-	case r.reason == "":
-		return &exitError{r.code, nil}
 	}
-	return &exitError{r.code, fmt.Errorf("sensor %s: %s", name, r.reason)}
+	failed := &exitError{code: r.code}
+	if r.code < 0 {
+		failed.code = 128 - r.code // as a shell shows a signal
+	}
+	if r.reason != "" {
+		failed.error = fmt.Errorf("sensor %s: %s", name, r.reason)
+	}
+	return failed
 }
 
 func runList(ctx context.Context, in *invocation) error {
@@ -1294,17 +1295,16 @@ func runList(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// sensorOnDisk returns v as the name of a sensor that is a directory.
-func sensorOnDisk(v string) (string, error) {
-	name, err := sensorName(v)
+// checkOnDisk checks the name of a sensor that is to be a directory.
+func checkOnDisk(name string) error {
 	if name == ownSensor {
-		return "", usagef("the sensor %s is the agent itself: the monitor asks the running one for its health "+
+		return usagef("the sensor %s is the agent itself: the monitor asks the running one for its health "+
 			"with cmd_submit_reading; to have it in the log, type: kill -USR1 $(pidof picket)", ownSensor)
 	}
-	if err != nil {
-		return "", usagef("%w; type: picket list", err)
+	if _, err := sensorName(name); err != nil {
+		return usagef("%w; type: picket list", err)
 	}
-	return name, nil
+	return nil
 }
 
 // indent returns the lines of a text, each with something before it.
@@ -1312,38 +1312,33 @@ func indent(text, by string) string {
 	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
 }
 
-func runUpdate(ctx context.Context, in *invocation) error {
-	c := monitorClient(in.settings)
-	defer c.close()
-	return in.install(ctx, in.args[0], fromMonitor(c, in.args[0], in.settings.maxPackage))
-}
-
-func runInstall(ctx context.Context, in *invocation) error {
-	name := filepath.Base(in.args[0])
-	for _, suffix := range []string{".bz2", ".gz", ".tar", ".tbz2", ".tgz"} {
-		name = strings.TrimSuffix(name, suffix)
+// runChange changes a sensor as an administrator on the box asks: by update, rollback
+// or install.
+func runChange(ctx context.Context, in *invocation) (err error) {
+	verb, name := in.command.name, in.args[0]
+	if verb == "install" {
+		name = filepath.Base(name)
+		for _, suffix := range []string{".bz2", ".gz", ".tar", ".tbz2", ".tgz"} {
+			name = strings.TrimSuffix(name, suffix)
+		}
 	}
-	return in.install(ctx, name, fromFile(in.args[0]))
-}
-
-func (in *invocation) install(ctx context.Context, name string, from source) error {
-	return in.changeSensor(name, func(u *updater) error { return u.install(ctx, name, from) })
-}
-
-func runRollback(ctx context.Context, in *invocation) error {
-	return in.changeSensor(in.args[0], func(u *updater) error { return u.rollback(ctx, in.args[0]) })
-}
-
-// changeSensor makes a change of a sensor by hand.
-func (in *invocation) changeSensor(name string, change func(*updater) error) error {
-	if _, err := sensorOnDisk(name); err != nil {
+	if err := checkOnDisk(name); err != nil {
 		return err
 	}
-	what := in.command.name + " " + name
-	if err := change(activate(in.settings).updater); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+	u, c := activate(in.settings).updater, monitorClient(in.settings)
+	defer c.close()
+	switch verb {
+	case "update":
+		err = u.install(ctx, name, fromMonitor(c, name, in.settings.maxPackage))
+	case "rollback":
+		err = u.rollback(ctx, name)
+	case "install":
+		err = u.install(ctx, name, fromFile(in.args[0]))
 	}
-	fmt.Fprintln(in.out, what+": done")
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", verb, name, err)
+	}
+	fmt.Fprintf(in.out, "%s %s: done\n", verb, name)
 	return nil
 }
 
