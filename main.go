@@ -208,16 +208,17 @@ type exitError struct {
 
 func (e *exitError) Unwrap() error { return e.error }
 
-// exitCode returns the exit code for an error, and the message, if there is one.
+// exitCode returns the exit code for an error, and what there is to say: it shows no
+// password.
 func exitCode(err error) (int, error) {
-	coded := &exitError{exitFailed, err}
 	if err == nil {
 		return 0, nil
 	}
+	coded := &exitError{exitFailed, err}
 	if errors.As(err, &coded); coded.error == nil {
-		err = nil
+		return coded.code, nil
 	}
-	return coded.code, err
+	return coded.code, errors.New(masked(err.Error()))
 }
 
 // usagef returns an error of usage or configuration.
@@ -320,7 +321,7 @@ type invocation struct {
 }
 
 // execute runs the program with the arguments of its command line, and returns
-// its exit code and what there is to say. Its error shows no password.
+// its exit code and what there is to say.
 func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 	in := &invocation{command: &subcommands[0], out: out}
 	err := in.parse(args)
@@ -331,11 +332,7 @@ func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 		in.help()
 		err = nil
 	}
-	code, err := exitCode(err)
-	if err != nil {
-		err = errors.New(masked(err.Error()))
-	}
-	return code, err
+	return exitCode(err)
 }
 
 // parse finds the subcommand that a command line names, with its flags and arguments.
@@ -537,13 +534,13 @@ func runAgent(ctx context.Context, in *invocation) error {
 	if err == nil || os.Getppid() != 1 {
 		return err
 	}
-	log.Printf("%s; ends in %v, or at a signal", masked(err.Error()), initTime)
+	code, err := exitCode(err)
+	log.Printf("%v; ends in %v, or at a signal", err, initTime)
 	select {
 	case <-time.After(initTime):
 	case <-signals:
 	case <-ctx.Done():
 	}
-	code, _ := exitCode(err)
 	return &exitError{code: code}
 }
 
