@@ -24,12 +24,6 @@
 // client_ca, can have sensors run, at most [sensor] concurrency at once, but
 // cannot see what they print.
 //
-// # What lasts
-//
-// A reading of an acknowledged command is in memory until the monitor has
-// answered, and with [monitor] spool on the disk as well once an attempt has failed
-// or some seconds have passed. Limits, and what happens at each, are with the constants.
-//
 // # Files
 //
 // They depend downwards: main, update, sensors, rpc. The settings of config are
@@ -267,11 +261,11 @@ See also: picket help config get, config set, config unset.`},
 	{"config get", "SECTION OPTION", "", 2, 2, needsINI, runConfigGet, `print one value
 Or its default. A password is shown as xxxxx.
   picket config get monitor url`},
-	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "", 3, -1, needsINI, runConfigSet,
+	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "", 3, -1, needsINI, runConfigEdit,
 		`change values in place
 Every other byte of client.cfg stays. A change that makes it wrong is refused.
   picket config set monitor url http://monitor:8081/xmlrpc/`},
-	{"config unset", "SECTION [OPTION]", "", 1, 2, needsINI, runConfigUnset, `remove an option or a section
+	{"config unset", "SECTION [OPTION]", "", 1, 2, needsINI, runConfigEdit, `remove an option or a section
 Comments stay.
   picket config unset monitor spool`},
 	{"update", "SENSOR", "", 1, 1, needsSettings, runChange, `fetch a package and install it
@@ -1377,30 +1371,23 @@ func runConfigGet(_ context.Context, in *invocation) error {
 	return nil
 }
 
-func runConfigSet(ctx context.Context, in *invocation) error {
-	if len(in.args)%3 != 0 {
+// runConfigEdit sets or unsets options of client.cfg. It refuses a change that leads to
+// a mistake which was not there before, or to any finding about what it sets.
+func runConfigEdit(ctx context.Context, in *invocation) error {
+	sets := in.command.name == "config set"
+	if sets && len(in.args)%3 != 0 {
 		return in.usageError("config set: arguments missing or too many")
 	}
-	return in.editConfig(ctx, func(c *ini) (named []iniKey, err error) {
-		for args := in.args; len(args) > 0 && err == nil; args = args[3:] {
+	return editINI(ctx, in.ini.name, func(c *ini) (err error) {
+		_, before := checkAll(c)
+		var named []iniKey // the options and sections that it sets
+		if !sets {
+			err = c.remove(in.args[0], in.args[1:]...)
+		}
+		for args := in.args; sets && len(args) > 0 && err == nil; args = args[3:] {
 			named = append(named, iniKey{args[0], ""}, iniKey{args[0], strings.ToLower(args[1])})
 			err = c.set(args[0], args[1], args[2])
 		}
-		return named, err
-	})
-}
-
-func runConfigUnset(ctx context.Context, in *invocation) error {
-	return in.editConfig(ctx, func(c *ini) ([]iniKey, error) { return nil, c.remove(in.args[0], in.args[1:]...) })
-}
-
-// editConfig changes client.cfg. It refuses a change that leads to a mistake which was
-// not there before, or to any finding about the sections and options that the change
-// returns.
-func (in *invocation) editConfig(ctx context.Context, change func(*ini) ([]iniKey, error)) error {
-	return editINI(ctx, in.ini.name, func(c *ini) error {
-		_, before := checkAll(c)
-		named, err := change(c)
 		if err != nil {
 			return err
 		}
