@@ -98,7 +98,7 @@ const (
 	reloadTime  = time.Second      // between two reads of client.cfg that must be equal
 	selfTime    = 2 * time.Minute  // for the steps of the selftest
 	initTime    = 30 * time.Second // an agent that init started waits this long before it ends with an error
-	greetPause  = time.Second      // from the start to the greeting of the monitor, which would delay the first answer
+	greetPause  = time.Second      // from the start to the call of the monitor, which would delay the first answer
 	helloTime   = 5 * time.Second  // to see whether a peer speaks TLS
 	lastLogTime = time.Second      // for the last lines of the log when the agent ends
 
@@ -132,7 +132,7 @@ var (
 
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
-	go func() { // beside the start, as each signal takes two switches between threads
+	go func() { // while the rest starts, as each signal takes two switches between threads
 		ends := make(chan os.Signal, 1)
 		signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM)
 		<-ends
@@ -161,8 +161,8 @@ func main() {
 	os.Exit(code)
 }
 
-// closeOnExec marks every file above 2 that picket's parent left open to be
-// closed when a sensor starts: it may be a lock or a secret.
+// closeOnExec has the files above 2 that picket inherited closed when a sensor
+// starts: one may be a lock or a secret.
 func closeOnExec() {
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
@@ -234,7 +234,7 @@ type subcommand struct {
 const (
 	needsNothing  = iota
 	needsINI      // client.cfg
-	needsSettings // its settings, and the terminal given up, as it runs sensors
+	needsSettings // its settings; as it runs sensors, the terminal is given up
 )
 
 const (
@@ -310,8 +310,8 @@ type invocation struct {
 	flags    map[string]*string
 	args     []string // beside the flags
 	out      io.Writer
-	ini      *ini      // client.cfg, where the subcommand needs it
-	settings *settings // so
+	ini      *ini      // client.cfg, if the subcommand needs it
+	settings *settings // its settings, if the subcommand needs them
 }
 
 // execute runs the program with the arguments of its command line, and returns
@@ -520,7 +520,7 @@ func checkAll(c *ini) (*settings, []finding) {
 func runAgent(ctx context.Context, in *invocation) error {
 	leaveTerminal()
 	signals, caught := make(chan os.Signal, 8), make(chan struct{})
-	go func() { // beside the start, as those of main
+	go func() { // while the rest starts, as in main
 		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
 		close(caught)
 	}()
@@ -563,8 +563,8 @@ func serveAgent(ctx context.Context, config string, signals <-chan os.Signal, ca
 	return a.run(ctx)
 }
 
-// limitMemory makes the collector of garbage work harder from 12 MiB on, plus
-// what a full queue and a full spool take. GOMEMLIMIT in the environment has
+// limitMemory makes the garbage collector work harder once the memory exceeds 12 MiB
+// and what a full queue and a full spool take. GOMEMLIMIT in the environment takes
 // precedence.
 func limitMemory(s *settings) {
 	limit := int64(12<<20) + int64(s.queue)<<10
@@ -585,7 +585,7 @@ func splitSeverity(line string) (syslog.Priority, string) {
 	return syslog.LOG_INFO, line
 }
 
-// plainLog writes lines of the log for people. Those that are timed begin with the local time.
+// plainLog writes lines of the log for people, on request with the local time before each.
 func plainLog(w io.Writer, timed bool) writerFunc {
 	return func(line []byte) (int, error) {
 		_, text := splitSeverity(string(line))
@@ -670,7 +670,7 @@ func toSyslog(line string) error {
 	return err
 }
 
-// Active is the settings in force and what was built from them.
+// An active holds the settings in force and what was built from them.
 type active struct {
 	settings *settings
 	sensors  *sensors
@@ -871,9 +871,9 @@ func (a *agent) greet(ctx context.Context) {
 	}
 }
 
-// wrongScheme returns the error of a call, or a better one: that the peer speaks
-// TLS where the URL is http, or the other way round. To a peer that has not answered
-// plain HTTP with anything that makes sense it says hello over TLS, and no more.
+// wrongScheme returns the error of a call or, if the URL is http and the peer speaks
+// TLS, or the other way round, an error that says so. To find out it begins a TLS
+// connection to a peer whose answer over plain HTTP made no sense, and sends nothing.
 func wrongScheme(ctx context.Context, u *url.URL, err error) error {
 	switch answered := (*fault)(nil); {
 	case errors.Is(err, http.ErrSchemeMismatch):
@@ -1040,8 +1040,8 @@ func (a *agent) healthLine() string {
 	return line
 }
 
-// commands lists all that the monitor can ask, beside what every XML-RPC server
-// answers.
+// commands returns the methods that the monitor can call, besides those of every
+// XML-RPC server.
 func (a *agent) commands() []method {
 	methods := []method{
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
@@ -1067,8 +1067,8 @@ func (a *agent) commands() []method {
 	return methods
 }
 
-// submit returns the method that makes a command of its parameters. They are named
-// in order; those that may be missing have brackets.
+// submit returns the method that makes a command of its parameters and accepts it.
+// takes names the parameters in order; those that may be missing have brackets.
 func (a *agent) submit(name, change, takes string) func(request, []any) (any, error) {
 	names := strings.Split(takes, ", ")
 	least := len(names) - strings.Count(takes, "[")
@@ -1181,15 +1181,15 @@ func (a *agent) change(ctx context.Context, c command) error {
 	return now.updater.install(ctx, c.sensor, fromMonitor(a.delivery.monitor(), c.sensor, now.settings.maxPackage))
 }
 
-// move makes the monitor that the present one names the only one: in client.cfg
-// first, then for every reading that is not delivered yet.
+// move changes the monitor to the one that the present monitor names: first in
+// client.cfg, then for all readings that are not delivered yet.
 func (a *agent) move(ctx context.Context) error {
 	present := a.delivery.monitor()
 	u, err := nextMonitor(ctx, present, httpURL)
 	if err != nil {
 		return err
 	}
-	lock := sync.OnceFunc(a.changing.Lock) // only with the lock of client.cfg, for which no reload waits
+	lock := sync.OnceFunc(a.changing.Lock) // after the lock of client.cfg, so that no reload waits for that
 	defer func() { lock(); a.changing.Unlock() }()
 	err = editINI(ctx, a.active.Load().settings.file, func(c *ini) error {
 		if lock(); a.delivery.monitor() != present {
@@ -1298,7 +1298,7 @@ func checkOnDisk(name string) error {
 	return nil
 }
 
-// indent returns the lines of a text, each with something before it.
+// indent puts something before each line of a text.
 func indent(text, by string) string {
 	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
 }
@@ -1645,7 +1645,7 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
-	case r.Header.Get("Sec-Fetch-Site") == "cross-site", !p.isOwnHost(r.Host): // a browser may show any page
+	case r.Header.Get("Sec-Fetch-Site") == "cross-site", !p.isOwnHost(r.Host): // a web page in a browser here
 		status, text = http.StatusForbidden, "Ask by address or by the name that -probe has, and from no other site.\n"
 	case r.URL.Path == "/probe":
 		status, text = p.answer(r)
@@ -1662,9 +1662,9 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, text) // an error means that the peer has gone
 }
 
-// isOwnHost reports whether a request that names this host may be answered: an address,
-// localhost or the host of -probe. By any other name a page of another site might ask,
-// whose name leads here for a moment.
+// isOwnHost reports whether a request for this host may be answered: an address,
+// localhost or the host of -probe. A request for any other may come from a web page
+// whose owner has made the name of his host lead here.
 func (p *prober) isOwnHost(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
