@@ -2713,22 +2713,22 @@ func TestConnToClose(t *testing.T) {
 	} {
 		h := newHandler(nil)
 		h.setAccess(&access{allow: get(networks("10.0.0.0/8, 2001:db8::/32"))})
-		admit := func(host string) *peerConn {
+		admit := func(host string) net.Conn {
 			c, other := net.Pipe()
 			t.Cleanup(func() { c.Close(); other.Close() })
-			return peerOf(h.admit(addressed{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}}))
+			return h.admit(addressed{c, &net.TCPAddr{IP: net.ParseIP(host), Port: 1}})
 		}
 		for i := 0; i < maxConns; i++ {
-			p := admit(test.hosts[i%len(test.hosts)])
+			p := h.conns[admit(test.hosts[i%len(test.hosts)])]
 			p.working, p.since = i < test.working, time.Unix(int64(i), 0)
 		}
 		before := maps.Clone(h.conns)
-		before[admit(test.comes)] = true
+		admit(test.comes)
 		var gave []string
-		for p := range before {
-			if !h.conns[p] {
+		for c, p := range before {
+			if h.conns[c] == nil {
 				gave = append(gave, p.host)
-				_, err := p.Write([]byte("x"))
+				_, err := c.Write([]byte("x"))
 				equal(t, test.name+": it is closed", err, io.ErrClosedPipe)
 			}
 		}
@@ -2811,7 +2811,7 @@ func TestClientKeepsConnection(t *testing.T) {
 		c := testClient(t, u, clientTLS(pair))
 		usual := *c.idleTimeout()
 		*c.idleTimeout() = patience
-		conns := make(map[*peerConn]bool)
+		conns := make(map[net.Conn]*peer)
 		for i := 0; i < 20; i++ {
 			mustCall(t, c, "healthcheck")
 			h.mu.Lock()
@@ -4223,9 +4223,10 @@ func scrape(t testing.TB, probes, path, timeout string) string {
 // come, and are printed; those of another form are refused.
 func TestProbe(t *testing.T) {
 	b, out, probes, hangs := probeBox(t)
-	early := serve(t, newHandler([]method{{"cmd_submit_reading", "", "", func(_ request, params []any) (any, error) {
+	echo := func(_ request, params []any) (any, error) {
 		return "OK", b.stored(storedReading{ticket: params[0], value: params[2].(string)})
-	}}})).Host
+	}
+	early := serve(t, newHandler([]method{{"cmd_submit_reading", "string string string string", "", echo}})).Host
 	many := ""
 	for i := 0; i < maxReads-1; i++ {
 		many += fmt.Sprint("&read=count+", i)
@@ -4454,8 +4455,11 @@ func TestTLS(t *testing.T) {
 	pinned.name = "monitor"
 	none := monitorFiles // a caller without a certificate
 	none.pair = nil
-	at := func(clock, built time.Time) func(*tls.Config) {
-		return func(c *tls.Config) { c.Time = func() time.Time { return certificateTime(clock, built) } }
+	at := func(clock time.Time) func(*tls.Config) {
+		return func(c *tls.Config) { c.Time = func() time.Time { return clock } }
+	}
+	builtAt := func(built time.Time) func(*tls.Config) {
+		return func(c *tls.Config) { c.Time = newTLS(built).Time }
 	}
 	plain := func(*tls.Config) {}
 	trusting := func(c *tls.Config) { c.RootCAs = box.pool }
@@ -4480,9 +4484,10 @@ func TestTLS(t *testing.T) {
 		{"server expired", ours.files(t, "box", now.Add(-2*hour), now.Add(-hour)), monitorFiles, plain, invalid},
 		{"server not valid yet", ours.files(t, "box", now.Add(hour), now.Add(2*hour)), monitorFiles, plain, invalid},
 		{"client expired", box, ours.files(t, "monitor", now.Add(-2*hour), now.Add(-hour)), plain, "certificate"},
-		{"clock in 1970", alone, none, at(time.Unix(300, 0), buildTime()), good},
-		{"clock in 1970, built before", alone, none, at(time.Unix(300, 0), now.Add(-2*hour)), "not yet valid"},
-		{"expired once the clock is right", alone, none, at(now.Add(2*hour), now), "expired"},
+		{"a clock in 1970", alone, none, at(time.Unix(300, 0)), "not yet valid"},
+		{"a clock before the build", alone, none, builtAt(now.Add(hour / 4)), good},
+		{"one that is long behind it", alone, none, builtAt(now.Add(2 * hour)), "expired"},
+		{"expired", alone, none, at(now.Add(2 * hour)), "expired"},
 		{"TLS 1.1", alone, none, old, "protocol version"},
 		{"TLS 1.2", box, monitorFiles, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, good},
 	} {

@@ -1073,9 +1073,6 @@ func (a *agent) submit(name, change, takes string) func(request, []any) (any, er
 	names := strings.Split(takes, ", ")
 	least := len(names) - strings.Count(takes, "[")
 	return func(r request, params []any) (any, error) {
-		if len(params) < least || len(params) > len(names) {
-			return nil, faultf(faultParams, "%s takes %s; got %s", name, takes, plural(len(params), "parameter"))
-		}
 		c, err := command{change: change}, error(nil)
 		for i := 0; i < len(params) && err == nil; i++ {
 			switch v := params[i]; names[i] {
@@ -1209,10 +1206,7 @@ func (a *agent) move(ctx context.Context) error {
 	return nil
 }
 
-func (a *agent) listSensors(_ request, params []any) (any, error) {
-	if err := noParams("cmd_list_sensors", params); err != nil {
-		return nil, err
-	}
+func (a *agent) listSensors(request, []any) (any, error) {
 	texts, err := a.active.Load().sensors.helpTexts(a.ctx) // also for a caller that has closed its sending half
 	if a.ctx.Err() != nil {
 		return nil, faultf(faultBusy, "the agent is shutting down")
@@ -1231,9 +1225,7 @@ func (a *agent) listSensors(_ request, params []any) (any, error) {
 	return listed, nil
 }
 
-func healthcheck(_ request, params []any) (any, error) {
-	return "OK", noParams("healthcheck", params)
-}
+func healthcheck(request, []any) (any, error) { return "OK", nil }
 
 func runCheck(ctx context.Context, in *invocation) error {
 	name, args := in.args[0], in.args[1:]
@@ -1635,9 +1627,8 @@ func newProber(tls *tls.Config, out io.Writer) *prober {
 
 // ServeHTTP answers one request.
 func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	conn := r.Context().Value(peerKey{}).(*peerConn) // which the handler has put there
-	p.handler.setWorking(conn, true)
-	defer p.handler.setWorking(conn, false)
+	p.handler.setWorking(r, true)
+	defer p.handler.setWorking(r, false)
 	control := http.NewResponseController(w)
 	control.SetReadDeadline(time.Time{}) // else it would end the probe
 	status, kind, text := http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", ""

@@ -27,6 +27,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -157,8 +158,8 @@ type dateTime string
 
 const dateTimeLayout = "20060102T15:04:05"
 
-// parseDateTime returns s if it is a date and a time that exist; a fraction
-// and a zone may follow, and the parts may be split by '-' and ':'.
+// parseDateTime returns s if it is a date and a time that exist. The date may be split
+// by '-', the time by ':', and a fraction and a zone may follow.
 func parseDateTime(s string) (dateTime, error) {
 	for _, date := range []string{"20060102", "2006-01-02"} {
 		for _, clock := range []string{"T15:04:05", "T150405"} {
@@ -337,19 +338,15 @@ func (d *decoder) value(e *element, depth int) any {
 	return v
 }
 
-// intBits has the size, in bits, of each type that is an int. Types that are not in
-// the specification, here and in scalar, are Apache's.
-var intBits = map[string]int{"int": 32, "i4": 32, "i2": 16, "i1": 8}
-
 // scalar reads a text as a value of the type with that name. An array or a struct is
-// no scalar.
+// no scalar. Types that are not in the specification are Apache's.
 func scalar(name, text string) (v any, err error) {
 	trimmed := strings.TrimSpace(text)
 	switch name {
 	case "string":
 		return text, nil
 	case "int", "i4", "i2", "i1":
-		n, err := strconv.ParseInt(trimmed, 10, intBits[name])
+		n, err := strconv.ParseInt(trimmed, 10, 32)
 		return int(n), err
 	case "i8", "biginteger":
 		return strconv.ParseInt(trimmed, 10, 64)
@@ -516,8 +513,9 @@ func sortedKeys[V any](m map[string]V) []string {
 	return keys
 }
 
-// A method is one name on the wire. Its call returns a value of an XML-RPC type, or a
-// *fault; any other error is a defect.
+// A method is one name on the wire. Its call gets as many parameters as one of the
+// signatures has, of any type. It returns a value of an XML-RPC type, or a *fault; any
+// other error is a defect.
 type method struct {
 	name       string
 	signatures string // "string int string, string string string": what it returns, then what it takes
@@ -563,21 +561,16 @@ func limitKey(host string) string {
 	return prefix.String()
 }
 
-// certificateTime returns the time by which certificates are checked: the time of
-// the clock, but never earlier than the build of the program. A box may boot in 1970.
-func certificateTime(now, built time.Time) time.Time {
-	if now.Before(built) {
-		return built
-	}
-	return now
-}
-
-// newTLS returns the rules that hold for every connection over TLS.
+// newTLS returns the rules that hold for every connection over TLS. Certificates are
+// checked by the clock, but never by a time before the program was built: a box may
+// boot in 1970.
 func newTLS(built time.Time) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS12,
-		Time:       func() time.Time { return certificateTime(time.Now(), built) },
-	}
+	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time {
+		if now := time.Now(); now.After(built) {
+			return now
+		}
+		return built
+	}}
 }
 
 // bearsName reports whether a certificate was issued for a name: as its subject, as
@@ -605,32 +598,22 @@ type handler struct {
 
 	mu     sync.Mutex // guards what is below
 	access *access
-	conns  map[*peerConn]bool // the open connections
+	conns  map[net.Conn]*peer // the open connections, as net/http has them
 	most   int                // connections at once
 }
 
-// A peerConn is a connection to the handler.
-type peerConn struct {
-	net.Conn
-	host string      // the peer's
-	key  string      // limitKey of that
-	tls  *tls.Config // the rules for TLS that were in force when it came
-
-	// handler.mu guards what is below.
-	working bool      // a call is being answered on it
-	since   time.Time // when it came, or the latest call on it began or ended
+// A peer is at the other end of an open connection. handler.mu guards it.
+type peer struct {
+	raw     net.Conn // the connection without TLS
+	host    string
+	key     string      // limitKey of that
+	tls     *tls.Config // the rules for TLS that were in force when it came
+	working bool        // a call is being answered
+	since   time.Time   // when it came, or its latest call began or ended
 }
 
-// peerKey is the key of a peerConn in the context of its requests.
-type peerKey struct{}
-
-// peerOf returns the peerConn that c is, or that is under it.
-func peerOf(c net.Conn) *peerConn {
-	if t, ok := c.(*tls.Conn); ok {
-		c = t.NetConn()
-	}
-	return c.(*peerConn)
-}
+// connKey is the key of the connection in the context of a request.
+type connKey struct{}
 
 // newHandler returns a handler that answers everybody, without TLS.
 func newHandler(methods []method) *handler {
@@ -638,7 +621,7 @@ func newHandler(methods []method) *handler {
 		methods: make(map[string]method),
 		refused: logLimit{burst: 20, perSecond: 0.2},
 		access:  &access{},
-		conns:   make(map[*peerConn]bool),
+		conns:   make(map[net.Conn]*peer),
 		most:    maxConns,
 	}
 	var files syscall.Rlimit
@@ -657,7 +640,7 @@ func newHandler(methods []method) *handler {
 		}), "", 0),
 		ConnState: h.connChanged,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, peerKey{}, peerOf(c))
+			return context.WithValue(ctx, connKey{}, c)
 		},
 	}
 	for _, m := range append(methods, h.introspection()...) {
@@ -695,39 +678,38 @@ func (l peerListener) Accept() (net.Conn, error) {
 
 // admit notes a new connection and returns it, with TLS if the rules in force say so.
 // If there are then too many, it closes another one.
-func (h *handler) admit(c net.Conn) net.Conn {
+func (h *handler) admit(raw net.Conn) (c net.Conn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	host := hostOf(c.RemoteAddr().String())
-	p := &peerConn{Conn: c, host: host, key: limitKey(host), tls: h.access.tls, since: time.Now()}
-	h.conns[p] = true
+	host, rules := hostOf(raw.RemoteAddr().String()), h.access.tls
+	if c = raw; rules != nil {
+		c = tls.Server(raw, rules)
+	}
+	h.conns[c] = &peer{raw: raw, host: host, key: limitKey(host), tls: rules, since: time.Now()}
 	if len(h.conns) > h.most {
-		closes := h.connToClose(p)
-		h.refuse("%s: connection closed: more than %d", closes.host, h.most)
+		closes := h.connToClose(c)
+		h.refuse("%s: connection closed: more than %d", h.conns[closes].host, h.most)
 		h.close(closes)
 	}
-	if p.tls != nil {
-		return tls.Server(p, p.tls)
-	}
-	return p
+	return c
 }
 
 // close closes a connection, which cancels the call on it. The caller holds h.mu.
-func (h *handler) close(p *peerConn) {
-	delete(h.conns, p)
-	p.Conn.Close() // without TLS's farewell, which may take a while
+func (h *handler) close(c net.Conn) {
+	h.conns[c].raw.Close() // without TLS's farewell, which may take a while
+	delete(h.conns, c)
 }
 
 // connToClose returns the connection that gives way to the newest one: one whose host
 // may not call, else one of the caller that holds most. So nobody keeps the monitor
 // out by holding many. Among those it prefers the one that has been idle longest;
 // if all have calls, it takes the one with the latest call.
-func (h *handler) connToClose(newest *peerConn) *peerConn {
+func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 	held := make(map[string]int)
-	for p := range h.conns {
+	for _, p := range h.conns {
 		held[p.key]++
 	}
-	before := func(a, b *peerConn) bool {
+	before := func(a, b *peer) bool {
 		heldA, heldB := max(held[a.key], fairShare), max(held[b.key], fairShare)
 		mayA, mayB := h.access.allows(a.host), h.access.allows(b.host)
 		switch {
@@ -742,10 +724,9 @@ func (h *handler) connToClose(newest *peerConn) *peerConn {
 		}
 		return a.since.Before(b.since)
 	}
-	var first *peerConn
-	for p := range h.conns {
-		if p != newest && (first == nil || before(p, first)) {
-			first = p
+	for c, p := range h.conns {
+		if c != newest && (first == nil || before(p, h.conns[first])) {
+			first = c
 		}
 	}
 	return first
@@ -765,9 +746,9 @@ func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.access = a
-	for p := range h.conns {
+	for c, p := range h.conns {
 		if !p.working && p.tls != a.tls {
-			h.close(p)
+			h.close(c)
 		}
 	}
 }
@@ -777,17 +758,20 @@ func (h *handler) connChanged(c net.Conn, state http.ConnState) {
 	if state == http.StateClosed {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.close(peerOf(c))
+		delete(h.conns, c)
 	}
 }
 
-// setWorking notes that a call on a connection begins or ends. It reports false if
-// the connection came under rules for TLS that are no longer in force.
-func (h *handler) setWorking(p *peerConn, working bool) bool {
+// setWorking notes that a call begins or ends. It reports false if its connection is
+// closed, or came under rules for TLS that are no longer in force.
+func (h *handler) setWorking(r *http.Request, working bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p.working, p.since = working, time.Now()
-	return p.tls == h.access.tls
+	p := h.conns[r.Context().Value(connKey{}).(net.Conn)]
+	if p != nil {
+		p.working, p.since = working, time.Now()
+	}
+	return p != nil && p.tls == h.access.tls
 }
 
 // ServeHTTP answers one call, or refuses it with an HTTP status other than 200. It
@@ -846,12 +830,11 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Time{}) // else it would end the call
-	p := r.Context().Value(peerKey{}).(*peerConn)
-	if !h.setWorking(p, true) {
+	if !h.setWorking(r, true) {
 		panic(http.ErrAbortHandler) // as if the connection had been closed a moment before
 	}
 	defer func() {
-		if !h.setWorking(p, false) {
+		if !h.setWorking(r, false) {
 			w.Header().Set("Connection", "close")
 		}
 	}()
@@ -916,6 +899,10 @@ func (h *handler) call(r request, name string, params []any) (v any, err error) 
 	if !ok {
 		return nil, faultf(faultMethod, "no such method: %s", cut(name))
 	}
+	fits := func(signature string) bool { return strings.Count(signature, " ") == len(params) }
+	if !slices.ContainsFunc(strings.Split(m.signatures, ", "), fits) {
+		return nil, faultf(faultParams, "%s cannot take %s: %s", name, plural(len(params), "parameter"), m.help)
+	}
 	return m.call(r, params)
 }
 
@@ -930,51 +917,40 @@ func (h *handler) introspection() []method {
 		{"system.multicall", "array array",
 			"Calls several methods, each a struct of methodName and params; " +
 				"for each there is an array of its one result, or the struct of a fault.", h.multicall},
-		{"system.getCapabilities", "struct", "The specifications that are followed.", getCapabilities},
+		{"system.getCapabilities", "struct", "The specifications that are followed.",
+			func(request, []any) (any, error) { return capabilities, nil }},
 	}
 }
 
-// noParams refuses the parameters of a method that takes none.
-func noParams(name string, params []any) error {
-	if len(params) != 0 {
-		return faultf(faultParams, "%s takes no parameters", name)
+// array returns texts as an XML-RPC array.
+func array(texts []string) []any {
+	values := []any{}
+	for _, text := range texts {
+		values = append(values, text)
 	}
-	return nil
+	return values
 }
 
-func (h *handler) listMethods(_ request, params []any) (any, error) {
-	names := []any{}
-	for _, name := range sortedKeys(h.methods) {
-		names = append(names, name)
-	}
-	return names, noParams("system.listMethods", params)
-}
+func (h *handler) listMethods(request, []any) (any, error) { return array(sortedKeys(h.methods)), nil }
 
 func (h *handler) methodHelp(_ request, params []any) (any, error) {
-	m, err := h.named(params)
+	m, err := h.named(params[0])
 	return m.help, err
 }
 
 // methodSignature returns an array of signatures, each an array of types.
 func (h *handler) methodSignature(_ request, params []any) (any, error) {
-	m, err := h.named(params)
+	m, err := h.named(params[0])
 	signatures := []any{}
 	for _, signature := range strings.Split(m.signatures, ", ") {
-		types := []any{}
-		for _, t := range strings.Fields(signature) {
-			types = append(types, t)
-		}
-		signatures = append(signatures, types)
+		signatures = append(signatures, array(strings.Fields(signature)))
 	}
 	return signatures, err
 }
 
-// named returns the method whose name is the only parameter.
-func (h *handler) named(params []any) (method, error) {
-	name := ""
-	if len(params) == 1 {
-		name, _ = params[0].(string)
-	}
+// named returns the method with a name that a caller gave.
+func (h *handler) named(v any) (method, error) {
+	name, _ := v.(string)
 	m, ok := h.methods[name]
 	if !ok {
 		return m, faultf(faultParams, "no such method: %s", cut(name))
@@ -996,17 +972,10 @@ func capability(specification string, version int) map[string]any {
 	return map[string]any{"specUrl": specification, "specVersion": version}
 }
 
-func getCapabilities(_ request, params []any) (any, error) {
-	return capabilities, noParams("system.getCapabilities", params)
-}
-
 // multicall calls methods one after the other. Their results must fit in one answer.
 func (h *handler) multicall(r request, params []any) (any, error) {
-	var calls []any
-	if len(params) == 1 {
-		calls, _ = params[0].([]any)
-	}
-	if calls == nil || len(calls) > maxCalls {
+	calls, ok := params[0].([]any)
+	if !ok || len(calls) > maxCalls {
 		return nil, faultf(faultParams, "system.multicall takes an array of at most %d structs", maxCalls)
 	}
 	results, size := []any{}, 0
@@ -1209,13 +1178,20 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 // bytes to a writer. It decodes the text of the first <base64> while that arrives;
 // what stands before and after it is then read as a response of its own.
 func readPackage(r io.Reader, to io.Writer) error {
-	in := bufio.NewReader(r)
-	head, found, err := readHead(in)
-	if found {
-		_, err = io.Copy(to, base64.NewDecoder(base64.StdEncoding, textReader{in}))
+	limit := &io.LimitedReader{R: r, N: maxAnswer}
+	in := bufio.NewReader(limit)
+	var piece, head []byte
+	var err error
+	for err == nil && !opensBase64(piece) {
+		piece, err = in.ReadBytes('>')
+		head = append(head, piece...)
 	}
-	if err != nil {
-		return err
+	limit.N = math.MaxInt64 // readAnswer and the caller have limits of their own
+	found := err == nil
+	if found {
+		if _, err = io.Copy(to, base64.NewDecoder(base64.StdEncoding, textReader{in})); err != nil {
+			return err
+		}
 	}
 	tail, err := readAnswer(in)
 	if err != nil {
@@ -1231,27 +1207,12 @@ func readPackage(r io.Reader, to io.Writer) error {
 	return nil
 }
 
-// readHead reads an answer up to the first tag <base64>, or to its end if it has none.
-// It drops pieces of white space alone, however much comes, and reads at most maxAnswer
-// bytes besides.
-func readHead(in *bufio.Reader) (head []byte, found bool, err error) {
-	for err == nil || errors.Is(err, bufio.ErrBufferFull) {
-		var piece []byte
-		if piece, err = in.ReadSlice('>'); len(bytes.TrimSpace(piece)) > 0 {
-			head = append(head, piece...)
-		}
-		if len(head) > maxAnswer {
-			return nil, false, errTooLong
-		}
-		tag := strings.Fields(string(bytes.TrimSuffix(piece[bytes.LastIndexByte(piece, '<')+1:], []byte(">"))))
-		if err == nil && len(tag) > 0 && (tag[0] == "base64" || tag[0] == "ex:base64") {
-			return head, true, nil
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		err = nil
-	}
-	return head, false, err
+// opensBase64 reports whether a piece of an answer, which ends at a '>', ends in a tag
+// <base64>.
+func opensBase64(piece []byte) bool {
+	tag := piece[max(0, bytes.LastIndexByte(piece, '<')):]
+	words := bytes.FieldsFunc(tag, func(r rune) bool { return r == '>' || unicode.IsSpace(r) })
+	return len(words) > 0 && (string(words[0]) == "<base64" || string(words[0]) == "<ex:base64")
 }
 
 // A textReader reads text up to the next tag, without its white space.
