@@ -25,7 +25,6 @@ package main
 // it. It knows nothing of sensors or of the wire.
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -415,15 +414,6 @@ type tlsFiles struct {
 	name                 string // that the peer's certificate must bear; "": any
 	pair                 *tls.Certificate
 	pool                 *x509.CertPool
-}
-
-// equal reports whether both hold the same and ask the same of a peer.
-func (t *tlsFiles) equal(other tlsFiles) bool {
-	samePair := t.pair == other.pair
-	if t.pair != nil && other.pair != nil {
-		samePair = slices.EqualFunc(t.pair.Certificate, other.pair.Certificate, bytes.Equal)
-	}
-	return samePair && t.pool.Equal(other.pool) && t.name == other.name
 }
 
 // load reads the files. An error comes with the option that is to blame.
