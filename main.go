@@ -318,15 +318,46 @@ type invocation struct {
 // its exit code and what there is to say.
 func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 	in := &invocation{command: &subcommands[0], out: out}
-	err := in.parse(args)
-	if err == nil {
-		err = in.run(ctx)
-	}
-	if errors.Is(err, flag.ErrHelp) {
-		in.help()
+	code, err := exitCode(in.run(ctx, args))
+	if err != nil && in.command.name == "" && os.Getppid() == 1 {
+		waitUnderInit(ctx, err)
 		err = nil
 	}
-	return exitCode(err)
+	return code, err
+}
+
+// waitUnderInit waits before an agent that process 1 has started ends with an error,
+// say for a wrong client.cfg: process 1 starts it again without a pause.
+func waitUnderInit(ctx context.Context, err error) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
+	log.Printf("%v; ends in %v, or at a signal", err, initTime)
+	select {
+	case <-time.After(initTime):
+	case <-signals:
+	case <-ctx.Done():
+	}
+}
+
+// run parses the arguments, reads what the subcommand needs, and runs it or prints its
+// page.
+func (in *invocation) run(ctx context.Context, args []string) error {
+	err := in.parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		in.help()
+		return nil
+	}
+	if err == nil && in.command.needs >= needsINI {
+		in.ini, err = readConfig(in.config)
+	}
+	if err == nil && in.command.needs >= needsSettings {
+		leaveTerminal()
+		in.settings, err = checkSettings(in.ini, wrong)
+	}
+	if err != nil {
+		return err
+	}
+	return in.command.run(ctx, in)
 }
 
 // parse finds the subcommand that a command line names, with its flags and arguments.
@@ -394,22 +425,6 @@ func (c *subcommand) usage() string {
 		return "picket help"
 	}
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
-}
-
-// run reads what the subcommand needs and runs it.
-func (in *invocation) run(ctx context.Context) (err error) {
-	if in.command.needs >= needsINI {
-		if in.ini, err = readConfig(in.config); err != nil {
-			return err
-		}
-	}
-	if in.command.needs >= needsSettings {
-		leaveTerminal()
-		if in.settings, err = checkSettings(in.ini, wrong); err != nil {
-			return err
-		}
-	}
-	return in.command.run(ctx, in)
 }
 
 // help prints the page of the subcommand or, if the command line names none, a line
@@ -514,9 +529,7 @@ func checkAll(c *ini) (*settings, []finding) {
 	return s, found
 }
 
-// runAgent runs the agent. Process 1 would start an agent that ends with an error,
-// say for a wrong client.cfg, again without a pause: so under process 1 it waits
-// first, 30 s or until a signal comes.
+// runAgent runs the agent until ctx ends. It answers once the signals are caught.
 func runAgent(ctx context.Context, in *invocation) error {
 	leaveTerminal()
 	signals, caught := make(chan os.Signal, 8), make(chan struct{})
@@ -524,27 +537,10 @@ func runAgent(ctx context.Context, in *invocation) error {
 		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
 		close(caught)
 	}()
-	err := serveAgent(ctx, in.config, signals, caught)
-	if err == nil || os.Getppid() != 1 {
-		return err
-	}
-	code, err := exitCode(err)
-	log.Printf("%v; ends in %v, or at a signal", err, initTime)
-	select {
-	case <-time.After(initTime):
-	case <-signals:
-	case <-ctx.Done():
-	}
-	return &exitError{code: code}
-}
-
-// serveAgent runs the agent with the settings of client.cfg until ctx ends. It answers
-// once the signals are caught.
-func serveAgent(ctx context.Context, config string, signals <-chan os.Signal, caught <-chan struct{}) error {
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
-	s, err := readSettings(config)
+	s, err := readSettings(in.config)
 	if err != nil {
 		return err
 	}
