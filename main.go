@@ -223,7 +223,7 @@ func usagef(format string, args ...any) error {
 // A subcommand is a command of the command line.
 type subcommand struct {
 	name, args  string
-	flags       string // their names; each takes a value
+	flags       string // NAME or NAME=DEFAULT; each takes a value
 	least, most int    // arguments beside the flags; most < 0: any number
 	needs       int    // what is read before it runs
 	run         func(context.Context, *invocation) error
@@ -284,7 +284,7 @@ It prints the result. A whole number is sent as int, anything else as string.
   picket call http://127.0.0.1:8080/ cmd_submit_reading 7 disk "percent /"`},
 	{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
 		" [-agent-ca, -agent-cert, -agent-key FILE]",
-		"listen packages next probe ca cert key agent-ca agent-cert agent-key", 0, 0, needsNothing, runMonitor,
+		"listen=127.0.0.1:8081 packages next probe ca cert key agent-ca agent-cert agent-key", 0, 0, needsNothing, runMonitor,
 		`print readings, answer Prometheus
   -listen ADDRESS    where it serves agents, else 127.0.0.1:8081
   -probe ADDRESS    where it serves Prometheus; who asks can command any agent
@@ -386,8 +386,9 @@ func (in *invocation) parse(args []string) error {
 	}
 	c := in.command
 	flags, in.flags = flag.NewFlagSet("", flag.ContinueOnError), make(map[string]*string)
-	for _, name := range strings.Fields(c.flags) {
-		in.flags[name] = flags.String(name, "", "")
+	for _, f := range strings.Fields(c.flags) {
+		name, value, _ := strings.Cut(f, "=")
+		in.flags[name] = flags.String(name, value, "")
 	}
 	if err := in.parseFlags(flags, rest); err != nil {
 		return err
@@ -1454,9 +1455,6 @@ func readable(v any) string {
 func runMonitor(ctx context.Context, in *invocation) error {
 	m := &monitor{packages: *in.flags["packages"], next: *in.flags["next"]}
 	listen, probe := *in.flags["listen"], *in.flags["probe"]
-	if listen == "" {
-		listen = "127.0.0.1:8081"
-	}
 	if _, err := httpURL(m.next); m.next != "" && err != nil {
 		return in.usageError("-next: %w", err)
 	}
@@ -1555,13 +1553,10 @@ func (m *monitor) methods() []method {
 
 func (m *monitor) store(r request, params []any) (any, error) {
 	s := storedReading{peer: r.peer}
-	var pair []any
 	var err error
-	if len(params) == 3 {
-		s.ticket, err = ticketOf(params[0])
-		pair, _ = params[1].([]any)
-		s.time, _ = params[2].(dateTime)
-	}
+	s.ticket, err = ticketOf(params[0])
+	pair, _ := params[1].([]any)
+	s.time, _ = params[2].(dateTime)
 	var isInt, isString bool
 	if len(pair) == 2 {
 		s.code, isInt = pair[0].(int)
@@ -1576,9 +1571,6 @@ func (m *monitor) store(r request, params []any) (any, error) {
 
 // file returns the content of the file that a sensor's name and a suffix make.
 func (m *monitor) file(params []any, suffix string) (any, error) {
-	if len(params) != 1 {
-		return nil, faultf(faultParams, "takes the name of a sensor")
-	}
 	name, err := sensorName(params[0])
 	if err == nil && m.packages == "" {
 		err = errors.New("this monitor serves no packages")
