@@ -51,7 +51,7 @@ const (
 	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
 	maxAnswer    = 512 << 10 // bytes of an answer that the client reads, besides a package
 	maxTree      = 96 << 10  // bytes of memory for the elements of a message, by element.size: some 1,500 values
-	maxDepth     = 32        // levels of arrays and structs
+	maxDepth     = 101       // elements within each other: 32 levels of arrays and structs
 	maxCalls     = 64        // calls in a system.multicall
 	maxHeader    = 8 << 10   // bytes of HTTP header
 )
@@ -225,6 +225,9 @@ func (d *decoder) parse(message []byte, name string) *element {
 		around := open[len(open)-1]
 		switch t := token.(type) {
 		case xml.StartElement:
+			if len(open) > maxDepth {
+				d.fail("nested too deep")
+			}
 			e := &element{name: t.Name.Local}
 			around.elements = append(around.elements, e)
 			open = append(open, e)
@@ -306,11 +309,7 @@ func (d *decoder) text(e *element) string {
 }
 
 // value returns what a <value> holds.
-func (d *decoder) value(e *element, depth int) any {
-	if depth > maxDepth {
-		d.fail("nested deeper than %d levels", maxDepth)
-		return nil
-	}
+func (d *decoder) value(e *element) any {
 	if len(e.elements) == 0 {
 		return string(e.text) // without a type it is a string
 	}
@@ -319,14 +318,14 @@ func (d *decoder) value(e *element, depth int) any {
 	case "array":
 		values := []any{}
 		for _, value := range d.list(d.parts(typed, "data")[0], "value") {
-			values = append(values, d.value(value, depth+1))
+			values = append(values, d.value(value))
 		}
 		return values
 	case "struct":
 		members := make(map[string]any)
 		for _, member := range d.list(typed, "member") {
 			pair := d.parts(member, "name", "value")
-			members[d.text(pair[0])] = d.value(pair[1], depth+1)
+			members[d.text(pair[0])] = d.value(pair[1])
 		}
 		return members
 	}
@@ -374,7 +373,7 @@ func scalar(name, text string) (v any, err error) {
 func (d *decoder) params(e *element) []any {
 	params := []any{}
 	for _, param := range d.list(e, "param") {
-		params = append(params, d.value(d.parts(param, "value")[0], 1))
+		params = append(params, d.value(d.parts(param, "value")[0]))
 	}
 	return params
 }
@@ -402,7 +401,7 @@ func decodeResponse(message []byte) (v any, err error) {
 	root := d.parse(message, "methodResponse")
 	if len(root.elements) > 0 && root.elements[0].name == "fault" {
 		sent := d.parts(root, "fault")[0]
-		err = faultOf(d.value(d.parts(sent, "value")[0], 1))
+		err = faultOf(d.value(d.parts(sent, "value")[0]))
 	} else if params := d.params(d.parts(root, "params")[0]); len(params) > 0 {
 		v = params[0]
 	}
@@ -592,7 +591,7 @@ func bearsName(c *x509.Certificate, name string) bool {
 type handler struct {
 	methods map[string]method
 	refused logLimit
-	turn    sync.Mutex // held while a message of more than smallMessage is decoded or its answer encoded
+	turn    sync.Mutex // held while a large message is decoded or a large answer encoded
 	http    *http.Server
 	count   atomic.Int64 // calls and connections refused
 
@@ -841,25 +840,21 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	peer := hostOf(r.RemoteAddr)
 	var name string
 	var params []any
-	h.inTurn(len(message), func() { name, params, err = decodeCall(message) })
+	h.inTurn(len(message) > smallMessage, func() { name, params, err = decodeCall(message) })
 	if err != nil {
 		h.refuse("%s: %v", peer, err)
 		return http.StatusOK, encodeResponse(nil, err)
 	}
 	v, err := h.call(request{r.Context(), peer, time.Now()}, name, params)
-	size := len(message)
-	if _, isText := v.(string); !isText { // as OK is; a list may be long
-		size = maxMessage
-	}
-	h.inTurn(size, func() { answer = h.encode(peer, name, v, err) })
+	_, isText := v.(string) // as OK is; a list may be long
+	h.inTurn(!isText, func() { answer = h.encode(peer, name, v, err) })
 	return http.StatusOK, answer
 }
 
-// inTurn calls f, which decodes a message of that size or encodes its answer. It does
-// so for one message at a time, because one of 64 KiB may take 4 MiB for a moment.
-// Small messages do not wait.
-func (h *handler) inTurn(size int, f func()) {
-	if size > smallMessage {
+// inTurn calls f, which decodes a message or encodes an answer. It does so for one large
+// message at a time, because one of 64 KiB may take 4 MiB for a moment. Others do not wait.
+func (h *handler) inTurn(large bool, f func()) {
+	if large {
 		h.turn.Lock()
 		defer h.turn.Unlock()
 	}
