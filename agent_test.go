@@ -4900,7 +4900,7 @@ func (s *story) step(t *testing.T, line string) {
 	case "start":
 		cmd := wrapped(self(t, s.dir), "sh", "-c", rest, "sh")
 		cmd.Env = append(cmd.Env, "STORY="+s.dir)
-		s.agent = s.startAs(t, cmd)
+		s.agent, s.read = s.startAs(t, cmd), 0
 		s.vars["AGENT"], s.vars["ADDRESS"] = fmt.Sprint(s.agent.Process.Pid), s.client.url.Host
 	case "$":
 		for name, value := range s.vars {
@@ -5022,91 +5022,6 @@ func TestStoryHanging(t *testing.T) {
 	equal(t, "the readings", got, want)
 	await(t, "nothing is left", func() bool { return a.delivery.count().undelivered == 0 })
 	equal(t, "more readings", len(b.readings), 0)
-}
-
-// TestStoryDisk: wherever the agent writes, a full disk costs nothing that was
-// there. The agent goes on, says why, and does what is asked of it when there is
-// room again.
-func TestStoryDisk(t *testing.T) {
-	t.Run("full disk", func(t *testing.T) {
-		b := newBox(t, scarceConfig, nil)
-		if err := syscall.Mount("none", b.dir, "tmpfs", 0, "size=1m"); err != nil {
-			t.Skip(err)
-		}
-		t.Cleanup(func() { must(t, syscall.Unmount(b.dir, syscall.MNT_DETACH)) })
-		testScarce(t, b, "no space", func(_ int, bytes int64) error { return fillDisk(b.dir+"/filler", bytes) })
-	})
-	t.Run("limited file size", func(t *testing.T) {
-		needs(t, "prlimit")
-		testScarce(t, newBox(t, scarceConfig, nil), "file too large", func(pid int, bytes int64) error {
-			return exec.Command("prlimit", fmt.Sprint("--pid=", pid), fmt.Sprintf("--fsize=%d:", bytes)).Run()
-		})
-	})
-}
-
-// fillDisk fills a disk with a file, but for so many bytes; -1 removes the file.
-func fillDisk(file string, free int64) error {
-	if err := os.Remove(file); free < 0 {
-		return err
-	}
-	f, err := os.Create(file)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var disk syscall.Statfs_t
-	err = syscall.Statfs(file, &disk)
-	return errors.Join(err, syscall.Fallocate(int(f.Fd()), 0, 0, int64(disk.Bavail)*int64(disk.Bsize)-free))
-}
-
-const scarceConfig = "[sensor]\nbackup = backup\n[monitor]\nspool = spool\n"
-
-// testScarce has an agent that may write only so many bytes update a sensor, fill
-// its spool and move. A limit of -1 is none.
-func testScarce(t *testing.T, b *box, reason string, limit func(pid int, bytes int64) error) {
-	body := make([]byte, 20<<10)
-	mathrand.New(mathrand.NewSource(3)).Read(body)
-	next := newRecorder(t)
-	b.packages, b.next = t.TempDir(), next.url.String()
-	writeTree(t, b.packages, files{
-		"demo.tar.bz2": demoPackage(t, 2, entry("demo/data", string(body)), entry("demo/more", string(body[:9000]))),
-	})
-	writeTree(t, b.dir, files{"sensors/demo/check": printing(1), "backup/": "", "spool/": "", "client.cfg": b.config})
-	p := b.start(t)
-	set := func(bytes int64) { must(t, limit(p.Process.Pid, bytes)) }
-	tree := func() files { return readTree(t, filepath.Join(b.dir, "sensors")) }
-	refused := 0
-	for free := int64(0); ; free += 8192 {
-		set(free)
-		before := tree()
-		if got := b.ask(t, "cmd_update_sensor_code", "demo", 1); got.code == 0 {
-			break
-		}
-		refused++
-		equal(t, fmt.Sprint(free, " bytes free"), tree(), before)
-		wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 1")
-	}
-	expect(t, refused >= 3, "got %d refused; want 3 or more", refused)
-	await(t, "a reason for each", func() bool { return strings.Count(p.log.String(), reason) == refused })
-	wants(t, b.read(t, 2, "demo"), "ticket 2: exit 0, value 2")
-
-	set(0)
-	b.set(away)
-	for ticket := 100; ticket < 120; ticket++ {
-		mustCall(t, b.client, "cmd_submit_reading", ticket, "demo")
-	}
-	wantLog(t, &p.log, inMemoryAlone)
-	b.set(nil)
-	gets(t, b.recorder, 100, 119)
-	wants(t, b.ask(t, "cmd_register_new_server", 3), "ticket 3: exit 1, value nan")
-	wantLog(t, &p.log, "move: …client.cfg…: "+reason)
-	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
-	leavesNothing(t, reason, b.dir)
-	set(-1)
-	mustCall(t, b.client, "cmd_register_new_server", 4)
-	wants(t, receive(t, "outcome at the new monitor", next.readings), "ticket 4: exit 0, value 1")
-	p.terminate(t)
-	t.Logf("%s: %d updates refused", reason, refused)
 }
 
 // TestKill kills the agent at random moments under load. No reading that was
