@@ -2017,35 +2017,60 @@ func TestDeliveryClose(t *testing.T) {
 	}
 }
 
-// TestNetworkFaults: at whatever byte of an exchange the connection is reset, a reading
-// that the monitor has not answered is tried again until it is stored: once, or twice
-// where the answer was lost.
+// TestNetworkFaults: at whatever byte of an exchange with the monitor the connection is
+// reset, a reading is tried again until it is stored: once, or twice where the answer was
+// lost. An update or a move has been made or has changed nothing, and its ticket says which.
 func TestNetworkFaults(t *testing.T) {
-	logged(t)
-	m := newRecorder(t)
-	d := testDelivery(t, m)
-	f := newFaults(d.monitor())
-	deliver := func(ticket any) {
-		d.put(ticket, reading{value: "0.42", taken: time.Now()})
-		await(t, fmt.Sprint("ticket ", ticket), func() bool { return d.count().undelivered == 0 })
-		d.monitor().close()
-	}
-	deliver(99999)
-	request, all := int(f.request.Load()), int(f.all.Load())
-	<-m.readings
-	for n := 0; n < all; n++ {
-		f.carry.Store(int64(n))
+	archive := demoPackage(t, 2)
+	b := newBox(t, "[sensor]\nbackup = backup\n", files{
+		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
+	})
+	b.next = strings.Replace(b.url.String(), "/xmlrpc/", "/RPC2", 1)
+	log := logged(t)
+	a := b.run(t)
+	wantLog(t, log, ": answers")
+	retryFast(a)
+	f := newFaults(a.delivery.monitor())
+	ticket, stored := 10000, 0 // tickets are equally long; how often the latest outcome was stored
+	try := func(carry int, method string, params ...any) (code int) {
+		t.Helper()
+		a.delivery.monitor().close() // so that it comes on a connection that fails
+		f.carry.Store(int64(carry))
 		f.conns.Store(0)
-		deliver(10000 + n) // as long as the first
-		where := fmt.Sprintf("reset after %d bytes of %d + %d", n, request, all-request)
-		equal(t, where+": connections", int(f.conns.Load()), 2)
-		stored := len(m.readings)
-		expect(t, stored == 1 || stored == 2 && n >= request, "%s: got it stored %d times", where, stored)
-		for ; stored > 0; stored-- {
-			equal(t, where, (<-m.readings).ticket, any(10000+n))
+		ticket++
+		params[slices.Index(params, any("TICKET"))] = ticket
+		mustCall(t, b.client, method, params...)
+		for stored = 0; stored == 0 || len(b.readings) > 0; stored++ { // again where the answer was lost
+			got := receive(t, "the outcome", b.readings)
+			await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
+			equal(t, "ticket", got.ticket, any(ticket))
+			code = got.code
 		}
+		return code
 	}
-	total("network faults survived", all)
+	try(carriesAll, "cmd_submit_reading", "TICKET", "demo")
+	request, failed := int(f.request.Load()), int(f.all.Load())
+	for n := 0; n < failed; n++ {
+		try(n, "cmd_submit_reading", "TICKET", "demo")
+		where := fmt.Sprintf("reset after %d bytes of %d, %d of them of the request", n, failed, request)
+		equal(t, where+": connections", int(f.conns.Load()), 2)
+		expect(t, stored == 1 || stored == 2 && n >= request, "%s: got it stored %d times", where, stored)
+	}
+	sensors, n := filepath.Join(b.dir, "sensors"), 0
+	before := readTree(t, sensors)
+	for ; try(n, "cmd_update_sensor_code", "demo", "TICKET") != 0; n += 101 {
+		failed++
+		equal(t, fmt.Sprintf("reset after %d bytes", n), readTree(t, sensors), before)
+	}
+	equal(t, "the new version", readTree(t, sensors)["demo/check"], printing(2))
+	expect(t, n >= len(archive), "got failures up to byte %d of the update; want more", n)
+	for n := 0; try(n, "cmd_register_new_server", "TICKET") != 0; n += 11 {
+		failed++
+		equal(t, "client.cfg", b.written(t), b.config)
+	}
+	equal(t, "client.cfg", b.written(t), strings.Replace(b.config, b.url.String(), b.next, 1))
+	leavesNothing(t, b.dir)
+	total("network faults survived", failed)
 }
 
 // faults are what befalls the connections of a client: the next one carries so many
@@ -2109,50 +2134,6 @@ func (c *faultyConn) carried(n int, err error) (int, error) {
 		err = syscall.ECONNRESET
 	}
 	return n, err
-}
-
-// TestResetChanges: an update or a move whose connection is reset at any byte has either
-// been made or has changed nothing, and its ticket says which.
-func TestResetChanges(t *testing.T) {
-	archive := demoPackage(t, 2)
-	b := newBox(t, "[sensor]\nbackup = backup\n", files{
-		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
-	})
-	b.next = strings.Replace(b.url.String(), "/xmlrpc/", "/RPC2", 1)
-	log := logged(t)
-	a := b.run(t)
-	wantLog(t, log, ": answers")
-	retryFast(a)
-	f := newFaults(a.delivery.monitor())
-	ticket := 0
-	try := func(carry int, method string, params ...any) (code int) {
-		t.Helper()
-		a.delivery.monitor().close() // so that it comes on a connection that fails
-		f.carry.Store(int64(carry))
-		ticket++
-		got := b.ask(t, method, append(params, ticket)...)
-		await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
-		for len(b.readings) > 0 { // where the answer was lost
-			<-b.readings
-		}
-		equal(t, "ticket", got.ticket, any(ticket))
-		return got.code
-	}
-	sensors, failed := filepath.Join(b.dir, "sensors"), 0
-	before := readTree(t, sensors)
-	for n := 0; try(n, "cmd_update_sensor_code", "demo") != 0; n += 101 {
-		failed++
-		equal(t, fmt.Sprintf("reset after %d bytes", n), readTree(t, sensors), before)
-	}
-	equal(t, "the new version", readTree(t, sensors)["demo/check"], printing(2))
-	expect(t, failed >= len(archive)/101, "got %d failures of the update; want more", failed)
-	for n := 0; try(n, "cmd_register_new_server") != 0; n += 11 {
-		failed++
-		equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
-	}
-	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), strings.Replace(b.config, b.url.String(), b.next, 1))
-	leavesNothing(t, b.dir)
-	total("network faults survived", failed)
 }
 
 // retryFast makes an agent deliver with waits of milliseconds.
