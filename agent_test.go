@@ -1097,7 +1097,7 @@ func TestLost(t *testing.T) {
 		"[agent] certificate":  func(s *settings) { s.agentTLS.certificate = "" },
 		"[agent] client_ca":    func(s *settings) { s.agentTLS.ca = "" },
 		"[agent] client_name":  func(s *settings) { s.agentTLS.name = "" },
-		"[sensor] user, [sensor reach] user, [sensor x] user": func(s *settings) { s.user, s.own = nil, noneForReach },
+		"[sensor reach] user, [sensor x] user, [sensor] user": func(s *settings) { s.user, s.own = nil, noneForReach },
 		"": func(s *settings) { s.own, s.allow, s.publicKey = nil, make([]netip.Prefix, 2), "other" },
 	} {
 		next := s

@@ -187,16 +187,11 @@ func (c *ini) text() string {
 }
 
 // locate returns where an option of a section stands: there, in [sensor] for a
-// section [sensor NAME] or, if there is such a section, in DEFAULT.
+// section [sensor NAME], or in DEFAULT.
 func (c *ini) locate(section, option string) (key iniKey, ok bool) {
-	places := []string{section}
+	places := []string{section, defaults}
 	if sensorOf(section) != "" {
-		places = append(places, "sensor")
-	}
-	for _, place := range places {
-		if _, exists := c.values[iniKey{section: place}]; exists {
-			places = append(places, defaults)
-		}
+		places = []string{section, "sensor", defaults}
 	}
 	for _, place := range places {
 		key = iniKey{place, strings.ToLower(option)}
@@ -365,37 +360,38 @@ type settings struct {
 	verbose  bool // each command and reading is logged
 }
 
+// protections returns which protections are in force, by the options that make them.
+func (s *settings) protections() map[string]bool {
+	inForce := map[string]bool{
+		"[sensor] user":        s.user != nil,
+		"[sensor] update = no": !s.update,
+		"[sensor] public_key":  s.publicKey != "",
+		"[monitor] ca":         s.monitorTLS.ca != "",
+		"[agent] allow":        len(s.allow) > 0,
+		"[agent] certificate":  s.agentTLS.certificate != "",
+		"[agent] client_ca":    s.agentTLS.ca != "",
+		"[agent] client_name":  s.agentTLS.name != "",
+	}
+	for name, own := range s.own {
+		inForce["[sensor "+name+"] user"] = own.user != nil
+	}
+	return inForce
+}
+
 // lost names the protections that are in force in s and missing in next. One
 // with another value is not lost.
 func (s *settings) lost(next *settings) (names []string) {
-	for _, p := range []struct {
-		name      string
-		now, then bool
-	}{
-		{"[sensor] user", s.user != nil, next.user != nil},
-		{"[sensor] update = no", !s.update, !next.update},
-		{"[sensor] public_key", s.publicKey != "", next.publicKey != ""},
-		{"[monitor] ca", s.monitorTLS.ca != "", next.monitorTLS.ca != ""},
-		{"[agent] allow", len(s.allow) > 0, len(next.allow) > 0},
-		{"[agent] certificate", s.agentTLS.certificate != "", next.agentTLS.certificate != ""},
-		{"[agent] client_ca", s.agentTLS.ca != "", next.agentTLS.ca != ""},
-		{"[agent] client_name", s.agentTLS.name != "", next.agentTLS.name != ""},
-	} {
-		if p.now && !p.then {
-			names = append(names, p.name)
+	then := next.protections()
+	for name, now := range s.protections() {
+		stays, known := then[name]
+		if !known { // a section [sensor NAME] that is not there
+			stays = next.user != nil
+		}
+		if now && !stays {
+			names = append(names, name)
 		}
 	}
-	general := len(names)
-	for name, own := range s.own {
-		then := next.user
-		if o := next.own[name]; o != nil {
-			then = o.user
-		}
-		if own.user != nil && then == nil {
-			names = append(names, "[sensor "+name+"] user")
-		}
-	}
-	slices.Sort(names[general:])
+	slices.Sort(names)
 	return names
 }
 
@@ -423,28 +419,26 @@ func (t *tlsFiles) load() (option string, err error) {
 		return "certificate", errors.New("needs a key")
 	case t.key != "" && t.certificate == "":
 		return "key", errors.New("needs a certificate")
-	case t.certificate != "":
-		certificate, err := readSmall(t.certificate, maxConfig)
-		if err != nil {
-			return "certificate", err
+	}
+	var texts [3][]byte
+	for i, file := range []string{t.certificate, t.key, t.ca} {
+		if file == "" {
+			continue
 		}
-		key, err := readSmall(t.key, maxConfig)
-		if err != nil {
-			return "key", err
+		if texts[i], err = readSmall(file, maxConfig); err != nil {
+			return []string{"certificate", "key", "ca"}[i], err
 		}
-		pair, err := tls.X509KeyPair(certificate, key)
+	}
+	if t.certificate != "" {
+		pair, err := tls.X509KeyPair(texts[0], texts[1])
 		if err != nil {
 			return "certificate", fmt.Errorf("%s: %w", t.certificate, err)
 		}
 		t.pair = &pair
 	}
 	if t.ca != "" {
-		text, err := readSmall(t.ca, maxConfig)
-		if err != nil {
-			return "ca", err
-		}
 		t.pool = x509.NewCertPool()
-		if !t.pool.AppendCertsFromPEM(text) {
+		if !t.pool.AppendCertsFromPEM(texts[2]) {
 			return "ca", fmt.Errorf("no certificate in %s", t.ca)
 		}
 	}
@@ -473,19 +467,19 @@ func (s *settings) options(dir string) []option {
 		{"sensor", "path", "sensors/", store(&s.path, path)},
 		{"sensor", "backup", "sensors_backup/", store(&s.backup, path)},
 		{"sensor", "timeout", "30s", store(&s.timeout, sensorTime)},
-		{"sensor", "concurrency", "4", store(&s.concurrency, between(1, 64))},
+		{"sensor", "concurrency", "4", store(&s.concurrency, number(1, 64))},
 		{"sensor", "user", "", store(&s.user, otherUser)},
-		{"sensor", "update", "yes", store(&s.update, boolean)},
-		{"sensor", "keep", "3", store(&s.keep, between(0, 1000))},
+		{"sensor", "update", "yes", store(&s.update, yesOrNo)},
+		{"sensor", "keep", "3", store(&s.keep, number(0, 1000))},
 		{"sensor", "public_key", "", store(&s.publicKey, path)},
-		{"sensor", "max_package", "4M", store(&s.maxPackage, size(1, 1<<40))},
-		{"sensor", "max_unpacked", "16M", store(&s.maxUnpacked, size(1, 1<<40))},
+		{"sensor", "max_package", "4M", store(&s.maxPackage, number[int64](1, 1<<40))},
+		{"sensor", "max_unpacked", "16M", store(&s.maxUnpacked, number[int64](1, 1<<40))},
 		{"monitor", "url", "http://localhost:8081/xmlrpc/", store(&s.monitor, httpURL)},
 		{"monitor", "timeout", "15s", store(&s.monitorTimeout, duration)},
 		{"monitor", "time", "local", store(&s.utc, secondOf("local", "utc"))},
 		{"monitor", "no_value", "nan", store(&s.noValue, floatText)},
 		{"monitor", "spool", "", store(&s.spool, path)},
-		{"monitor", "spool_size", "1M", store(&s.spoolSize, size(64<<10, 4<<20))},
+		{"monitor", "spool_size", "1M", store(&s.spoolSize, number[int64](64<<10, 4<<20))},
 		{"monitor", "ca", "", store(&s.monitorTLS.ca, path)},
 		{"monitor", "certificate", "", store(&s.monitorTLS.certificate, path)},
 		{"monitor", "key", "", store(&s.monitorTLS.key, path)},
@@ -495,9 +489,9 @@ func (s *settings) options(dir string) []option {
 		{"agent", "key", "", store(&s.agentTLS.key, path)},
 		{"agent", "client_ca", "", store(&s.agentTLS.ca, path)},
 		{"agent", "client_name", "", store(&s.agentTLS.name, text)},
-		{"agent", "queue", "256", store(&s.queue, between(1, 65536))},
+		{"agent", "queue", "256", store(&s.queue, number(1, 65536))},
 		{"agent", "log", "stderr", store(&s.syslog, secondOf("stderr", "syslog"))},
-		{"agent", "verbose", "no", store(&s.verbose, boolean)},
+		{"agent", "verbose", "no", store(&s.verbose, yesOrNo)},
 	}
 }
 
@@ -536,20 +530,15 @@ func optionsOf(section string) (names []string) {
 
 // options lists the options of all sections, those of each [sensor NAME] as well.
 func (c *ini) options(s *settings, dir string) []option {
-	var names []string
-	for key := range c.values {
-		if name := sensorOf(key.section); name != "" && key.option == "" {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
 	list := s.options(dir)
 	s.own = make(map[string]*ownSettings)
-	for _, name := range names {
-		own := &ownSettings{}
-		s.own[name] = own
-		list = append(list, option{"sensor " + name, "timeout", "30s", store(&own.timeout, sensorTime)},
-			option{"sensor " + name, "user", "", store(&own.user, otherUser)})
+	for _, line := range c.lines {
+		if name := sensorOf(line.key.section); name != "" && s.own[name] == nil {
+			own := &ownSettings{}
+			s.own[name] = own
+			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
+				option{line.key.section, "user", "", store(&own.user, otherUser)})
+		}
 	}
 	return list
 }
@@ -771,52 +760,31 @@ func networks(v string) (list []netip.Prefix, err error) {
 	return list, nil
 }
 
-// boolean takes yes and no, and the other words that Python takes for them.
-func boolean(v string) (bool, error) {
-	switch strings.ToLower(v) {
-	case "1", "yes", "true", "on":
-		return true, nil
-	case "0", "no", "false", "off":
-		return false, nil
-	}
-	return false, fmt.Errorf("%q is not a boolean (yes or no)", v)
-}
-
-// secondOf takes two words and reports whether it got the second.
-func secondOf(first, second string) func(string) (bool, error) {
+// secondOf takes the words of two lists, in capitals or not, and reports whether it got
+// one of the second.
+func secondOf(firsts, seconds string) func(string) (bool, error) {
 	return func(v string) (bool, error) {
-		if v != first && v != second {
-			return false, fmt.Errorf("%q is neither %s nor %s", v, first, second)
+		word, first, second := strings.ToLower(v), strings.Fields(firsts), strings.Fields(seconds)
+		if slices.Contains(second, word) || slices.Contains(first, word) {
+			return slices.Contains(second, word), nil
 		}
-		return v == second, nil
+		return false, fmt.Errorf("%q is neither %s nor %s", v, first[0], second[0])
 	}
 }
 
-// between takes a whole number from low to high.
-func between(low, high int) func(string) (int, error) {
-	return func(v string) (int, error) {
-		n, err := strconv.Atoi(v)
-		if err != nil || n < low || n > high {
-			return 0, fmt.Errorf("%q is not a whole number from %d to %d", v, low, high)
-		}
-		return n, nil
-	}
-}
+// yesOrNo takes yes, no and the other words that Python takes for them.
+var yesOrNo = secondOf("no false off 0", "yes true on 1")
 
-// size takes a number of bytes from low to high, such as 65536, 64K or 4M.
-func size(low, high int64) func(string) (int64, error) {
-	return func(v string) (int64, error) {
-		digits, factor := strings.ToUpper(v), int64(1)
-		for suffix, f := range map[string]int64{"K": 1 << 10, "M": 1 << 20, "G": 1 << 30} {
-			if rest, found := strings.CutSuffix(digits, suffix); found {
-				digits, factor = rest, f
-			}
+// number takes a whole number from low to high. A size may be written as 64K, 4M or 1G.
+func number[T int | int64](low, high T) func(string) (T, error) {
+	return func(v string) (T, error) {
+		digits := strings.TrimRight(v, "KMGkmg")
+		shift, ok := map[string]int{"": 0, "K": 10, "M": 20, "G": 30}[strings.ToUpper(v[len(digits):])]
+		n, err := strconv.ParseUint(digits, 10, 63)
+		if err != nil || !ok || n > uint64(high)>>shift || T(n)<<shift < low {
+			return 0, fmt.Errorf("%q is not a whole number from %d to %d; K, M or G may follow it", v, low, high)
 		}
-		n, err := strconv.ParseInt(digits, 10, 64)
-		if err != nil || n < 0 || n > high/factor || n*factor < low {
-			return 0, fmt.Errorf("%q is not a size from %d to %d, such as 65536, 64K or 4M", v, low, high)
-		}
-		return n * factor, nil
+		return T(n) << shift, nil
 	}
 }
 
