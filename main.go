@@ -53,10 +53,10 @@
 //  6. verify checks its signature.
 //  7. unpack unpacks it there; checkVersion refuses an older version.
 //  8. try runs it once, for its help text; give hands it to its owner and syncs it.
-//  9. replace links or copies the installed version to a hidden backup, decides by
-//     one rename, publishes the backup and swaps the versions.
-//  10. prune and settle remove what is left over, the next change the version that
-//     was replaced; the outcome, 1 or nan, is delivered like a reading.
+//  9. replace links or copies the installed version to a hidden backup, moves it out of
+//     the way and renames the new one to its place, which decides.
+//  10. settle publishes the backup, prune removes old ones, and the next change the version
+//     that was replaced; the outcome, 1 or nan, is delivered like a reading.
 package main
 
 import (
