@@ -380,7 +380,7 @@ func (in *invocation) parse(args []string) error {
 	rest := words
 	for n := 1; n <= len(words) && n <= 2; n++ {
 		name := strings.Join(words[:n], " ")
-		if i := slices.IndexFunc(subcommands, func(c subcommand) bool { return c.name == name }); i >= 0 {
+		if i := slices.IndexFunc(subcommands, func(c subcommand) bool { return c.name == name }); i > 0 {
 			in.command, rest = &subcommands[i], words[n:]
 		}
 	}
