@@ -24,6 +24,12 @@
 // client_ca, can have sensors run, at most [sensor] concurrency at once, but
 // cannot see what they print.
 //
+// # What lasts
+//
+// A reading of an acknowledged command is in memory until the monitor has
+// answered, and with [monitor] spool on the disk as well once an attempt has failed
+// or some seconds have passed. Limits, and what happens at each, are with the constants.
+//
 // # Files
 //
 // They depend downwards: main, update, sensors, rpc. The settings of config are
