@@ -963,7 +963,7 @@ func dump(c *ini) string {
 	for i, line := range c.lines {
 		key := line.key
 		switch value, err := c.get(key.section, key.option); {
-		case c.values[key].line != i+1: // a comment, or overridden
+		case key == (iniKey{}) || c.line(key) != i+1: // a comment, or overridden
 		case key.option == "":
 			fmt.Fprintf(&b, "[%s]\n", key.section)
 		case err != nil:
@@ -1020,7 +1020,7 @@ func TestINIPython(t *testing.T) {
 		compare(python2, "testdata/ini/interpolation.ini")
 	}
 	// What picket wrote, Python 3 reads; it has no rem lines and no "".
-	c := &ini{values: make(map[iniKey]iniValue)}
+	c := get(parseINI("", ""))
 	for i, value := range []string{"", "plain", "100%", "%(none)s", "two\nlines", "a:b=c", "ü", "x;y", "[x]"} {
 		must(t, c.set("section", fmt.Sprint("Option", i), value))
 	}

@@ -62,14 +62,8 @@ const (
 // An iniKey names an option or, without one, a section.
 type iniKey struct{ section, option string }
 
-// An iniValue is a value as it stands in the file, before interpolation.
-type iniValue struct {
-	raw  string
-	line int // where it begins; the first line is 1
-}
-
-// An iniLine is one line of the text, with its line end. The three parts
-// follow one another; a line without a value is all before.
+// An iniLine is one line of the text, with its line end, in three parts that follow
+// one another. A line without a value is in the first part alone.
 type iniLine struct {
 	key                   iniKey // of the section or option that it belongs to; a comment has none
 	continues             bool   // it continues the value of the line above
@@ -82,15 +76,15 @@ func (l iniLine) text() string { return l.before + l.value + l.behind }
 type ini struct {
 	name   string // of the file, for errors
 	lines  []iniLine
-	key    iniKey              // of the last line that is no comment
-	values map[iniKey]iniValue // for the key of a section: where its header stands
+	key    iniKey            // of the last line that is no comment
+	values map[iniKey]string // before interpolation; sections have "" here
 }
 
 // parseINI reads an INI text. Its error lists the bad lines, the first twenty
 // of them, each as "name:line: what is wrong". It quotes none of them: there
 // may be a password in it.
 func parseINI(name, text string) (*ini, error) {
-	c := &ini{name: name, values: make(map[iniKey]iniValue)}
+	c := &ini{name: name, values: make(map[iniKey]string)}
 	if before, _, found := strings.Cut(text, "\x00"); found {
 		line := 1 + strings.Count(before, "\n")
 		return c, fmt.Errorf("%s:%d: a NUL byte: the text, or a part of it, is UTF-16; save it as UTF-8", name, line)
@@ -123,11 +117,10 @@ func (c *ini) add(text string) error {
 	case indented && c.key.option != "":
 		line.continues = true
 		line.split(strings.Index(text, trimmed))
-		v := c.values[c.key]
-		c.values[c.key] = iniValue{raw: v.raw + "\n" + line.value, line: v.line}
+		c.values[c.key] += "\n" + line.value
 	case strings.HasPrefix(body, "[") && bracket > 1:
 		c.key = iniKey{section: body[1:bracket]}
-		c.values[c.key] = iniValue{line: len(c.lines) + 1}
+		c.values[c.key] = ""
 	case c.key.section == "":
 		return errors.New("no section header yet")
 	case indented:
@@ -137,11 +130,10 @@ func (c *ini) add(text string) error {
 	default:
 		c.key.option = strings.ToLower(strings.TrimRight(body[:separator], iniSpace))
 		line.split(len(text) - len(body) + separator + 1)
-		v := iniValue{raw: line.value, line: len(c.lines) + 1}
-		if v.raw == `""` {
-			v.raw = "" // how the old files write an empty value
+		c.values[c.key] = line.value
+		if line.value == `""` {
+			c.values[c.key] = "" // how the old files write an empty value
 		}
-		c.values[c.key] = v
 	}
 	if !comment {
 		line.key = c.key
@@ -186,6 +178,16 @@ func (c *ini) text() string {
 	return b.String()
 }
 
+// line returns the number of the line at which an option or section stands, or 0.
+func (c *ini) line(key iniKey) (n int) {
+	for i, l := range c.lines {
+		if l.key == key && !l.continues {
+			n = i + 1
+		}
+	}
+	return n
+}
+
 // locate returns where an option of a section stands: there, in [sensor] for a
 // section [sensor NAME], or in DEFAULT.
 func (c *ini) locate(section, option string) (key iniKey, ok bool) {
@@ -215,16 +217,16 @@ func (c *ini) get(section, option string) (string, error) {
 // here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
 	key, ok := c.locate(section, option)
-	v := c.values[key]
+	raw := c.values[key]
 	switch {
 	case depth > maxReference:
 		return fmt.Errorf("references nested deeper than %d levels, or in a circle", maxReference)
 	case !ok && option == "__name__": // as in Python 2
-		v.raw = strings.ReplaceAll(section, "%", "%%")
+		raw = strings.ReplaceAll(section, "%", "%%")
 	case !ok:
 		return fmt.Errorf("there is no option %q in [%s]", option, section)
 	}
-	for raw := v.raw; ; {
+	for {
 		before, rest, found := strings.Cut(raw, "%")
 		b.WriteString(before)
 		if *left -= 1 + len(before); *left < 0 {
@@ -293,8 +295,7 @@ func (c *ini) set(section, option, value string) error {
 		lines[at-1].behind += eol
 	}
 	want := maps.Clone(c.values)
-	want[iniKey{section: section}] = iniValue{}
-	want[key] = iniValue{raw: raw}
+	want[iniKey{section: section}], want[key] = "", raw
 	if err := c.replaceText(slices.Insert(lines, at, iniLine{before: added}), want); err != nil {
 		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
 	}
@@ -303,10 +304,9 @@ func (c *ini) set(section, option, value string) error {
 
 // replaceText replaces the text by these lines, if they read as exactly the
 // values that are wanted.
-func (c *ini) replaceText(lines []iniLine, want map[iniKey]iniValue) error {
+func (c *ini) replaceText(lines []iniLine, want map[iniKey]string) error {
 	next, err := parseINI(c.name, (&ini{lines: lines}).text())
-	same := func(a, b iniValue) bool { return a.raw == b.raw }
-	if err != nil || !maps.EqualFunc(next.values, want, same) {
+	if err != nil || !maps.Equal(next.values, want) {
 		return errors.New("it cannot be written so that it reads back the same")
 	}
 	*c = *next
@@ -595,7 +595,7 @@ type tolerated struct{ error }
 func (c *ini) finding(section, name string, err error) finding {
 	key, _ := c.locate(section, name)
 	text := masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err))
-	f := finding{key, c.name, c.values[key].line, text, wrong}
+	f := finding{key, c.name, c.line(key), text, wrong}
 	if errors.As(err, new(tolerated)) {
 		f.grave = mistake
 	}
@@ -660,20 +660,12 @@ func inQuotes(v string) bool {
 // know. Options of DEFAULT, and those that some value refers to, are the user's own,
 // unless their names are near a known one.
 func (c *ini) strangers() (found []finding) {
-	own := make(map[string]bool)
-	for _, v := range c.values {
-		for _, rest := range strings.Split(v.raw, "%(")[1:] {
-			name, _, _ := strings.Cut(rest, ")")
-			own[strings.ToLower(name)] = true
-		}
-	}
-	for key, v := range c.values {
+	all := strings.ToLower(c.text())
+	for key := range c.values {
 		text, grave := unknown(key.section, key.option)
-		switch {
-		case text == "" || key.option != "" && optionsOf(key.section) == nil:
-		case key.option != "" && grave == remark && (key.section == defaults || own[key.option]):
-		default:
-			found = append(found, finding{key, c.name, v.line, masked(text), grave})
+		isOwn := grave == remark && (key.section == defaults || strings.Contains(all, "%("+key.option+")"))
+		if text != "" && (key.option == "" || !isOwn && optionsOf(key.section) != nil) {
+			found = append(found, finding{key, c.name, c.line(key), masked(text), grave})
 		}
 	}
 	return found

@@ -1339,7 +1339,7 @@ func runConfig(_ context.Context, in *invocation) error {
 	for _, text := range activate(s).sensors.warnings() {
 		log.Print(warning + text)
 	}
-	effective := &ini{name: c.name, values: make(map[iniKey]iniValue)}
+	effective, _ := parseINI(c.name, "") // no error: there is no line
 	for _, o := range c.options(s, "") {
 		value, err := c.value(o.section, o.name)
 		if err == nil {
