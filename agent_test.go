@@ -1090,6 +1090,7 @@ func TestLost(t *testing.T) {
 	for want, change := range map[string]func(*settings){
 		"[sensor] user":        func(s *settings) { s.user = nil },
 		"[sensor reach] user":  func(s *settings) { s.own = noneForReach },
+		"[sensor y] user":      func(s *settings) { s.own = map[string]*ownSettings{"y": {}} },
 		"[sensor] update = no": func(s *settings) { s.update = true },
 		"[sensor] public_key":  func(s *settings) { s.publicKey = "" },
 		"[monitor] ca":         func(s *settings) { s.monitorTLS.ca = "" },

@@ -360,8 +360,9 @@ type settings struct {
 	verbose  bool // each command and reading is logged
 }
 
-// protections returns which protections are in force, by the options that make them.
-func (s *settings) protections() map[string]bool {
+// protections returns which protections are in force, by the options that make them. It
+// names the users of the sensors that have own settings in s or in other.
+func (s *settings) protections(other *settings) map[string]bool {
 	inForce := map[string]bool{
 		"[sensor] user":        s.user != nil,
 		"[sensor] update = no": !s.update,
@@ -372,8 +373,11 @@ func (s *settings) protections() map[string]bool {
 		"[agent] client_ca":    s.agentTLS.ca != "",
 		"[agent] client_name":  s.agentTLS.name != "",
 	}
-	for name, own := range s.own {
-		inForce["[sensor "+name+"] user"] = own.user != nil
+	for _, names := range []map[string]*ownSettings{s.own, other.own} {
+		for name := range names {
+			own := s.own[name]
+			inForce["[sensor "+name+"] user"] = own != nil && own.user != nil || own == nil && s.user != nil
+		}
 	}
 	return inForce
 }
@@ -381,13 +385,9 @@ func (s *settings) protections() map[string]bool {
 // lost names the protections that are in force in s and missing in next. One
 // with another value is not lost.
 func (s *settings) lost(next *settings) (names []string) {
-	then := next.protections()
-	for name, now := range s.protections() {
-		stays, known := then[name]
-		if !known { // a section [sensor NAME] that is not there
-			stays = next.user != nil
-		}
-		if now && !stays {
+	then := next.protections(s)
+	for name, now := range s.protections(next) {
+		if now && !then[name] {
 			names = append(names, name)
 		}
 	}

@@ -161,13 +161,11 @@ const dateTimeLayout = "20060102T15:04:05"
 // parseDateTime returns s if it is a date and a time that exist. The date may be split
 // by '-', the time by ':', and a fraction and a zone may follow.
 func parseDateTime(s string) (dateTime, error) {
-	for _, date := range []string{"20060102", "2006-01-02"} {
-		for _, clock := range []string{"T15:04:05", "T150405"} {
-			for _, zone := range []string{"", "Z07:00", "Z0700", "Z07"} {
-				if _, err := time.Parse(date+clock+zone, s); err == nil {
-					return dateTime(s), nil
-				}
-			}
+	date, clock, _ := strings.Cut(s, "T")
+	plain := strings.ReplaceAll(date, "-", "") + "T" + strings.ReplaceAll(clock, ":", "")
+	for _, zone := range []string{"", "Z0700", "Z07"} {
+		if _, err := time.Parse("20060102T150405"+zone, plain); err == nil {
+			return dateTime(s), nil
 		}
 	}
 	return "", errors.New("not a date and time")
@@ -1067,12 +1065,10 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 func readAnswer(r io.Reader) ([]byte, error) {
 	answer, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
 	if err == nil && len(answer) > maxAnswer {
-		err = errTooLong
+		err = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 	}
 	return answer, err
 }
-
-var errTooLong = fmt.Errorf("answer longer than %d bytes", maxAnswer)
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
 // is a success. It sends nothing to a URL with a fragment: a # in the password makes one,
