@@ -17,9 +17,9 @@ package main
 // begins with ';' or '#' at the start of a line or after white space, and a
 // line whose first word is rem is one. Sections of the same name merge, and the
 // last of duplicate keys wins. %(name)s stands for another value of the section
-// or of [DEFAULT], %% for a percent sign. Unlike Python, picket takes an
-// indented comment for a comment, skips a byte-order mark, and keeps order and
-// comments when it writes.
+// or of [DEFAULT], %% for a percent sign. Unlike Python, picket allows a comment
+// to be indented, skips a byte-order mark, and keeps order and comments when it
+// writes.
 //
 // This file reads, changes and saves that text, and makes typed settings of
 // it. It knows nothing of sensors or of the wire.
@@ -49,11 +49,11 @@ import (
 
 const (
 	maxConfig    = 1 << 20          // bytes of client.cfg or a certificate: far more than one needs
-	maxExpanded  = 64 << 10         // bytes and references of one value: ten levels could make it 10^10
+	maxExpanded  = 64 << 10         // bytes and references of one value: ten levels could make 10^10
 	maxReference = 10               // levels of %(name)s, as in Python
 	maxBadLines  = 20               // reported one by one: a file that is no INI at all has thousands
-	maxTimeout   = time.Hour        // of a sensor, which takes the place of others for that long
-	editTime     = 10 * time.Second // that a change of client.cfg waits for its lock
+	maxTimeout   = time.Hour        // of a sensor: so long it may take the place of others
+	editTime     = 10 * time.Second // for which a change of client.cfg waits for others
 	iniSpace     = " \t\n\r\v\f"
 	byteMark     = "\xef\xbb\xbf"
 	defaults     = "DEFAULT" // the section that the others inherit from

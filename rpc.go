@@ -533,7 +533,7 @@ type access struct {
 	tls   *tls.Config    // nil: without TLS
 }
 
-// allows reports whether a host may call. It takes ::ffff:1.2.3.4 for 1.2.3.4.
+// allows reports whether a host may call. It treats ::ffff:1.2.3.4 as 1.2.3.4.
 func (a *access) allows(host string) bool {
 	addr, err := netip.ParseAddr(host)
 	addr = addr.Unmap().WithZone("")
@@ -554,7 +554,7 @@ func limitKey(host string) string {
 	if addr = addr.Unmap().WithZone(""); err != nil || addr.Is4() {
 		return addr.String()
 	}
-	prefix, _ := addr.Prefix(64) // which it has
+	prefix, _ := addr.Prefix(64) // no error: it has 128 bits
 	return prefix.String()
 }
 
@@ -1122,7 +1122,7 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.C
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(addresses) // a server of names may turn them
+	slices.Sort(addresses) // a name server may give them in another order each time
 	n := len(addresses)
 	dialer := net.Dialer{Timeout: c.timeout / time.Duration(n)}
 	for i, first := 0, int(c.first.Load()); i < n; i++ {
@@ -1216,7 +1216,7 @@ func (t textReader) Read(p []byte) (n int, err error) {
 		case err != nil:
 			return n, err
 		case c == '<':
-			t.UnreadByte() // which was just read
+			t.UnreadByte() // no error: it was just read
 			return n, io.EOF
 		case strings.IndexByte(" \t\r\n", c) < 0:
 			p[n] = c
