@@ -498,7 +498,7 @@ func (s *settings) options(dir string) []option {
 // known lists the options for whoever needs their names and defaults only.
 var known = new(settings).options("")
 
-// OwnSettings are what holds for the one sensor that a section [sensor NAME] is about.
+// OwnSettings are those of one sensor, from its section [sensor NAME] or from [sensor].
 type ownSettings struct {
 	timeout time.Duration
 	user    *sensorUser
@@ -551,7 +551,7 @@ func store[T any](to *T, check func(string) (T, error)) func(string) error {
 	}
 }
 
-// value returns the value of an option, or its default.
+// value returns the value of an option, or the default of one that is not set.
 func (c *ini) value(section, name string) (string, error) {
 	_, set := c.locate(section, name)
 	if sensorOf(section) != "" && !set {
@@ -671,8 +671,8 @@ func (c *ini) strangers() (found []finding) {
 	return found
 }
 
-// unknown says what picket does not know of an option or, without a name, of a
-// section. It returns "" for nothing. It is a mistake if a known name is near.
+// unknown returns what to say of an option that picket does not know or, without a
+// name, of such a section; "" if picket knows it. It is a mistake if a known name is near.
 func unknown(section, name string) (text string, grave int) {
 	names, near := optionsOf(section), ""
 	switch {
@@ -700,8 +700,9 @@ func unknown(section, name string) (text string, grave int) {
 	return fmt.Sprintf("%s (did you mean %q?)", text, near), mistake
 }
 
-// nearest returns the name that was probably meant, or "": one that differs at one
-// place only, by a letter, two that are swapped or, where it is long, any two.
+// nearest returns the name that was probably meant, or "". That name differs in one
+// letter, in two neighbours that are swapped or, if it has more than four letters, in
+// any two neighbours.
 func nearest(name string, names []string) string {
 	for _, n := range names {
 		a, b := strings.ToLower(name), strings.ToLower(n)
@@ -826,9 +827,9 @@ func address(v string) (string, error) {
 
 // httpURL takes the URL of an XML-RPC endpoint: http or https, with a host. Its
 // errors do not quote it, as there may be a password in it. A '#', '/' or '?' in a
-// password ends the name of the host, so that another one would get the rest of the
-// password: such a URL is an error. It is tolerated, as an agent must start with it;
-// behind a '#' it becomes a URL with a fragment, to which a client sends nothing.
+// password ends the name of the host, and the rest would go to a wrong one: such a URL
+// is an error, though tolerated, as an agent must start with it. If it is a '#', the
+// URL that is returned has a fragment, and a client sends nothing to it.
 func httpURL(v string) (*url.URL, error) {
 	v, fragment, hasFragment := strings.Cut(v, "#")
 	if at := strings.LastIndex(fragment, "@"); at >= 0 {
@@ -984,9 +985,9 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// editINI reads a file, lets change alter it and saves it where it did. If
-// anything fails, the file stays as it was. Processes that edit the same file
-// wait for each other, for up to 10 s.
+// editINI reads a file, lets change alter the text, and saves it if that is now
+// another. If anything fails, the file stays as it was. Processes that edit the same
+// file wait for each other, for up to 10 s.
 func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {

@@ -1,7 +1,7 @@
 package main
 
 // XML-RPC over net/http: the codec, the handler that answers commands, and the
-// client that calls the monitor. It knows no sensor, no reading and no ticket.
+// client that calls the monitor. None of them knows a sensor, a reading or a ticket.
 //
 // A command and its acknowledgement, as the XML-RPC specification has them:
 //
@@ -50,7 +50,7 @@ const (
 	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
 	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
 	maxAnswer    = 512 << 10 // bytes of an answer that the client reads, besides a package
-	maxTree      = 96 << 10  // bytes of memory for the elements of a message, by element.size: some 1,500 values
+	maxTree      = 96 << 10  // bytes of memory for the elements of a message, by elementSizes: some 1,500 values
 	maxDepth     = 101       // elements within each other: 32 levels of arrays and structs
 	maxCalls     = 64        // calls in a system.multicall
 	maxHeader    = 8 << 10   // bytes of HTTP header
@@ -192,8 +192,8 @@ type element struct {
 	elements []*element
 }
 
-// elementSizes are about the bytes that an element takes when it is decoded, besides
-// its text; other elements take 16.
+// elementSizes are the bytes, more or less, that a decoded element takes besides its
+// text. Those that are not listed take 16.
 var elementSizes = map[string]int{"value": 48, "struct": 288}
 
 // fail notes that the message is XML, but not XML-RPC. Only the first error counts.
@@ -204,8 +204,8 @@ func (d *decoder) fail(format string, args ...any) {
 }
 
 // parse reads a message, with or without a byte-order mark, and returns its root
-// element, which must have this name. It passes over comments, processing instructions and a DOCTYPE, and never
-// expands an entity.
+// element, which must have this name. It passes over comments, processing instructions
+// and a DOCTYPE, and never expands an entity.
 func (d *decoder) parse(message []byte, name string) *element {
 	input := xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(message, []byte("\xef\xbb\xbf"))))
 	input.CharsetReader = charsetReader
@@ -520,7 +520,7 @@ type method struct {
 	call       func(r request, params []any) (any, error)
 }
 
-// A request says who made a call, and when it had arrived.
+// A request says who made a call, and when it arrived.
 type request struct {
 	ctx      context.Context // ends when nobody waits for the answer any more
 	peer     string          // host
@@ -547,8 +547,9 @@ func hostOf(address string) string {
 	return host
 }
 
-// limitKey returns under which name a host is limited: its IPv4 address, or the /64
-// network of its IPv6 address, because a single caller may own all of that.
+// limitKey returns the name under which a host and its neighbours are counted as one
+// caller: its IPv4 address, or the /64 network of its IPv6 address, as one caller may
+// own all of that.
 func limitKey(host string) string {
 	addr, err := netip.ParseAddr(host)
 	if addr = addr.Unmap().WithZone(""); err != nil || addr.Is4() {
@@ -738,7 +739,7 @@ func (h *handler) rules() *access {
 
 // setAccess changes who may call, and how. If the rules for TLS change, it closes
 // the connections that came under the old ones. A call that is being answered is
-// finished first, and is the last on its connection.
+// finished, as the last one on its connection.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -868,7 +869,7 @@ func (h *handler) encode(peer, name string, v any, err error) []byte {
 		h.refuse("%s: %s: %v", peer, cut(name), err)
 		answer = encodeResponse(nil, err)
 	}
-	return bytes.Clone(answer) // takes no spare room, as it is held until the peer has read it
+	return bytes.Clone(answer) // without spare room, as it is held until the peer has read it
 }
 
 // call runs one method. Its error is always a *fault. It logs each error; one that is
@@ -1033,8 +1034,8 @@ func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
 			DisableCompression:     true,
 			MaxResponseHeaderBytes: maxHeader,
 			MaxIdleConnsPerHost:    1,
-			// Between two readings of a burst: a monitor that serves one connection
-			// at a time waits for its end.
+			// The readings of a burst share a connection. It is closed soon after them,
+			// as a monitor that serves one at a time can serve nobody else until then.
 			IdleConnTimeout: 200 * time.Millisecond,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -1071,8 +1072,9 @@ func readAnswer(r io.Reader) ([]byte, error) {
 }
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
-// is a success. It sends nothing to a URL with a fragment: a # in the password makes one,
-// and names a wrong host. If ctx ended before the answer came, the error is the cause of that.
+// is a success. It sends nothing to a URL with a fragment: a # in a password makes one,
+// and the host is then a wrong one. If ctx ended before the answer came, the error is its
+// cause.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	if c.url.Fragment != "" {
 		return errors.New("nothing is sent: its URL has a fragment: write # as %23, in client.cfg %%23")
