@@ -2307,6 +2307,8 @@ func TestSpoolClock(t *testing.T) {
 		found, _ := parseSpool(t, spoolText(t, dir))
 		return len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
 	})
+	before := m.tries.Load()
+	await(t, "an attempt that began after that", func() bool { return m.tries.Load() >= before+2 })
 	m.set(nil)
 	closeTo(t, "the time", receive(t, "reading", m.readings).time, set.wall.Add(-time.Hour))
 }
