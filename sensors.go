@@ -89,6 +89,7 @@ type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
 	own                    map[string]*ownSettings // by sensor
+	env                    []string                // as ownSettings.user has it
 	*runState
 }
 
@@ -124,7 +125,7 @@ type helpEntry struct {
 // that is nil, as the agent does.
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
-		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user},
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
 		runState: &runState{helps: make(map[string]helpEntry), processes: make(map[*process]bool)},
 	}
 }
@@ -133,7 +134,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
-		with.ownSettings = *own
+		with.ownSettings, with.env = *own, sensorEnv(own.user)
 	}
 	return &with
 }
@@ -186,6 +187,7 @@ func sensorName(v any) (string, error) {
 // as they stand (numbers in decimal, booleans as 1 and 0), or the words of a string.
 // They have 4 KiB at most, and each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
+	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
 	case nil:
 	case []any:
@@ -200,6 +202,9 @@ func arguments(v any) (args []string, err error) {
 			args = append(args, text)
 		}
 	case string:
+		if len(v) > maxArguments { // before it is split
+			return nil, tooLong
+		}
 		args, err = splitWords(v)
 	default:
 		err = fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
@@ -212,7 +217,7 @@ func arguments(v any) (args []string, err error) {
 		size += len(arg) + argumentCost
 	}
 	if size > maxArguments {
-		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
+		return nil, tooLong
 	}
 	return args, err
 }
@@ -543,7 +548,7 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         sensorEnv(s.user),
+			Env:         s.env,
 			Stdin:       nil, // /dev/null
 			SysProcAttr: as,
 		}
