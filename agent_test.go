@@ -1744,7 +1744,7 @@ func (s *stepDelivery) step(line string) {
 			v = strconv.Itoa(ticket)
 		}
 		if want[ticket] = "0 " + v; step == "put" {
-			s.put(ticket, reading{value: v, taken: time.Now()})
+			s.put(ticket, reading{value: v})
 		}
 	}
 	switch step {
@@ -1891,7 +1891,7 @@ func TestClocks(t *testing.T) {
 // puts delivers readings with the tickets from first to last.
 func puts(d *delivery, first, last int) {
 	for i := first; i <= last; i++ {
-		d.put(i, reading{value: strconv.Itoa(i), taken: time.Now()})
+		d.put(i, reading{value: strconv.Itoa(i)})
 	}
 }
 
@@ -1907,7 +1907,7 @@ func TestDeliveryPoison(t *testing.T) {
 		return true
 	})
 	d := deliverTo(t, m.url, time.Second/2, time.Millisecond, nil)
-	d.put("poison", reading{taken: time.Now()})
+	d.put("poison", reading{})
 	await(t, "it was tried", func() bool { return m.tries.Load() > 0 })
 	puts(d, 1, 20)
 	gets(t, m, 1, 20)
@@ -2181,7 +2181,7 @@ func awaitSpooled(t *testing.T, dir string, n int) {
 
 // pendingOf is a reading in a spool that was taken at some moment.
 func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading {
-	return &pendingReading{reading: r, ticket: ticket, takenAt: at, record: number}
+	return &pendingReading{reading: r, ticket: ticket, taken: at, record: number}
 }
 
 const inMemoryAlone = "undelivered readings are in memory alone"
@@ -2206,14 +2206,18 @@ func TestSpool(t *testing.T) {
 	}
 	equal(t, "the file", about(), before)
 	m.set(away)
-	taken := time.Now().Add(-time.Hour)
+	now := systemClocks()
+	taken := locked(d, func() clocks {
+		d.clocks = func() clocks { c := now(); return clocks{c.wall.Add(-time.Hour), c.age - time.Hour, c.boot} }
+		return d.clocks()
+	})
 	tickets := []any{1, int64(1) << 40, "a \"b\"\né", ""}
 	for i, ticket := range tickets {
-		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50"), taken: taken})
+		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50")})
 	}
 	awaitSpooled(t, dir, len(tickets))
 	d.discard(1)
-	d.put(1, reading{code: -15, taken: taken})
+	d.put(1, reading{code: -15})
 	await(t, "the newer one is", func() bool { return slices.Contains(spooled(t, dir), "1=") })
 	awaitSpooled(t, dir, len(tickets))
 	within(patience, d.close)
@@ -2223,7 +2227,7 @@ func TestSpool(t *testing.T) {
 	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
 	for range tickets {
 		got := receive(t, "reading", m.readings)
-		closeTo(t, "the time", got.time, taken)
+		closeTo(t, "the time", got.time, taken.wall)
 		equal(t, "the reading", fmt.Sprint(got.code, " ", got.value), want[got.ticket])
 		delete(want, got.ticket)
 	}
@@ -2238,7 +2242,7 @@ func TestSpoolOld(t *testing.T) {
 	text := string(readFile(t, "testdata/spool/old"))
 	found, s := parseSpool(t, text)
 	equal(t, "readings, damaged, last", []int{len(found), s.damaged, int(s.last)}, []int{5, 1, 7})
-	equal(t, "time", found[0].takenAt.wall.UnixMilli(), int64(1795654616904))
+	equal(t, "time", found[0].taken.wall.UnixMilli(), int64(1795654616904))
 	m, dir := newRecorder(t), t.TempDir()
 	writeTree(t, dir, files{"readings": text})
 	spoolDelivery(t, m, dir)
@@ -2305,7 +2309,7 @@ func TestSpoolClock(t *testing.T) {
 	now.Store(&set)
 	await(t, "the time is right", func() bool {
 		found, _ := parseSpool(t, spoolText(t, dir))
-		return len(found) == 1 && found[0].takenAt.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
+		return len(found) == 1 && found[0].taken.wall.Sub(set.wall.Add(-time.Hour)).Abs() < time.Minute
 	})
 	before := m.tries.Load()
 	await(t, "an attempt that began after that", func() bool { return m.tries.Load() >= before+2 })

@@ -1017,12 +1017,11 @@ func (a *agent) ownReading(args []string) reading {
 			continue
 		}
 		if value := h.value(a); value >= 0 {
-			return reading{value: strconv.Itoa(value), taken: time.Now()}
+			return reading{value: strconv.Itoa(value)}
 		}
-		return reading{code: exitFailed, taken: time.Now(), reason: h.name + " is not known: is there a /proc?"}
+		return reading{code: exitFailed, reason: h.name + " is not known: is there a /proc?"}
 	}
-	reason := fmt.Sprintf("takes one of its options, not %s", cut(strings.Join(args, " ")))
-	return reading{code: exitUsage, taken: time.Now(), reason: reason}
+	return reading{code: exitUsage, reason: "takes one of its options, not " + cut(strings.Join(args, " "))}
 }
 
 // ownHelp returns the help text of the sensor that is the agent itself.
@@ -1141,11 +1140,11 @@ func (a *agent) makeChange(ctx context.Context, c command) reading {
 	a.noteChange(c, err)
 	if err != nil {
 		a.events.printf(warning+"%s: %s", c, oneLine(masked(err.Error())))
-		return reading{code: exitFailed, taken: time.Now(), reason: err.Error()}
+		return reading{code: exitFailed, reason: err.Error()}
 	}
 	log.Printf(notice+"%s: done in %v", c, time.Since(begun).Round(time.Millisecond))
 	debug.FreeOSMemory() // decompression took more than anything else does
-	return reading{value: "1", taken: time.Now()}
+	return reading{value: "1"}
 }
 
 // noteChange keeps, for cmd_list_sensors, why the latest change of a sensor

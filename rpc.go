@@ -610,9 +610,6 @@ type peer struct {
 	since   time.Time   // when it came, or its latest call began or ended
 }
 
-// connKey is the key of the connection in the context of a request.
-type connKey struct{}
-
 // newHandler returns a handler that answers everybody, without TLS.
 func newHandler(methods []method) *handler {
 	h := &handler{
@@ -638,7 +635,7 @@ func newHandler(methods []method) *handler {
 		}), "", 0),
 		ConnState: h.connChanged,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, c)
+			return context.WithValue(ctx, h, c) // for setWorking
 		},
 	}
 	for _, m := range append(methods, h.introspection()...) {
@@ -765,7 +762,7 @@ func (h *handler) connChanged(c net.Conn, state http.ConnState) {
 func (h *handler) setWorking(r *http.Request, working bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p := h.conns[r.Context().Value(connKey{}).(net.Conn)]
+	p := h.conns[r.Context().Value(h).(net.Conn)]
 	if p != nil {
 		p.working, p.since = working, time.Now()
 	}

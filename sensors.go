@@ -405,10 +405,9 @@ func (s *sensors) awaitListing() {
 
 // A reading is the outcome of one run of a sensor.
 type reading struct {
-	code   int       // 0, or why there is no number
-	value  string    // the sensor's own digits; "" where there is no number
-	taken  time.Time // when the run ended
-	reason string    // for the log, where the code is not 0; never sent
+	code   int    // 0, or why there is no number
+	value  string // the sensor's own digits; "" where there is no number
+	reason string // for the log, where the code is not 0; never sent
 }
 
 // String returns the code and, where there is one, the reason.
@@ -424,7 +423,6 @@ func (r reading) String() string {
 // the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	r := s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
-	r.taken = time.Now()
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
 	_, err := parseDecimal(text)
 	r.value = ""
@@ -1053,7 +1051,7 @@ func (q *queue) close(ctx context.Context) {
 	q.closed = true
 	for _, l := range []*lane{&q.readings, &q.changes} {
 		for _, j := range l.waiting {
-			q.deliverAll(j, reading{code: -int(syscall.SIGTERM), taken: time.Now(), reason: "the agent ends"})
+			q.deliverAll(j, reading{code: -int(syscall.SIGTERM), reason: "the agent ends"})
 		}
 		l.waiting = nil
 	}
@@ -1110,7 +1108,8 @@ const (
 type pendingReading struct {
 	reading
 	ticket    any       // int, int64 or string, as the monitor sent it
-	takenAt   clocks    // when the run ended, by all clocks of the box
+	taken     clocks    // when the run ended, by all clocks of the box
+	since     time.Time // the same by the clock of this process; zero if it is from the spool
 	misses    int       // attempts that the monitor did not answer
 	faults    int       // attempts that it answered with a fault
 	notBefore time.Time // of the next attempt
@@ -1245,13 +1244,11 @@ func (d *delivery) count() deliveryTotals {
 	return totals
 }
 
-// put takes a reading to deliver. It never blocks.
+// put takes a reading of a run that has just ended. It never blocks.
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	now, since := d.clocks(), time.Since(r.taken)
-	taken := clocks{now.wall.Add(-since), now.age - since, now.boot}
-	p := &pendingReading{reading: r, ticket: ticket, takenAt: taken}
+	p := &pendingReading{reading: r, ticket: ticket, taken: d.clocks(), since: time.Now()}
 	d.pending = append(d.pending, p)
 	d.inMemory++
 	d.unsaved = d.unsaved || d.saves(p)
@@ -1264,7 +1261,7 @@ func (d *delivery) put(ticket any, r reading) {
 
 // saves reports whether a reading belongs in the spool, if there is one.
 func (d *delivery) saves(p *pendingReading) bool {
-	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.taken) >= spoolAge
+	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.since) >= spoolAge
 }
 
 // drop gives a reading up and logs why.
@@ -1328,7 +1325,7 @@ func (d *delivery) stalledSince() time.Time {
 	since := d.totals.latest
 	if !d.full() {
 		since = time.Time{}
-	} else if oldest := d.pending[0].taken; oldest.After(since) {
+	} else if oldest := d.pending[0].since; oldest.After(since) {
 		since = oldest
 	}
 	return since
@@ -1384,7 +1381,7 @@ func (d *delivery) try(ctx context.Context, p *pendingReading) (misses int) {
 		value = d.noValue
 	}
 	d.mu.Unlock()
-	taken := dateTime(p.takenAt.corrected(d.clocks()).In(zone).Format(dateTimeLayout))
+	taken := dateTime(p.taken.corrected(d.clocks()).In(zone).Format(dateTimeLayout))
 	_, err := c.call(ctx, "cmd_store_probe_data", p.ticket, []any{p.code, value}, taken)
 	return d.record(p, c, err)
 }
@@ -1821,7 +1818,7 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 		return p, false
 	}
 	p.record, p.code, p.value = uint64(max(0, number(1))), int(number(5)), words[6]
-	p.takenAt = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
+	p.taken = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
 	_, err := parseDecimal(p.value)
 	if p.value == "-" {
 		p.value, err = "", nil
@@ -1833,7 +1830,7 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 
 // readingRecord returns the record of a reading, with its time corrected.
 func readingRecord(p *pendingReading, now clocks) string {
-	at, value := p.takenAt, p.value
+	at, value := p.taken, p.value
 	if value == "" {
 		value = "-"
 	}
