@@ -588,11 +588,12 @@ func bearsName(c *x509.Certificate, name string) bool {
 // A handler answers XML-RPC calls over HTTP: its own methods and those of
 // introspection. Whatever callers send or leave unread, 16 MiB of memory are enough.
 type handler struct {
-	methods map[string]method
-	refused logLimit
-	turn    sync.Mutex // held while a large message is decoded or a large answer encoded
-	http    *http.Server
-	count   atomic.Int64 // calls and connections refused
+	net.Listener // that it accepts connections from
+	methods      map[string]method
+	refused      logLimit
+	turn         sync.Mutex // held while a large message is decoded or a large answer encoded
+	http         *http.Server
+	count        atomic.Int64 // calls and connections refused
 
 	mu     sync.Mutex // guards what is below
 	access *access
@@ -652,23 +653,21 @@ func (h *handler) refuse(format string, args ...any) {
 
 // serve answers calls until the listener or the server is closed. It always returns
 // an error, then http.ErrServerClosed or the listener's.
-func (h *handler) serve(l net.Listener) error { return h.http.Serve(peerListener{l, h}) }
-
-// A peerListener accepts connections and lets the handler admit them.
-type peerListener struct {
-	net.Listener
-	h *handler
+func (h *handler) serve(l net.Listener) error {
+	h.Listener = l
+	return h.http.Serve(h)
 }
 
-func (l peerListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
+// Accept waits for the next connection, for net/http.
+func (h *handler) Accept() (net.Conn, error) {
+	c, err := h.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
 	if t, ok := c.(*net.TCPConn); ok {
 		t.SetWriteBuffer(sendBuffer)
 	}
-	return l.h.admit(c), nil
+	return h.admit(c), nil
 }
 
 // admit notes a new connection and returns it, with TLS if the rules in force say so.
