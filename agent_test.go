@@ -1974,6 +1974,22 @@ func TestDeliverySlow(t *testing.T) {
 
 func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
 
+// TestDeliveryFlaps: a monitor that is away again and again does not fill the log.
+func TestDeliveryFlaps(t *testing.T) {
+	lines, m := logged(t), newRecorder(t)
+	d := testDelivery(t, m)
+	for i := 1; i <= 30; i++ {
+		m.set(away)
+		puts(d, i, i)
+		await(t, "the monitor is away", func() bool { return isAway(d) })
+		m.set(nil)
+		gets(t, m, i, i)
+		await(t, "the monitor is back", func() bool { return !isAway(d) })
+	}
+	n := strings.Count(lines.String(), "monitor http")
+	expect(t, n >= 20 && n < 40, "got %d lines of 60; want 20 and one each 5 s", n)
+}
+
 // TestDeliveryClose: at the end each reading is tried once more, although the
 // monitor fails or hangs at some; what is under way then says nothing of the
 // monitor; and one that is away does not hold up the end.

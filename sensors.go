@@ -1139,6 +1139,7 @@ type delivery struct {
 	clocks  func() clocks
 	cancel  context.CancelFunc // ends the attempt that close finds under way
 	dropped logLimit
+	away    logLimit      // for lines that the monitor is away or back: it may be so every second
 	spool   *spool        // nil: there is none; else it belongs to the goroutine that writes it
 	sent    chan struct{} // closed when the goroutine that sends has ended
 	saved   chan struct{} // closed when the goroutine that writes the spool has ended
@@ -1175,7 +1176,8 @@ type deliveryTotals struct {
 // about the time retry after the first.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
-		retry: retry, clocks: systemClocks(), dropped: logLimit{burst: 20, perSecond: 0.2},
+		retry: retry, clocks: systemClocks(),
+		dropped: logLimit{burst: 20, perSecond: 0.2}, away: logLimit{burst: 20, perSecond: 0.2},
 		client: c, zone: zone, noValue: noValue, sent: make(chan struct{}), saved: make(chan struct{}),
 		totals: deliveryTotals{latest: time.Now()},
 	}
@@ -1417,7 +1419,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 func (d *delivery) answered(now time.Time) {
 	if !d.awaySince.IsZero() {
 		away := now.Sub(d.awaySince).Round(time.Second)
-		log.Printf(notice+"monitor %s: back after %s, %d to deliver", masked(d.client.url.String()), away, len(d.pending))
+		d.away.printf(notice+"monitor %s: back after %s, %d to deliver", masked(d.client.url.String()), away, len(d.pending))
 	}
 	d.awaySince, d.misses, d.retryAt = time.Time{}, 0, time.Time{}
 }
@@ -1428,7 +1430,7 @@ func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	if d.awaySince.IsZero() {
 		d.awaySince = now
 		if !d.closing { // an attempt has a second only then, which says little of the monitor
-			log.Printf(warning+"monitor %s: away: %s", masked(d.client.url.String()), oneLine(err.Error()))
+			d.away.printf(warning+"monitor %s: away: %s", masked(d.client.url.String()), oneLine(err.Error()))
 		}
 	}
 	d.misses++
