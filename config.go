@@ -109,8 +109,9 @@ func (c *ini) add(text string) error {
 		body = strings.TrimPrefix(text, byteMark)
 	}
 	trimmed := strings.Trim(body, iniSpace)
+	word := trimmed[:strings.IndexAny(trimmed+" ", iniSpace)]
 	indented := trimmed != "" && body[0] != trimmed[0]
-	comment := isComment(trimmed, indented)
+	comment := trimmed == "" || strings.IndexByte("#;", trimmed[0]) >= 0 || !indented && strings.EqualFold(word, "rem")
 	bracket, separator := strings.Index(body, "]"), strings.IndexAny(body, ":=")
 	switch {
 	case comment:
@@ -140,16 +141,6 @@ func (c *ini) add(text string) error {
 	}
 	c.lines = append(c.lines, line)
 	return nil
-}
-
-// isComment reports whether a line is blank or a comment, given its text
-// without the white space around it.
-func isComment(trimmed string, indented bool) bool {
-	if trimmed == "" || trimmed[0] == '#' || trimmed[0] == ';' {
-		return true
-	}
-	end := strings.IndexAny(trimmed+" ", iniSpace)
-	return !indented && strings.EqualFold(trimmed[:end], "rem")
 }
 
 // split finds the value in a line. It begins after the first n bytes and the
@@ -258,45 +249,38 @@ func (c *ini) expand(b *strings.Builder, left *int, section, option string, dept
 func (c *ini) set(section, option, value string) error {
 	key := iniKey{section, strings.ToLower(option)}
 	raw := strings.ReplaceAll(value, "%", "%%")
-	continuation := func(l iniLine) bool { return l.continues && l.key == key }
-	lines := slices.DeleteFunc(slices.Clone(c.lines), continuation)
-	defined, last := -1, -1 // the line of the option; the last line of the section
-	for i, line := range lines {
-		if line.key.section == section {
-			last = i
-		}
-		if line.key == key {
-			defined = i
-		}
-	}
 	eol := "\n"
-	if len(lines) > 0 && strings.HasSuffix(lines[0].text(), "\r\n") {
+	if firstLine, _, _ := strings.Cut(c.text(), "\n"); strings.HasSuffix(firstLine, "\r") {
 		eol = "\r\n"
 	}
+	lines, defined := slices.Clone(c.lines), c.line(key)
+	if defined == 0 {
+		end, header, above := len(lines), "["+section+"]"+eol, "\n"+eol // a new section has a blank line above it
+		for i, line := range lines {
+			if line.key.section == section {
+				end, header, above = i+1, "", "\n"
+			}
+		}
+		for text := (&ini{lines: lines[:end]}).text(); text != "" && !strings.HasSuffix(text, above); text += eol {
+			header = eol + header
+		}
+		lines = slices.Insert(lines, end, iniLine{before: header + key.option + " =", behind: eol})
+		defined = end + 1
+	}
+	rest := slices.DeleteFunc(lines[defined:], func(l iniLine) bool { return l.continues && l.key == key })
+	lines = lines[:defined+len(rest)]
+	line := &lines[defined-1]
+	if line.value == "" {
+		line.before += " " // "key =" becomes "key = value"
+	}
 	first, more, found := strings.Cut(raw, "\n")
-	if found {
-		more = "\t" + strings.ReplaceAll(more, "\n", eol+"\t") + eol
-	}
-	at, added := last+1, key.option+" = "+first+eol+more
-	switch {
-	case defined >= 0:
-		if lines[defined].value == "" {
-			lines[defined].before += " " // "key =" becomes "key = value"
-		}
-		lines[defined].value = first
-		at, added = defined+1, more
-	case last < 0:
-		at, added = len(lines), "["+section+"]"+eol+added
-		if at > 0 && strings.Trim(lines[at-1].text(), iniSpace) != "" {
-			added = eol + added
-		}
-	}
-	if at > 0 && added != "" && !strings.HasSuffix(lines[at-1].text(), "\n") {
-		lines[at-1].behind += eol
+	if line.value = first; found {
+		more = strings.TrimRight(line.behind, "\r\n") + "\n\t" + strings.ReplaceAll(more, "\n", "\n\t") + "\n"
+		line.behind = strings.ReplaceAll(more, "\n", eol)
 	}
 	want := maps.Clone(c.values)
 	want[iniKey{section: section}], want[key] = "", raw
-	if err := c.replaceText(slices.Insert(lines, at, iniLine{before: added}), want); err != nil {
+	if err := c.replaceText(lines, want); err != nil {
 		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
 	}
 	return nil
@@ -451,9 +435,9 @@ type option struct {
 	set                  func(string) error // checks a value and stores it
 }
 
-// options lists every option of client.cfg, each to be stored in s. Relative
-// paths start from dir. An option that has a default must not be empty.
-func (s *settings) options(dir string) []option {
+// options lists every option of client.cfg, those of each [sensor NAME] as well, each to be stored
+// in s. Relative paths start from dir. An option that has a default must not be empty.
+func (c *ini) options(s *settings, dir string) []option {
 	path := func(v string) (string, error) {
 		if v != "" && !filepath.IsAbs(v) {
 			v = filepath.Join(dir, v)
@@ -461,7 +445,7 @@ func (s *settings) options(dir string) []option {
 		return filepath.Join(v), nil // cleaned, and "" where there is none
 	}
 	text := func(v string) (string, error) { return v, nil }
-	return []option{
+	list := []option{
 		{"sensor", "executable", "check", store(&s.executable, plainElement)},
 		{"sensor", "help", "options", store(&s.help, text)},
 		{"sensor", "path", "sensors/", store(&s.path, path)},
@@ -493,10 +477,20 @@ func (s *settings) options(dir string) []option {
 		{"agent", "log", "stderr", store(&s.syslog, secondOf("stderr", "syslog"))},
 		{"agent", "verbose", "no", store(&s.verbose, yesOrNo)},
 	}
+	s.own = make(map[string]*ownSettings)
+	for _, line := range c.lines {
+		if name := sensorOf(line.key.section); name != "" && s.own[name] == nil {
+			own := &ownSettings{}
+			s.own[name] = own
+			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
+				option{line.key.section, "user", "", store(&own.user, otherUser)})
+		}
+	}
+	return list
 }
 
 // known lists the options for whoever needs their names and defaults only.
-var known = new(settings).options("")
+var known = new(ini).options(new(settings), "")
 
 // OwnSettings are those of one sensor, from its section [sensor NAME] or from [sensor].
 type ownSettings struct {
@@ -528,21 +522,6 @@ func optionsOf(section string) (names []string) {
 	return names
 }
 
-// options lists the options of all sections, those of each [sensor NAME] as well.
-func (c *ini) options(s *settings, dir string) []option {
-	list := s.options(dir)
-	s.own = make(map[string]*ownSettings)
-	for _, line := range c.lines {
-		if name := sensorOf(line.key.section); name != "" && s.own[name] == nil {
-			own := &ownSettings{}
-			s.own[name] = own
-			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
-				option{line.key.section, "user", "", store(&own.user, otherUser)})
-		}
-	}
-	return list
-}
-
 // store returns a function that stores what a check returns.
 func store[T any](to *T, check func(string) (T, error)) func(string) error {
 	return func(v string) (err error) {
@@ -553,13 +532,12 @@ func store[T any](to *T, check func(string) (T, error)) func(string) error {
 
 // value returns the value of an option, or the default of one that is not set.
 func (c *ini) value(section, name string) (string, error) {
-	_, set := c.locate(section, name)
-	if sensorOf(section) != "" && !set {
-		section = "sensor"
-	}
-	for _, o := range known {
-		if !set && o.section == section && o.name == strings.ToLower(name) {
-			return o.value, nil
+	if _, isSet := c.locate(section, name); !isSet {
+		for _, o := range known {
+			inherits := o.section == "sensor" && sensorOf(section) != ""
+			if (o.section == section || inherits) && o.name == strings.ToLower(name) {
+				return o.value, nil
+			}
 		}
 	}
 	return c.get(section, name)
@@ -594,12 +572,11 @@ type tolerated struct{ error }
 // finding returns what an error says about an option, at the place where that stands.
 func (c *ini) finding(section, name string, err error) finding {
 	key, _ := c.locate(section, name)
-	text := masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err))
-	f := finding{key, c.name, c.line(key), text, wrong}
+	grave := wrong
 	if errors.As(err, new(tolerated)) {
-		f.grave = mistake
+		grave = mistake
 	}
-	return f
+	return finding{key, c.name, c.line(key), masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err)), grave}
 }
 
 // settings checks all options. The findings are in the order of the file, one for
@@ -622,7 +599,7 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 		default:
 			err = o.set(value)
 		}
-		if inQuotes(value) {
+		if n := len(value) - 1; n > 0 && strings.IndexByte(`"'`, value[0]) >= 0 && value[n] == value[0] {
 			quotes := errors.New("the quotes around it are taken for a part of it: leave them out")
 			if err == nil || errors.As(err, new(tolerated)) {
 				quotes = tolerated{quotes}
@@ -651,11 +628,6 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 	return s, found
 }
 
-// inQuotes reports whether a value stands in quotes, which mean nothing in client.cfg.
-func inQuotes(v string) bool {
-	return len(v) > 1 && (v[0] == '"' || v[0] == '\'') && v[len(v)-1] == v[0]
-}
-
 // strangers returns a finding for each section and option that picket does not
 // know. Options of DEFAULT, and those that some value refers to, are the user's own,
 // unless their names are near a known one.
@@ -674,25 +646,20 @@ func (c *ini) strangers() (found []finding) {
 // unknown returns what to say of an option that picket does not know or, without a
 // name, of such a section; "" if picket knows it. It is a mistake if a known name is near.
 func unknown(section, name string) (text string, grave int) {
-	names, near := optionsOf(section), ""
+	names := optionsOf(section)
 	switch {
 	case section == "sensor picket" && name == "":
 		return "[sensor picket] has no effect: the agent itself answers to that name", remark
-	case names == nil:
+	case names != nil && (name == "" || slices.Contains(names, strings.ToLower(name))):
+		return "", remark
+	}
+	text, near := fmt.Sprintf("unknown option %q in [%s]", name, section), nearest(name, names)
+	if names == nil {
 		text = fmt.Sprintf("unknown section [%s]", section)
-		names = []string{defaults}
-		for _, o := range known {
-			names = append(names, o.section)
-		}
 		first, _, more := strings.Cut(section, " ")
-		if near = nearest(first, names); near == "sensor" && more {
+		if near = nearest(first, []string{defaults, "sensor", "monitor", "agent"}); near == "sensor" && more {
 			near = "sensor NAME"
 		}
-	case name == "" || slices.Contains(names, strings.ToLower(name)):
-		return "", remark
-	default:
-		text = fmt.Sprintf("unknown option %q in [%s]", name, section)
-		near = nearest(name, names)
 	}
 	if near == "" {
 		return text, remark
@@ -840,7 +807,7 @@ func httpURL(v string) (*url.URL, error) {
 	if err != nil {
 		return nil, errors.New("not a URL such as http://monitor:8081/xmlrpc/")
 	}
-	port, err := strconv.ParseUint(u.Port(), 10, 16)
+	port, errPort := strconv.ParseUint(u.Port(), 10, 16)
 	switch {
 	case u.Scheme != "http" && u.Scheme != "https":
 		return nil, errors.New("this is neither an http nor an https URL")
@@ -848,15 +815,13 @@ func httpURL(v string) (*url.URL, error) {
 		return nil, errors.New("this URL names no host")
 	case strings.ContainsFunc(u.Host, func(r rune) bool { return r >= 0x80 }):
 		return nil, errors.New("a host is written in ASCII, as xn--... where its name is not")
-	case u.Port() != "" && (err != nil || port == 0):
+	case u.Port() != "" && (errPort != nil || port == 0):
 		return nil, errors.New("this URL has a port that does not exist")
 	case hasFragment:
 		err = tolerated{errors.New("the fragment of this URL is left out: write # as %23, in client.cfg %%23")}
 	case u.User == nil && strings.Contains(u.RequestURI(), "@"):
 		err = tolerated{errors.New("this URL has an @ behind its host: in a password write / as %2F and ? as %3F, " +
 			"in client.cfg %%2F and %%3F; elsewhere write @ as %40")}
-	default:
-		err = nil // a URL without a port
 	}
 	u.RawQuery = strings.ReplaceAll(u.RawQuery, " ", "%20")
 	return u, err
