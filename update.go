@@ -109,15 +109,12 @@ func fromMonitor(c *client, name string, limit int64) source {
 		if err != nil {
 			return err
 		}
-		switch text := v.(type) {
-		case string:
-			_, err = io.WriteString(to, text)
-		case []byte:
-			_, err = to.Write(text)
-		default:
-			err = fmt.Errorf("got %s; want base64 or string", typeName(v))
+		switch v.(type) {
+		case string, []byte:
+			_, err = fmt.Fprintf(to, "%s", v)
+			return err
 		}
-		return err
+		return fmt.Errorf("got %s; want base64 or string", typeName(v))
 	}
 }
 
@@ -394,7 +391,8 @@ func (c *change) settle() error {
 	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
 		switch prefix, name := versionOf(file); {
 		case prefix == olderPrefix && c.installed.has(oldPrefix+name), prefix != "" && !c.isWhole(name):
-			errs = append(errs, c.put(file, name))
+			// On what cannot be removed, nothing is renamed: a directory that is not empty stays in the way.
+			errs = append(errs, c.installed.remove(name), c.installed.rename(file, c.installed, name))
 		case prefix == swapPrefix || prefix == oldPrefix:
 			errs = append(errs, c.keepOld(file, name))
 		case strings.HasPrefix(file, hidden) && (c.name == "" || !strings.HasPrefix(file, gonePrefix)):
@@ -421,14 +419,6 @@ func (c *change) isWhole(name string) bool {
 	}
 	defer d.Close()
 	return d.has(c.sensors.executable)
-}
-
-// put puts a version of a sensor in its place, in which there is none that counts.
-func (c *change) put(file, name string) error {
-	if err := c.installed.remove(name); err != nil {
-		return err
-	}
-	return c.installed.rename(file, c.installed, name)
 }
 
 // keepOld makes a backup of the version that was replaced, and renames it to .picket-gone-NAME: runs may be
@@ -707,20 +697,27 @@ func (c *change) fetch() error {
 		return err
 	}
 	c.archive = f.File
-	written := int64(0)
 	to := writerFunc(func(p []byte) (int, error) {
-		if written += int64(len(p)); written > c.maxPackage {
-			return 0, fmt.Errorf("larger than max_package, %d bytes", c.maxPackage)
-		}
-		if err := c.staging.enoughSpace(int64(len(p))); err != nil {
+		if err := f.enoughSpace(int64(len(p))); err != nil {
 			return 0, err
 		}
 		return f.Write(p)
 	})
-	if err := c.from(c.ctx, "", to); err != nil {
+	if err := c.from(c.ctx, "", atMost(c.maxPackage, "larger than max_package, %d bytes", to)); err != nil {
 		return fmt.Errorf("fetch: %w", err)
 	}
 	return nil
+}
+
+// atMost returns a writer to another one. It fails when more than limit bytes come.
+func atMost(limit int64, excess string, to io.Writer) io.Writer {
+	left := limit
+	return writerFunc(func(p []byte) (int, error) {
+		if left -= int64(len(p)); left < 0 {
+			return 0, fmt.Errorf(excess, limit)
+		}
+		return to.Write(p)
+	})
 }
 
 // verify checks the signature of the package with the key whose number it names, before any byte of the
@@ -734,13 +731,7 @@ func (c *change) verify() error {
 		return fmt.Errorf("verify: public key: %w", err)
 	}
 	var text bytes.Buffer
-	err = c.from(c.ctx, ".sig", writerFunc(func(p []byte) (int, error) {
-		if text.Len()+len(p) > maxKeyFile {
-			return 0, fmt.Errorf("larger than %d bytes", maxKeyFile)
-		}
-		return text.Write(p)
-	}))
-	if err != nil {
+	if err := c.from(c.ctx, ".sig", atMost(maxKeyFile, "larger than %d bytes", &text)); err != nil {
 		return fmt.Errorf("verify: signature: %w", err)
 	}
 	number, signature, err := parseSignify(text.Bytes(), ed25519.SignatureSize)
@@ -769,14 +760,13 @@ func (c *change) verify() error {
 
 // readKeys reads a public key, or each NAME.pub of a directory. It returns at least one, by number.
 func readKeys(file string) (map[string]ed25519.PublicKey, error) {
-	names, keys := []string{file}, make(map[string]ed25519.PublicKey)
+	dir, names, keys := "", []string{file}, make(map[string]ed25519.PublicKey)
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
-		names, _ = fs.Glob(os.DirFS(file), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
-		for i := range names {
-			names[i] = filepath.Join(file, names[i])
-		}
+		dir = file
+		names, _ = fs.Glob(os.DirFS(dir), "[^.]*.pub") // a hidden one is no key, such as macOS's ._fleet.pub
 	}
 	for _, name := range names {
+		name = filepath.Join(dir, name)
 		text, err := readSmall(name, maxKeyFile)
 		if err != nil {
 			return nil, err
@@ -828,13 +818,8 @@ func (c *change) unpack() error {
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	left := c.maxUnpacked
-	limited := io.TeeReader(contents, writerFunc(func(p []byte) (int, error) {
-		if left -= int64(len(p)); left < 0 {
-			return 0, fmt.Errorf("unpacks to more than max_unpacked, %d bytes", c.maxUnpacked)
-		}
-		return len(p), nil
-	}))
+	meter := atMost(c.maxUnpacked, "unpacks to more than max_unpacked, %d bytes", io.Discard)
+	limited := io.TeeReader(contents, meter)
 	// Reading on fails, but tar reads no further than to the two blocks of zeros that end an archive.
 	cutOff := io.TeeReader(strings.NewReader("x"), writerFunc(func([]byte) (int, error) {
 		return 0, errors.New("the archive is cut off")
@@ -890,33 +875,27 @@ func (c *change) entry(h *tar.Header, r io.Reader) error {
 // entryName returns the plain path of an entry, or "" if it is left out. It refuses what no sensor needs.
 func entryName(h *tar.Header) (string, error) {
 	name := strings.TrimSuffix(strings.TrimPrefix(h.Name, "./"), "/")
-	switch h.Typeflag {
-	case tar.TypeReg:
-		if strings.HasPrefix(path.Base(name), "._") { // macOS keeps attributes of a file there
-			return "", nil
-		}
-	case tar.TypeDir:
-		if name == "" || name == "." { // the directory that tar was called in
-			return "", nil
-		}
-	case tar.TypeXGlobalHeader: // git archive writes the commit there
-		for record := range h.PAXRecords {
-			if record != "comment" && !strings.HasSuffix(record, "time") {
-				return "", fmt.Errorf("a header that sets %s of all entries", cut(record))
-			}
-		}
-		return "", nil
-	case tar.TypeSymlink, tar.TypeLink:
-		return "", errors.New("links are refused")
-	default:
-		return "", fmt.Errorf("neither a file nor a directory (type %q)", h.Typeflag)
-	}
+	forAll, isFile, isDir := h.Typeflag == tar.TypeXGlobalHeader, h.Typeflag == tar.TypeReg, h.Typeflag == tar.TypeDir
+	bad := "" // a record of the header that is refused
 	for record := range h.PAXRecords {
-		if strings.HasPrefix(record, "GNU.sparse") {
-			return "", errors.New("sparse files are refused")
+		isHarmless := record == "comment" || strings.HasSuffix(record, "time") // git archive writes the commit
+		if forAll && !isHarmless || strings.HasPrefix(record, "GNU.sparse") {
+			bad = record
 		}
 	}
 	switch {
+	case forAll && bad != "":
+		return "", fmt.Errorf("a header that sets %s of all entries", cut(bad))
+	case forAll, isDir && (name == "" || name == "."): // the directory that tar was called in
+		return "", nil
+	case isFile && strings.HasPrefix(path.Base(name), "._"): // macOS keeps attributes of a file there
+		return "", nil
+	case h.Typeflag == tar.TypeSymlink, h.Typeflag == tar.TypeLink:
+		return "", errors.New("links are refused")
+	case !isFile && !isDir:
+		return "", fmt.Errorf("neither a file nor a directory (type %q)", h.Typeflag)
+	case bad != "":
+		return "", errors.New("sparse files are refused")
 	case slices.Contains(strings.Split(name, "/"), ".."):
 		return "", errors.New("path escapes the package")
 	case len(name) > maxPath:
@@ -971,10 +950,8 @@ func (c *change) checkVersion() error {
 	}
 	dotted := func(v []uint64) string { return strings.ReplaceAll(strings.Trim(fmt.Sprint(v), "[]"), " ", ".") }
 	switch {
-	case err != nil:
+	case err != nil || slices.Compare(offered, newest) >= 0:
 		return err
-	case slices.Compare(offered, newest) >= 0:
-		return nil
 	case offered == nil:
 		return fmt.Errorf("version: none in the package; %s is known here", dotted(newest))
 	}
