@@ -40,7 +40,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"syscall"
@@ -62,15 +61,12 @@ const (
 // An iniKey names an option or, without one, a section.
 type iniKey struct{ section, option string }
 
-// An iniLine is one line of the text, with its line end, in three parts that follow
-// one another. A line without a value is in the first part alone.
+// An iniLine is one line of the text, with its line end.
 type iniLine struct {
-	key                   iniKey // of the section or option that it belongs to; a comment has none
-	continues             bool   // it continues the value of the line above
-	before, value, behind string
+	text      string
+	key       iniKey // of the section or option that it belongs to; a comment has none
+	continues bool   // it continues the value of the line above
 }
-
-func (l iniLine) text() string { return l.before + l.value + l.behind }
 
 // An ini is an INI text. A change of it keeps every byte of all other lines.
 type ini struct {
@@ -104,7 +100,7 @@ func parseINI(name, text string) (*ini, error) {
 // add appends a line. It belongs to the section above it and, where it is
 // indented, to the option above it.
 func (c *ini) add(text string) error {
-	line, body := iniLine{before: text}, text
+	line, body := iniLine{text: text}, text
 	if len(c.lines) == 0 {
 		body = strings.TrimPrefix(text, byteMark)
 	}
@@ -117,8 +113,8 @@ func (c *ini) add(text string) error {
 	case comment:
 	case indented && c.key.option != "":
 		line.continues = true
-		line.split(strings.Index(text, trimmed))
-		c.values[c.key] += "\n" + line.value
+		_, value, _ := splitLine(text, strings.Index(text, trimmed))
+		c.values[c.key] += "\n" + value
 	case strings.HasPrefix(body, "[") && bracket > 1:
 		c.key = iniKey{section: body[1:bracket]}
 		c.values[c.key] = ""
@@ -130,11 +126,11 @@ func (c *ini) add(text string) error {
 		return errors.New("neither a section, an option nor a comment")
 	default:
 		c.key.option = strings.ToLower(strings.TrimRight(body[:separator], iniSpace))
-		line.split(len(text) - len(body) + separator + 1)
-		c.values[c.key] = line.value
-		if line.value == `""` {
-			c.values[c.key] = "" // how the old files write an empty value
+		_, value, _ := splitLine(body, separator+1)
+		if value == `""` {
+			value = "" // how the old files write an empty value
 		}
+		c.values[c.key] = value
 	}
 	if !comment {
 		line.key = c.key
@@ -143,28 +139,27 @@ func (c *ini) add(text string) error {
 	return nil
 }
 
-// split finds the value in a line. It begins after the first n bytes and the
+// splitLine finds the value in a line. It begins after the first n bytes and the
 // blanks there, and ends before a comment or the end of the line. Where it is
 // empty, the blanks belong to what stands behind.
-func (l *iniLine) split(n int) {
-	text := l.text()
+func splitLine(text string, n int) (before, value, behind string) {
 	from, end := len(text)-len(strings.TrimLeft(text[n:], " \t\v\f")), len(text)
 	for i := from; i < end; i++ {
 		if strings.IndexByte(";#", text[i]) >= 0 && strings.IndexByte(iniSpace, text[i-1]) >= 0 {
 			end = i
 		}
 	}
-	if l.value = strings.TrimRight(text[from:end], iniSpace); l.value == "" {
+	if value = strings.TrimRight(text[from:end], iniSpace); value == "" {
 		from = n
 	}
-	l.before, l.behind = text[:from], text[from+len(l.value):]
+	return text[:from], value, text[from+len(value):]
 }
 
 // text returns the INI text.
 func (c *ini) text() string {
 	var b strings.Builder
 	for _, line := range c.lines {
-		b.WriteString(line.text())
+		b.WriteString(line.text)
 	}
 	return b.String()
 }
@@ -182,11 +177,11 @@ func (c *ini) line(key iniKey) (n int) {
 // locate returns where an option of a section stands: there, in [sensor] for a
 // section [sensor NAME], or in DEFAULT.
 func (c *ini) locate(section, option string) (key iniKey, ok bool) {
-	places := []string{section, defaults}
+	kind := section
 	if sensorOf(section) != "" {
-		places = []string{section, "sensor", defaults}
+		kind = "sensor"
 	}
-	for _, place := range places {
+	for _, place := range []string{section, kind, defaults} {
 		key = iniKey{place, strings.ToLower(option)}
 		if _, ok = c.values[key]; ok && option != "" {
 			return key, true
@@ -264,20 +259,22 @@ func (c *ini) set(section, option, value string) error {
 		for text := (&ini{lines: lines[:end]}).text(); text != "" && !strings.HasSuffix(text, above); text += eol {
 			header = eol + header
 		}
-		lines = slices.Insert(lines, end, iniLine{before: header + key.option + " =", behind: eol})
+		lines = slices.Insert(lines, end, iniLine{text: header + key.option + " =" + eol})
 		defined = end + 1
 	}
 	rest := slices.DeleteFunc(lines[defined:], func(l iniLine) bool { return l.continues && l.key == key })
 	lines = lines[:defined+len(rest)]
-	line := &lines[defined-1]
-	if line.value == "" {
-		line.before += " " // "key =" becomes "key = value"
+	text := lines[defined-1].text
+	before, old, behind := splitLine(text, strings.IndexAny(text, ":=")+1)
+	if old == "" {
+		before += " " // "key =" becomes "key = value"
 	}
 	first, more, found := strings.Cut(raw, "\n")
-	if line.value = first; found {
-		more = strings.TrimRight(line.behind, "\r\n") + "\n\t" + strings.ReplaceAll(more, "\n", "\n\t") + "\n"
-		line.behind = strings.ReplaceAll(more, "\n", eol)
+	if found {
+		more = strings.TrimRight(behind, "\r\n") + "\n\t" + strings.ReplaceAll(more, "\n", "\n\t") + "\n"
+		behind = strings.ReplaceAll(more, "\n", eol)
 	}
+	lines[defined-1].text = before + first + behind
 	want := maps.Clone(c.values)
 	want[iniKey{section: section}], want[key] = "", raw
 	if err := c.replaceText(lines, want); err != nil {
@@ -624,7 +621,7 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 		report("agent", "client_name", errors.New("needs client_ca"))
 	}
 	found = append(found, c.strangers()...)
-	sort.SliceStable(found, func(i, j int) bool { return found[i].line < found[j].line })
+	slices.SortStableFunc(found, func(a, b finding) int { return a.line - b.line })
 	return s, found
 }
 
