@@ -87,9 +87,6 @@ func parseINI(name, text string) (*ini, error) {
 	}
 	var errs []error
 	for i, line := range strings.SplitAfter(text, "\n") {
-		if line == "" {
-			break // after the last line end
-		}
 		if err := c.add(line); err != nil && len(errs) < maxBadLines {
 			errs = append(errs, fmt.Errorf("%s:%d: %w", name, i+1, err))
 		}
@@ -354,26 +351,21 @@ func (s *settings) protections(other *settings) map[string]bool {
 		"[agent] client_ca":    s.agentTLS.ca != "",
 		"[agent] client_name":  s.agentTLS.name != "",
 	}
-	for _, names := range []map[string]*ownSettings{s.own, other.own} {
-		for name := range names {
-			own := s.own[name]
-			inForce["[sensor "+name+"] user"] = own != nil && own.user != nil || own == nil && s.user != nil
-		}
+	for name := range other.own {
+		inForce["[sensor "+name+"] user"] = s.user != nil
+	}
+	for name, own := range s.own {
+		inForce["[sensor "+name+"] user"] = own.user != nil
 	}
 	return inForce
 }
 
 // lost names the protections that are in force in s and missing in next. One
 // with another value is not lost.
-func (s *settings) lost(next *settings) (names []string) {
-	then := next.protections(s)
-	for name, now := range s.protections(next) {
-		if now && !then[name] {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	return names
+func (s *settings) lost(next *settings) []string {
+	now, then := s.protections(next), next.protections(s)
+	maps.DeleteFunc(now, func(name string, inForce bool) bool { return !inForce || then[name] })
+	return sortedKeys(now)
 }
 
 // longest returns the longest time-out of a sensor.
@@ -447,7 +439,7 @@ func (c *ini) options(s *settings, dir string) []option {
 		{"sensor", "help", "options", store(&s.help, text)},
 		{"sensor", "path", "sensors/", store(&s.path, path)},
 		{"sensor", "backup", "sensors_backup/", store(&s.backup, path)},
-		{"sensor", "timeout", "30s", store(&s.timeout, sensorTime)},
+		{"sensor", "timeout", "30s", store(&s.timeout, duration(maxTimeout))},
 		{"sensor", "concurrency", "4", store(&s.concurrency, number(1, 64))},
 		{"sensor", "user", "", store(&s.user, otherUser)},
 		{"sensor", "update", "yes", store(&s.update, yesOrNo)},
@@ -456,7 +448,7 @@ func (c *ini) options(s *settings, dir string) []option {
 		{"sensor", "max_package", "4M", store(&s.maxPackage, number[int64](1, 1<<40))},
 		{"sensor", "max_unpacked", "16M", store(&s.maxUnpacked, number[int64](1, 1<<40))},
 		{"monitor", "url", "http://localhost:8081/xmlrpc/", store(&s.monitor, httpURL)},
-		{"monitor", "timeout", "15s", store(&s.monitorTimeout, duration)},
+		{"monitor", "timeout", "15s", store(&s.monitorTimeout, duration(math.MaxInt64))},
 		{"monitor", "time", "local", store(&s.utc, secondOf("local", "utc"))},
 		{"monitor", "no_value", "nan", store(&s.noValue, floatText)},
 		{"monitor", "spool", "", store(&s.spool, path)},
@@ -479,7 +471,7 @@ func (c *ini) options(s *settings, dir string) []option {
 		if name := sensorOf(line.key.section); name != "" && s.own[name] == nil {
 			own := &ownSettings{}
 			s.own[name] = own
-			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, sensorTime)},
+			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, duration(maxTimeout))},
 				option{line.key.section, "user", "", store(&own.user, otherUser)})
 		}
 	}
@@ -745,27 +737,23 @@ func number[T int | int64](low, high T) func(string) (T, error) {
 	}
 }
 
-// duration takes 30 (seconds), 30s, 5m or 1h30m. It is more than zero.
-func duration(v string) (time.Duration, error) {
-	text := v
-	if _, err := strconv.ParseFloat(v, 64); err == nil {
-		text += "s"
+// duration takes 30 (seconds), 30s, 5m or 1h30m, more than zero. Most is used for what is longer: earlier
+// versions took that for a sensor, so the agent must start all the same.
+func duration(most time.Duration) func(string) (time.Duration, error) {
+	return func(v string) (time.Duration, error) {
+		text := v
+		if _, err := strconv.ParseFloat(v, 64); err == nil {
+			text += "s"
+		}
+		d, err := time.ParseDuration(text)
+		if err != nil || d <= 0 {
+			return 0, fmt.Errorf("%q is not a time such as 30, 30s or 5m", v)
+		}
+		if d > most {
+			return most, tolerated{fmt.Errorf("%v is too long, %v is used", d, most)}
+		}
+		return d, nil
 	}
-	d, err := time.ParseDuration(text)
-	if err != nil || d <= 0 {
-		return 0, fmt.Errorf("%q is not a time such as 30, 30s or 5m", v)
-	}
-	return d, nil
-}
-
-// sensorTime takes the time-out of a sensor, an hour at most: earlier versions took
-// longer ones, so the agent must start all the same.
-func sensorTime(v string) (time.Duration, error) {
-	d, err := duration(v)
-	if err == nil && d > maxTimeout {
-		return maxTimeout, tolerated{fmt.Errorf("%v is too long, %v is used", d, maxTimeout)}
-	}
-	return d, err
 }
 
 // floatText takes what a monitor's float() takes.
@@ -1023,34 +1011,27 @@ func replaceFile(file string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	next := nextFile(file)
+	owner, next := old.Sys().(*syscall.Stat_t), nextFile(file)
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|syscall.O_NOFOLLOW, 0o600)
-	if errors.Is(err, syscall.EROFS) { // of the directory; the file may be a mount point that can be written
-		if w, err := os.OpenFile(file, os.O_WRONLY, 0); err == nil {
-			w.Close()
-			return errMountPoint
+	if err == nil {
+		_, err = f.Write(data)
+		err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)), f.Chmod(old.Mode()), f.Sync(), f.Close())
+		if err == nil {
+			err = os.Rename(next, file)
+		}
+		if err != nil {
+			os.Remove(next)
 		}
 	}
-	if err != nil {
-		return err
-	}
-	owner := old.Sys().(*syscall.Stat_t)
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chown(int(owner.Uid), int(owner.Gid)), f.Chmod(old.Mode()), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(next, file)
-	}
-	if errors.Is(err, syscall.EBUSY) {
-		err = errMountPoint
+	const writable = 2 // W_OK: the directory is read-only, the file is not
+	if errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EROFS) && syscall.Access(file, writable) == nil {
+		return errors.New("it is a mount point: mount its directory instead")
 	}
 	if err != nil {
-		os.Remove(next)
 		return err
 	}
 	return syncDir(filepath.Dir(file))
 }
-
-var errMountPoint = errors.New("it is a mount point: mount its directory instead")
 
 // nextFile is where the new content of a file is written first. The name is
 // always the same, so that the next start finds what a power cut left.

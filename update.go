@@ -562,17 +562,11 @@ func (d dir) names() ([]string, error) {
 // path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
-// open opens a file or directory for reading. With O_CREAT it makes a file and opens it for writing, too.
-// It does not follow a link, and does not wait for the other end of a pipe.
+// open opens a file or directory, for reading unless the flags say more. It does not follow a link, and
+// does not wait for the other end of a pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if strings.Count(d.Name(), "/") >= maxNesting {
 		return dir{}, fmt.Errorf("%s: in more than %d directories", d.Name(), maxNesting)
-	}
-	if flags&syscall.O_CREAT != 0 {
-		if err := d.ask("create", name); err != nil {
-			return dir{}, err
-		}
-		flags |= syscall.O_RDWR | syscall.O_EXCL
 	}
 	flags |= syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
 	fd, err := syscall.Openat(int(d.Fd()), name, flags, 0o600)
@@ -582,23 +576,27 @@ func (d dir) open(name string, flags int) (dir, error) {
 	return dir{os.NewFile(uintptr(fd), d.path(name)), d.step}, nil
 }
 
-// ask asks step before a change.
-func (d dir) ask(what, name string) error {
-	if d.step == nil {
-		return nil
-	}
-	return d.step(what + " " + d.path(name))
+// create makes a file and opens it for reading and writing.
+func (d dir) create(name string) (f dir, err error) {
+	err = d.do("create", name, func(string) error {
+		f, err = d.open(name, syscall.O_CREAT|syscall.O_EXCL|syscall.O_RDWR)
+		return err
+	})
+	return f, err
 }
 
 // do asks step, then makes a change at the path of a name. Its error shows the usual path, not that in /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
-	if err := d.ask(what, name); err != nil {
-		return err
+	if d.step != nil {
+		if err := d.step(what + " " + d.path(name)); err != nil {
+			return err
+		}
 	}
-	if err := change(d.at(name)); err != nil {
-		return &os.PathError{Op: what, Path: d.path(name), Err: errors.Unwrap(err)}
+	err := change(d.at(name))
+	if inner := errors.Unwrap(err); inner != nil {
+		err = &os.PathError{Op: what, Path: d.path(name), Err: inner}
 	}
-	return nil
+	return err
 }
 
 // rename renames a file or directory. When it returns nil, the new name is on the disk.
@@ -635,7 +633,7 @@ func (d dir) mkdir(name string, mode fs.FileMode) (dir, error) {
 
 // write makes a file with this content and mode, and syncs it. Root gives it to the owner, if there is one.
 func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall.Stat_t) error {
-	f, err := d.open(name, syscall.O_CREAT)
+	f, err := d.create(name)
 	if err != nil {
 		return err
 	}
@@ -649,14 +647,14 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 // remove removes a name, with all that is in it. A name that does not exist is no error. remove enters a
 // directory only after opening it, so that it follows no link.
 func (d dir) remove(name string) error {
-	if err := d.ask("remove", name); err != nil {
-		return err
-	}
-	d.step = nil // for a test it is one step
 	err := d.do("remove", name, os.Remove)
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	if !errors.Is(err, fs.ErrExist) { // it is gone, or no directory with something in it
+		return err
+	}
+	d.step = nil           // for a test it is one step
 	if os.Geteuid() != 0 { // a trial may have left a directory that its owner cannot enter; root can
 		os.Chmod(d.at(name), 0o700)
 	}
@@ -692,7 +690,7 @@ func (d dir) enoughSpace(size int64) error {
 
 // fetch writes the package to the staging directory. No sensor can have the name of the file.
 func (c *change) fetch() error {
-	f, err := c.staging.open(".package", syscall.O_CREAT)
+	f, err := c.staging.create(".package")
 	if err != nil {
 		return err
 	}
@@ -742,14 +740,11 @@ func (c *change) verify() error {
 	if !ok {
 		return fmt.Errorf("verify: signed with key %x, which is not known", number)
 	}
-	info, err := c.archive.Stat()
+	// Mapped, the package takes no memory of the heap. An empty one cannot be mapped, nor one of unknown size.
+	size, _ := c.archive.Seek(0, io.SeekEnd)
+	message, err := syscall.Mmap(int(c.archive.Fd()), 0, int(size), syscall.PROT_READ, syscall.MAP_SHARED)
 	if err != nil {
-		return err
-	}
-	// Mapped, the package takes no memory of the heap. An empty one cannot be mapped.
-	message, err := syscall.Mmap(int(c.archive.Fd()), 0, int(info.Size()), syscall.PROT_READ, syscall.MAP_SHARED)
-	if err != nil {
-		return fmt.Errorf("verify: map %d bytes: %w", info.Size(), err)
+		return fmt.Errorf("verify: map %d bytes: %w", size, err)
 	}
 	defer syscall.Munmap(message)
 	if !ed25519.Verify(key, message, signature) {
@@ -853,23 +848,22 @@ func (c *change) entry(h *tar.Header, r io.Reader) error {
 		return fmt.Errorf("not in the directory %s, the sensor that the package is for", cut(c.name))
 	}
 	mode := fs.FileMode(h.Mode) & 0o775 // no setuid, setgid, sticky, and not for everybody to write
-	if h.Typeflag == tar.TypeDir {
-		d, err := c.directory(name)
-		if err != nil {
-			return err
-		}
-		defer d.Close()
-		return d.Chmod(mode | 0o700)
+	folder := name
+	if h.Typeflag == tar.TypeReg {
+		folder = path.Dir(name)
 	}
-	parent, err := c.directory(path.Dir(name))
+	d, err := c.directory(folder)
 	if err != nil {
 		return err
 	}
-	defer parent.Close()
-	if err := c.count(h.Size, parent); err != nil {
+	defer d.Close()
+	if h.Typeflag == tar.TypeDir {
+		return d.Chmod(mode | 0o700)
+	}
+	if err := c.count(h.Size, d); err != nil {
 		return err
 	}
-	return parent.write(path.Base(name), r, mode|0o400, nil)
+	return d.write(path.Base(name), r, mode|0o400, nil)
 }
 
 // entryName returns the plain path of an entry, or "" if it is left out. It refuses what no sensor needs.
@@ -1000,12 +994,12 @@ func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, e
 		return nil, err
 	}
 	v, err := c.call(ctx, "cmd_get_new_monitor_url", host)
+	text, ok := v.(string)
+	if err == nil && !ok {
+		err = fmt.Errorf("got %s; want string", typeName(v))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cmd_get_new_monitor_url: %w", err)
-	}
-	text, ok := v.(string)
-	if !ok {
-		return nil, fmt.Errorf("cmd_get_new_monitor_url: got %s; want string", typeName(v))
 	}
 	u, err := check(text)
 	switch {
