@@ -274,18 +274,9 @@ func (c *ini) set(section, option, value string) error {
 	lines[defined-1].text = before + first + behind
 	want := maps.Clone(c.values)
 	want[iniKey{section: section}], want[key] = "", raw
-	if err := c.replaceText(lines, want); err != nil {
-		return fmt.Errorf("set %.80q of [%.80s]: %w", option, section, err)
-	}
-	return nil
-}
-
-// replaceText replaces the text by these lines, if they read as exactly the
-// values that are wanted.
-func (c *ini) replaceText(lines []iniLine, want map[iniKey]string) error {
 	next, err := parseINI(c.name, (&ini{lines: lines}).text())
 	if err != nil || !maps.Equal(next.values, want) {
-		return errors.New("it cannot be written so that it reads back the same")
+		return fmt.Errorf("set %.80q of [%.80s]: it cannot be written so that it reads back the same", option, section)
 	}
 	*c = *next
 	return nil
@@ -294,19 +285,18 @@ func (c *ini) replaceText(lines []iniLine, want map[iniKey]string) error {
 // remove removes an option from its section or, without one, the whole section.
 // Comments stay. A value in DEFAULT shows through again.
 func (c *ini) remove(section string, option ...string) error {
-	want := maps.Clone(c.values)
 	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool {
-		if l.key.section != section || len(option) > 0 && l.key.option != strings.ToLower(option[0]) {
-			return false
-		}
-		delete(want, l.key)
-		return true
+		return l.key.section == section && (len(option) == 0 || l.key.option == strings.ToLower(option[0]))
 	})
 	if len(lines) == len(c.lines) {
 		what := strings.TrimSpace("[" + section + "] " + strings.Join(option, ""))
 		return fmt.Errorf("%s: there is no %s in it", c.name, what)
 	}
-	return c.replaceText(lines, want)
+	next, err := parseINI(c.name, (&ini{lines: lines}).text())
+	if err == nil {
+		*c = *next
+	}
+	return err
 }
 
 // Settings are what client.cfg says, checked and typed. Paths are absolute.
