@@ -153,7 +153,7 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 		newest = backups[len(backups)-1]
 		return c.copy(c.backups, newest, c.staging, name)
 	}, c.replace, func() error {
-		c.tidy(c.removeBackup(newest))
+		c.tidy(c.backups.rename(newest, c.backups, gonePrefix+name)) // settle removes it
 		return nil
 	})
 }
@@ -477,19 +477,15 @@ func (c *change) backupsOf(name string) ([]string, error) {
 func (c *change) prune() error {
 	backups, err := c.backupsOf(c.name)
 	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
-		if err = c.removeBackup(backups[0]); err == nil {
+		err = c.backups.rename(backups[0], c.backups, gonePrefix+c.name) // half of it must not be taken for one
+		if err == nil {
+			err = c.backups.remove(gonePrefix + c.name)
+		}
+		if err == nil {
 			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
 		}
 	}
 	return err
-}
-
-// removeBackup removes a backup of the sensor. It is hidden first: half of it must not be taken for one.
-func (c *change) removeBackup(backup string) error {
-	if err := c.backups.rename(backup, c.backups, gonePrefix+c.name); err != nil {
-		return err
-	}
-	return c.backups.remove(gonePrefix + c.name)
 }
 
 // copy copies a sensor, or part of one, with its owner. When it returns nil, the copy is on the disk.
