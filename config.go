@@ -18,8 +18,7 @@ package main
 // line whose first word is rem is one. Sections of the same name merge, and the
 // last of duplicate keys wins. %(name)s stands for another value of the section
 // or of [DEFAULT], %% for a percent sign. Unlike Python, picket allows a comment
-// to be indented, skips a byte-order mark, and keeps order and comments when it
-// writes.
+// to be indented, skips a byte-order mark, and keeps order and comments.
 //
 // This file reads, changes and saves that text, and makes typed settings of
 // it. It knows nothing of sensors or of the wire.
@@ -76,9 +75,8 @@ type ini struct {
 	values map[iniKey]string // before interpolation; sections have "" here
 }
 
-// parseINI reads an INI text. Its error lists the bad lines, the first twenty
-// of them, each as "name:line: what is wrong". It quotes none of them: there
-// may be a password in it.
+// parseINI reads an INI text. Its error lists the first twenty bad lines, each as
+// "name:line: what is wrong". It quotes none: there may be a password in it.
 func parseINI(name, text string) (*ini, error) {
 	c := &ini{name: name, values: make(map[iniKey]string)}
 	if before, _, found := strings.Cut(text, "\x00"); found {
@@ -94,8 +92,7 @@ func parseINI(name, text string) (*ini, error) {
 	return c, errors.Join(errs...)
 }
 
-// add appends a line. It belongs to the section above it and, where it is
-// indented, to the option above it.
+// add appends a line, which belongs to the section and, if indented, to the option above it.
 func (c *ini) add(text string) error {
 	line, body := iniLine{text: text}, text
 	if len(c.lines) == 0 {
@@ -136,9 +133,8 @@ func (c *ini) add(text string) error {
 	return nil
 }
 
-// splitLine finds the value in a line. It begins after the first n bytes and the
-// blanks there, and ends before a comment or the end of the line. Where it is
-// empty, the blanks belong to what stands behind.
+// splitLine finds the value in a line. It begins after the first n bytes and the blanks
+// there, and ends before a comment. Where it is empty, the blanks are behind it.
 func splitLine(text string, n int) (before, value, behind string) {
 	from, end := len(text)-len(strings.TrimLeft(text[n:], " \t\v\f")), len(text)
 	for i := from; i < end; i++ {
@@ -195,9 +191,8 @@ func (c *ini) get(section, option string) (string, error) {
 	return b.String(), err
 }
 
-// expand appends an option's value to b, with its references filled in. Left is
-// how many bytes and references may still come, depth how many references led
-// here.
+// expand appends a value to b, with its references filled in. Left is how many bytes
+// and references may still come, depth how many references led here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
 	key, ok := c.locate(section, option)
 	raw := c.values[key]
@@ -350,8 +345,7 @@ func (s *settings) protections(other *settings) map[string]bool {
 	return inForce
 }
 
-// lost names the protections that are in force in s and missing in next. One
-// with another value is not lost.
+// lost names the protections in force in s that next lacks, not those with another value.
 func (s *settings) lost(next *settings) []string {
 	now, then := s.protections(next), next.protections(s)
 	maps.DeleteFunc(now, func(name string, inForce bool) bool { return !inForce || then[name] })
@@ -487,8 +481,7 @@ func sensorOf(section string) string {
 	return name
 }
 
-// optionsOf lists the options that a section can have, nil for an unknown section.
-// DEFAULT can have all.
+// optionsOf lists the options that a section can have: DEFAULT all, an unknown one nil.
 func optionsOf(section string) (names []string) {
 	if sensorOf(section) != "" {
 		return []string{"timeout", "user"}
@@ -607,9 +600,8 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 	return s, found
 }
 
-// strangers returns a finding for each section and option that picket does not
-// know. Options of DEFAULT, and those that some value refers to, are the user's own,
-// unless their names are near a known one.
+// strangers finds the sections and options that picket does not know. Options of DEFAULT,
+// and those that some value refers to, are the user's own, unless near a known name.
 func (c *ini) strangers() (found []finding) {
 	all := strings.ToLower(c.text())
 	for key := range c.values {
@@ -646,9 +638,8 @@ func unknown(section, name string) (text string, grave int) {
 	return fmt.Sprintf("%s (did you mean %q?)", text, near), mistake
 }
 
-// nearest returns the name that was probably meant, or "". That name differs in one
-// letter, in two neighbours that are swapped or, if it has more than four letters, in
-// any two neighbours.
+// nearest returns the name that was probably meant, or "". It differs in one letter, in two
+// neighbours that are swapped or, if it has more than four letters, in any two neighbours.
 func nearest(name string, names []string) string {
 	for _, n := range names {
 		a, b := strings.ToLower(name), strings.ToLower(n)
@@ -699,8 +690,7 @@ func networks(v string) (list []netip.Prefix, err error) {
 	return list, nil
 }
 
-// secondOf takes the words of two lists, in capitals or not, and reports whether it got
-// one of the second.
+// secondOf takes the words of two lists, in capitals or not, and reports which list it was.
 func secondOf(firsts, seconds string) func(string) (bool, error) {
 	return func(v string) (bool, error) {
 		word, first, second := strings.ToLower(v), strings.Fields(firsts), strings.Fields(seconds)
@@ -815,8 +805,7 @@ func masked(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// redacted returns a value of client.cfg without the password of a URL, even of
-// one that is broken.
+// redacted returns a value of client.cfg without the password of a URL, even a broken one.
 func redacted(value string) string {
 	at := strings.LastIndex(value, "@")
 	if at < 0 || !strings.Contains(value[:at], ":") {
@@ -925,9 +914,8 @@ func exists(file string) bool {
 	return err == nil
 }
 
-// editINI reads a file, lets change alter the text, and saves it if that is now
-// another. If anything fails, the file stays as it was. Processes that edit the same
-// file wait for each other, for up to 10 s.
+// editINI reads a file, lets change alter the text, and saves it if that is now another. If
+// anything fails, the file stays as it was. Edits of a file wait for each other, up to 10 s.
 func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
@@ -968,9 +956,8 @@ func recoverINI(file string) error {
 	return editINI(ctx, file, func(*ini) error { return nil })
 }
 
-// flockWithin locks an open file or directory until it is closed. While another
-// process holds the lock it waits, until ctx ends or the time is over. On a file
-// system without locks it does nothing, as nothing can be done there.
+// flockWithin locks an open file or directory until it is closed. It waits for other
+// processes until ctx ends or the time is over. A file system without locks is no error.
 func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()

@@ -391,7 +391,7 @@ func (c *change) settle() error {
 	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
 		switch prefix, name := versionOf(file); {
 		case prefix == olderPrefix && c.installed.has(oldPrefix+name), prefix != "" && !c.isWhole(name):
-			// On what cannot be removed, nothing is renamed: a directory that is not empty stays in the way.
+			// On what cannot be removed, nothing is renamed: a directory that is not empty is in the way.
 			errs = append(errs, c.installed.remove(name), c.installed.rename(file, c.installed, name))
 		case prefix == swapPrefix || prefix == oldPrefix:
 			errs = append(errs, c.keepOld(file, name))
@@ -441,15 +441,12 @@ func (c *change) keepOld(file, name string) error {
 		stamp = max(stamp, newest.Add(time.Second).Format(backupLayout))
 	}
 	if c.backups.has(backupPrefix + name) { // else it was made before the power went
-		err = c.backups.rename(backupPrefix+name, c.backups, name+"_"+stamp)
+		if err := c.backups.rename(backupPrefix+name, c.backups, name+"_"+stamp); err != nil {
+			return err
+		}
 	}
-	if err == nil {
-		err = c.installed.remove(gonePrefix + name)
-	}
-	if err != nil {
-		return err
-	}
-	return c.installed.rename(file, c.installed, gonePrefix+name)
+	gone := gonePrefix + name // where that cannot be removed, it is in the way, too
+	return errors.Join(c.installed.remove(gone), c.installed.rename(file, c.installed, gone))
 }
 
 // versionOf splits the hidden name of a version that settle may need. Of any other name it returns "".
@@ -634,10 +631,8 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 		return err
 	}
 	defer f.Close()
-	if _, err := io.Copy(f, from); err != nil {
-		return err
-	}
-	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
+	_, err = io.Copy(f, from)
+	return errors.Join(err, chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
 // remove removes a name, with all that is in it. A name that does not exist is no error. remove enters a
