@@ -283,7 +283,7 @@ func (c *ini) remove(section string, option ...string) error {
 	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool {
 		return l.key.section == section && (len(option) == 0 || l.key.option == strings.ToLower(option[0]))
 	})
-	if len(lines) == len(c.lines) {
+	if len(lines) == len(c.lines) || section == "" { // comments have no section
 		what := strings.TrimSpace("[" + section + "] " + strings.Join(option, ""))
 		return fmt.Errorf("%s: there is no %s in it", c.name, what)
 	}

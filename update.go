@@ -555,8 +555,7 @@ func (d dir) names() ([]string, error) {
 // path returns the usual path of a name, for messages and for children.
 func (d dir) path(name string) string { return filepath.Join(d.Name(), name) }
 
-// open opens a file or directory, for reading unless the flags say more. It does not follow a link, and
-// does not wait for the other end of a pipe.
+// open opens a file or directory, for reading unless the flags say more. It follows no link, waits for no pipe.
 func (d dir) open(name string, flags int) (dir, error) {
 	if strings.Count(d.Name(), "/") >= maxNesting {
 		return dir{}, fmt.Errorf("%s: in more than %d directories", d.Name(), maxNesting)
@@ -594,10 +593,8 @@ func (d dir) do(what, name string, change func(path string) error) error {
 
 // rename renames a file or directory. When it returns nil, the new name is on the disk.
 func (d dir) rename(name string, to dir, newName string) error {
-	if err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) }); err != nil {
-		return err
-	}
-	return syncFile(to.File)
+	err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
+	return errors.Join(err, syncFile(to.File))
 }
 
 // mkdir makes a directory, with this mode whatever the umask, and opens it. It fails if the owner of
@@ -635,8 +632,7 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 	return errors.Join(err, chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
-// remove removes a name, with all that is in it. A name that does not exist is no error. remove enters a
-// directory only after opening it, so that it follows no link.
+// remove removes a name with all that is in it, and follows no link. A name that does not exist is no error.
 func (d dir) remove(name string) error {
 	err := d.do("remove", name, os.Remove)
 	if errors.Is(err, fs.ErrNotExist) {
