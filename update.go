@@ -473,11 +473,9 @@ func (c *change) backupsOf(name string) ([]string, error) {
 // prune removes, and logs, the oldest backups of the sensor, so that keep of them remain; 0 removes none.
 func (c *change) prune() error {
 	backups, err := c.backupsOf(c.name)
+	gone := gonePrefix + c.name // hidden, because half of it must not be taken for a backup
 	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
-		err = c.backups.rename(backups[0], c.backups, gonePrefix+c.name) // half of it must not be taken for one
-		if err == nil {
-			err = c.backups.remove(gonePrefix + c.name)
-		}
+		err = errors.Join(c.backups.rename(backups[0], c.backups, gone), c.backups.remove(gone))
 		if err == nil {
 			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
 		}
@@ -773,15 +771,13 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 	data, err = base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(rest)) // it skips ends of lines
 	switch {
 	case !strings.HasPrefix(comment, "untrusted comment: "):
-		err = errors.New("its first line is no untrusted comment")
+		return "", nil, errors.New("its first line is no untrusted comment")
 	case err != nil:
-		err = fmt.Errorf("its second line is not base64: %w", err)
+		return "", nil, fmt.Errorf("its second line is not base64: %w", err)
 	case len(data) != 2+8+size || string(data[:2]) != "Ed":
-		err = fmt.Errorf("its second line is not \"Ed\" and %d bytes", 8+size)
-	default:
-		return string(data[2:10]), data[10:], nil
+		return "", nil, fmt.Errorf("its second line is not \"Ed\" and %d bytes", 8+size)
 	}
-	return "", nil, err
+	return string(data[2:10]), data[10:], nil
 }
 
 // unpack unpacks the package into the staging directory. An archive that is cut off, even between two
@@ -803,9 +799,8 @@ func (c *change) unpack() error {
 	meter := atMost(c.maxUnpacked, "unpacks to more than max_unpacked, %d bytes", io.Discard)
 	limited := io.TeeReader(contents, meter)
 	// Reading on fails, but tar reads no further than to the two blocks of zeros that end an archive.
-	cutOff := io.TeeReader(strings.NewReader("x"), writerFunc(func([]byte) (int, error) {
-		return 0, errors.New("the archive is cut off")
-	}))
+	cutOff, end := io.Pipe()
+	end.CloseWithError(errors.New("the archive is cut off"))
 	r := tar.NewReader(io.MultiReader(limited, cutOff))
 	h, err := r.Next()
 	for ; err == nil; h, err = r.Next() {
