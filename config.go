@@ -345,7 +345,7 @@ func (s *settings) protections(other *settings) map[string]bool {
 	return inForce
 }
 
-// lost names the protections in force in s that next lacks, not those with another value.
+// lost names the protections in force in s that next lacks. One with another value is not lost.
 func (s *settings) lost(next *settings) []string {
 	now, then := s.protections(next), next.protections(s)
 	maps.DeleteFunc(now, func(name string, inForce bool) bool { return !inForce || then[name] })
@@ -408,8 +408,8 @@ type option struct {
 	set                  func(string) error // checks a value and stores it
 }
 
-// options lists every option of client.cfg, those of each [sensor NAME] as well, each to be stored
-// in s. Relative paths start from dir. An option that has a default must not be empty.
+// options lists every option of client.cfg, also those of each [sensor NAME], to be stored in s.
+// Relative paths start from dir. An option that has a default must not be empty.
 func (c *ini) options(s *settings, dir string) []option {
 	path := func(v string) (string, error) {
 		if v != "" && !filepath.IsAbs(v) {
@@ -690,7 +690,7 @@ func networks(v string) (list []netip.Prefix, err error) {
 	return list, nil
 }
 
-// secondOf takes the words of two lists, in capitals or not, and reports which list it was.
+// secondOf takes a word of two lists, in capitals or not, and reports if it is of the second.
 func secondOf(firsts, seconds string) func(string) (bool, error) {
 	return func(v string) (bool, error) {
 		word, first, second := strings.ToLower(v), strings.Fields(firsts), strings.Fields(seconds)
@@ -717,8 +717,8 @@ func number[T int | int64](low, high T) func(string) (T, error) {
 	}
 }
 
-// duration takes 30 (seconds), 30s, 5m or 1h30m, more than zero. Most is used for what is longer: earlier
-// versions took that for a sensor, so the agent must start all the same.
+// duration takes 30 (seconds), 30s, 5m or 1h30m, more than zero. In place of what is longer
+// than most, most is used: earlier versions took it, so the agent must start all the same.
 func duration(most time.Duration) func(string) (time.Duration, error) {
 	return func(v string) (time.Duration, error) {
 		text := v
