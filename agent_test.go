@@ -1657,6 +1657,7 @@ type stepDelivery struct {
 	lines    fmt.Stringer // the log
 	attempts chan int
 	answer   chan string
+	ended    chan bool
 }
 
 // TestDeliverySteps makes the steps of testdata/deliveries.txt.
@@ -1664,7 +1665,7 @@ func TestDeliverySteps(t *testing.T) {
 	steps(t, "testdata/deliveries.txt", func(t *testing.T) func(string) {
 		lines, m := logged(t), newRecorder(t)
 		attempts, answer := hold(m)
-		return (&stepDelivery{t, testDelivery(t, m), m, lines, attempts, answer}).step
+		return (&stepDelivery{t, testDelivery(t, m), m, lines, attempts, answer, make(chan bool)}).step
 	})
 }
 
@@ -1706,9 +1707,16 @@ func (s *stepDelivery) step(line string) {
 	case "tries":
 		equal(s, line, int(s.monitor.tries.Load()), first)
 	case "log":
-		want, got := strings.ReplaceAll(rest, "|", "\n")+"\n", s.lines.String()
-		same := strings.Count(got, "\n") == strings.Count(want, "\n")
-		expect(s, like(got, want) && same, "got %s; want %s", got, want)
+		want := strings.ReplaceAll(rest, "|", "\n") + "\n"
+		wantLog(s, s.lines, want)
+		equal(s, "lines of "+s.lines.String(), strings.Count(s.lines.String(), "\n"), strings.Count(want, "\n"))
+	case "retry":
+		locked(s.delivery, func() any { s.retry = get(time.ParseDuration(rest)); return nil })
+	case "close", "cancel":
+		patience := map[string]time.Duration{"close": patience}[step]
+		go func() { within(patience, s.close); s.ended <- true }()
+	case "ended":
+		receive(s, "the end", s.ended)
 	default:
 		s.Fatalf("%s: no such step", line)
 	}
@@ -1766,7 +1774,7 @@ func getsAll(t testing.TB, m *recorder, n int) map[any]string {
 }
 
 // hold makes each attempt wait for its answer: an HTTP status, a text, "fault", "abort",
-// or "ok" for what a monitor answers. Attempts come on the first channel.
+// "hang" or "ok" for what a monitor answers. Attempts come on the first channel.
 func hold(m *recorder) (attempts chan int, answer chan string) {
 	attempts, answer = make(chan int, 10000), make(chan string)
 	m.set(func(w http.ResponseWriter, a attempt) bool {
@@ -1778,6 +1786,8 @@ func hold(m *recorder) (attempts chan int, answer chan string) {
 			return false
 		case what == "abort":
 			panic(http.ErrAbortHandler)
+		case what == "hang":
+			<-a.context.Done()
 		case what == "fault":
 			w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
 		case err == nil:
@@ -1912,66 +1922,6 @@ func TestDeliverySlow(t *testing.T) {
 }
 
 func isAway(d *delivery) bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
-
-// TestDeliveryFlaps: a monitor that is away again and again does not fill the log.
-func TestDeliveryFlaps(t *testing.T) {
-	lines, m := logged(t), newRecorder(t)
-	d := testDelivery(t, m)
-	for i := 1; i <= 30; i++ {
-		m.set(away)
-		puts(d, i, i)
-		await(t, "the monitor is away", func() bool { return isAway(d) })
-		m.set(nil)
-		gets(t, m, i, i)
-		await(t, "the monitor is back", func() bool { return !isAway(d) })
-	}
-	n := strings.Count(lines.String(), "monitor http")
-	expect(t, n >= 20 && n < 40, "got %d lines of 60; want 20 and one each 5 s", n)
-}
-
-// TestDeliveryClose: at the end each reading is tried once more, although the
-// monitor fails or hangs at some; what is under way then says nothing of the
-// monitor; and one that is away does not hold up the end.
-func TestDeliveryClose(t *testing.T) {
-	for _, test := range []struct {
-		name      string
-		bad       []int // tries; nil: all
-		hangs     bool
-		wait      time.Duration
-		tries     int64 // at most
-		delivered int   // of 10
-		log       string
-	}{
-		{"fails", []int{1, 3}, false, patience, 11, 9, "1 reading not delivered"},
-		{"hangs", []int{1, 3}, true, patience, 11, 9, "1 reading not delivered"},
-		{"is slow", []int{1}, true, patience, 11, 10, ""},
-		{"hangs, and nobody waits", nil, true, 0, 1, 0, "10 readings not delivered"},
-		{"is away", nil, false, patience, 1 + lastMisses, 0, "10 readings not delivered"},
-	} {
-		test, lines, m, end := test, logged(t), newRecorder(t), make(chan struct{})
-		m.set(func(w http.ResponseWriter, a attempt) bool {
-			bad := test.bad == nil || slices.Contains(test.bad, a.try)
-			if bad && test.hangs {
-				<-end
-			} else if bad {
-				w.WriteHeader(500)
-			}
-			return bad
-		})
-		d := deliverTo(t, m.url, patience, time.Hour, nil)
-		puts(d, 1, 10)
-		await(t, "an attempt", func() bool { return m.tries.Load() == 1 })
-		await(t, "it failed, or hangs", func() bool { return test.hangs || isAway(d) })
-		within(test.wait, d.close)
-		close(end)
-		equal(t, test.name, len(m.readings), test.delivered)
-		n := m.tries.Load()
-		expect(t, n <= test.tries, "%s: got %d tries; want at most %d", test.name, n, test.tries)
-		has(t, test.name, lines, test.log)
-		equal(t, test.name+": logged", lines.String() != "", test.log != "")
-		equal(t, test.name+": a word on the monitor", test.wait == 0 && strings.Contains(lines.String(), "away"), false)
-	}
-}
 
 // TestNetworkFaults: at whatever byte of an exchange with the monitor the connection is
 // reset, a reading is tried again until it is stored: once, or twice where the answer was
@@ -2121,55 +2071,6 @@ func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading 
 }
 
 const inMemoryAlone = "undelivered readings are in memory alone"
-
-// TestSpool: what could not be delivered is on the disk, and is delivered by
-// the next agent with its ticket, value and time; then the file is empty. A
-// monitor that is there costs no write.
-func TestSpool(t *testing.T) {
-	expect(t, newSpool("", 1<<20) == nil, "got a spool without a directory; want none")
-	m, dir := newRecorder(t), filepath.Join(t.TempDir(), "deep", "spool")
-	d := spoolDelivery(t, m, dir)
-	awaitSpooled(t, dir, 0)
-	about := func() string {
-		info := get(os.Stat(filepath.Join(dir, "readings")))
-		return fmt.Sprint(info.Mode(), info.Size(), info.ModTime())
-	}
-	before := about()
-	has(t, "the mode", before, "-rw-------")
-	for i := 1; i <= 50; i++ {
-		puts(d, i, i)
-		gets(t, m, i, i)
-	}
-	equal(t, "the file", about(), before)
-	m.set(away)
-	now := systemClocks()
-	taken := locked(d, func() clocks {
-		d.clocks = func() clocks { c := now(); return clocks{c.wall.Add(-time.Hour), c.age - time.Hour, c.boot} }
-		return d.clocks()
-	})
-	tickets := []any{1, int64(1) << 40, "a \"b\"\né", ""}
-	for i, ticket := range tickets {
-		d.put(ticket, reading{code: i, value: fmt.Sprint(i, ".50")})
-	}
-	awaitSpooled(t, dir, len(tickets))
-	d.discard(1)
-	d.put(1, reading{code: -15})
-	await(t, "the newer one is", func() bool { return slices.Contains(spooled(t, dir), "1=") })
-	awaitSpooled(t, dir, len(tickets))
-	within(patience, d.close)
-
-	m.set(nil)
-	d = spoolDelivery(t, m, dir)
-	want := map[any]string{tickets[1]: "1 1.50", tickets[2]: "2 2.50", tickets[3]: "3 3.50", 1: "-15 nan"}
-	for range tickets {
-		got := receive(t, "reading", m.readings)
-		closeTo(t, "the time", got.time, taken.wall)
-		equal(t, "the reading", fmt.Sprint(got.code, " ", got.value), want[got.ticket])
-		delete(want, got.ticket)
-	}
-	awaitSpooled(t, dir, 0)
-	equal(t, "left, and too many", []int{d.count().undelivered, len(m.readings)}, []int{0, 0})
-}
 
 // TestSpoolOld: what version 1 left behind is delivered, and then the file is
 // empty. It has readings of all types, marks, records of the clock and a last line
