@@ -1931,27 +1931,39 @@ func TestNetworkFaults(t *testing.T) {
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
 		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
 	})
-	b.next = strings.Replace(b.url.String(), "/xmlrpc/", "/RPC2", 1)
+	const all = 1 << 30
+	var carry, conns atomic.Int64 // what the next connection carries, in bytes either way; how many there were
+	carry.Store(all)
+	proxy := listenRaw(t, "127.0.0.1:0", func(agent net.Conn) {
+		var left atomic.Int64
+		left.Store(carry.Swap(all))
+		conns.Add(1)
+		monitor := dial(t, b.url.Host, "")
+		pass := func(to, from net.Conn) {
+			buffer, err := make([]byte, 4096), error(nil)
+			for n := 0; err == nil && left.Load() > 0; {
+				n, err = from.Read(buffer)
+				n = min(n, int(left.Load()))
+				left.Add(int64(-n))
+				to.Write(buffer[:n])
+			}
+			agent.(*net.TCPConn).SetLinger(0) // it is reset
+			agent.Close()
+			monitor.Close()
+		}
+		go pass(monitor, agent)
+		pass(agent, monitor)
+	})
+	b.configure(t, strings.Replace(b.config, b.url.Host, proxy.Addr().String(), 1))
+	b.next = "http://" + proxy.Addr().String() + "/RPC2"
 	log := logged(t)
 	a := b.run(t)
 	wantLog(t, log, ": answers")
 	retryFast(a)
-	var carry, conns atomic.Int64 // bytes of the next connection; how many there were
-	c := a.delivery.monitor()
-	c.http.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, to string) (net.Conn, error) {
-		conn, err := c.dial(ctx, network, to)
-		if err != nil {
-			return nil, err
-		}
-		faulty := &faultyConn{Conn: conn, left: int(carry.Swap(1 << 30))} // all further ones carry all
-		conns.Add(1)
-		faulty.carried(0, nil)
-		return faulty, nil
-	}
 	ticket, stored := 10000, 0 // tickets are equally long; how often the latest outcome was stored
 	try := func(n int, method string, params ...any) (code int) {
 		t.Helper()
-		c.close() // so that it comes on a connection that fails
+		a.delivery.monitor().close() // so that it comes on a connection that fails
 		carry.Store(int64(n))
 		conns.Store(0)
 		ticket++
@@ -1988,39 +2000,9 @@ func TestNetworkFaults(t *testing.T) {
 		failed++
 		equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
 	}
-	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), strings.Replace(b.config, b.url.String(), b.next, 1))
+	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), strings.Replace(b.config, "/xmlrpc/", "/RPC2", 1))
 	leavesNothing(t, b.dir)
 	total("network faults survived", failed)
-}
-
-// A faultyConn carries so many bytes, requests and answers together, and then is reset.
-type faultyConn struct {
-	net.Conn
-	mu   sync.Mutex
-	left int // bytes that it may carry
-}
-
-func (c *faultyConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.carried(min(n, c.left), err)
-}
-
-func (c *faultyConn) Write(p []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.carried(c.Conn.Write(p[:min(len(p), c.left)]))
-}
-
-// carried counts n bytes, and resets the connection where none is left.
-func (c *faultyConn) carried(n int, err error) (int, error) {
-	if c.left -= n; c.left == 0 {
-		c.Conn.(*net.TCPConn).SetLinger(0)
-		c.Close()
-		err = syscall.ECONNRESET
-	}
-	return n, err
 }
 
 // retryFast makes an agent deliver with waits of milliseconds.
