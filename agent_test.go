@@ -1575,12 +1575,10 @@ func TestQueue(t *testing.T) {
 }
 
 // commandOf reads "TICKET SENSOR" or "TICKET CHANGE:SENSOR", and perhaps "from ADDRESS".
-func commandOf(words []string) (c command) {
+func (q *testQueue) commandOf(words []string) (c command) {
 	number, isInt64 := strings.CutPrefix(words[0], "i8:")
-	if c.ticket = wireValues([]string{number})[0]; isInt64 {
+	if c.ticket = fromJSON(q.T, "["+number+"]")[0]; isInt64 {
 		c.ticket = int64(c.ticket.(int))
-	} else if words[0] == "nil" {
-		c.ticket = nil
 	}
 	colon := strings.Index(words[1], ":")
 	c.change, c.sensor = words[1][:max(colon, 0)], words[1][colon+1:]
@@ -1601,10 +1599,10 @@ func (q *testQueue) step(line string) {
 		fmt.Sscan(rest, &concurrency, &size)
 		q.resize(concurrency, size)
 	case "submit":
-		must(q, q.accept(ctx, commandOf(words), time.Now().Add(patience)))
+		must(q, q.accept(ctx, q.commandOf(words), time.Now().Add(patience)))
 	case "wait":
 		accepted := make(chan error, 1)
-		go func() { accepted <- q.accept(ctx, commandOf(words), time.Now().Add(patience)) }()
+		go func() { accepted <- q.accept(ctx, q.commandOf(words), time.Now().Add(patience)) }()
 		q.outsiders = append(q.outsiders, accepted)
 		await(q, "it waits for room", func() bool {
 			q.mu.Lock()
@@ -1612,7 +1610,7 @@ func (q *testQueue) step(line string) {
 			return len(q.outside) == len(q.outsiders)
 		})
 	case "full":
-		has(q, line, q.accept(ctx, commandOf(words), time.Now()), fmt.Sprint("fault ", faultBusy))
+		has(q, line, q.accept(ctx, q.commandOf(words), time.Now()), fmt.Sprint("fault ", faultBusy))
 	case "room", "closing":
 		want := map[string]string{"room": "<nil>", "closing": "shutting down"}[step]
 		for _, accepted := range q.outsiders {
