@@ -368,14 +368,9 @@ func needsRoot(t testing.TB) {
 // findPython2 returns the path of a Python 2.7, or nothing: few machines have
 // one, so no test depends on it.
 func findPython2() string {
-	home, _ := os.UserHomeDir()
-	paths, _ := filepath.Glob(filepath.Join(home, ".pyenv/versions/2.7*/bin/python2.7"))
-	for _, path := range append(paths, "python2.7") {
-		if exec.Command(path, "-c", "1").Run() == nil {
-			return path
-		}
-	}
-	return ""
+	const find = "for p in ~/.pyenv/versions/2.7*/bin/python2.7 python2.7; do $p -c 1 && echo $p && break; done"
+	path, _ := exec.Command("sh", "-c", find).Output()
+	return strings.TrimSpace(string(path))
 }
 
 // runTool runs a program in dir, and returns what it prints.
@@ -1401,8 +1396,8 @@ const busyboxTools = `command() { [ -e {root}/bin/$2 ]; }
 	for name in nc nslookup ping; do tool exec $name; done # which the sensor may kill
 `
 
-// testBox asks a sensor the questions of a case, with one argument as old monitors do or,
-// under dash, with a word in each.
+// testBox makes the files of a case and asks a sensor its questions, with one argument as
+// old monitors do or, under dash, with a word in each.
 func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
 	t.Helper()
 	root, s, prelude := t.TempDir(), testSensors(t, ""), "PATH={root}/bin:{tools}\n"
@@ -1410,17 +1405,33 @@ func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
 		prelude += busyboxTools
 	}
 	places := strings.NewReplacer("{root}", root, "{tools}", tools, "/proc/", root+"/proc/", "/sys/", root+"/sys/")
-	questions := makeBox(t, root, c.text)
 	writeScript(t, s, name, shell, places.Replace(prelude), places.Replace(script))
-	for _, q := range questions {
-		question, want, _ := strings.Cut(q, " = ")
-		args := []string{question}
-		if shell == "dash" {
-			args = strings.Fields(question)
+	tree, file := make(files), ""
+	for _, line := range splitLines(strings.ReplaceAll(c.text, "{}", root)) {
+		link, target, isLink := strings.Cut(line, " -> ")
+		question, want, _ := strings.Cut(strings.TrimPrefix(line, "? "), " = ")
+		switch {
+		case strings.HasPrefix(line, "\t"):
+			tree[file] += line[1:] + "\n"
+		case strings.HasPrefix(line, "? "):
+			writeTree(t, root, tree)
+			clear(tree)
+			args := []string{question}
+			if shell == "dash" {
+				args = strings.Fields(question)
+			}
+			got := strings.ReplaceAll(answerOf(s, name, args...), root, "")
+			expect(t, like(got, want), "%s: %s: %s %s: got %s; want %s", shell, c.name, name, question, got, want)
+			total("answers of shipped sensors", 1)
+		case isLink:
+			writeTree(t, root, files{filepath.Dir(link) + "/": ""})
+			must(t, os.Symlink(target, root+link))
+		default:
+			file, tree[line] = line, ""
+			if strings.HasPrefix(line, "/bin/") {
+				tree[line] = "#!/bin/sh\n"
+			}
 		}
-		got := strings.ReplaceAll(answerOf(s, name, args...), root, "")
-		expect(t, like(got, want), "%s: %s: %s %s: got %s; want %s", shell, c.name, name, question, got, want)
-		total("answers of shipped sensors", 1)
 	}
 }
 
@@ -1486,30 +1497,6 @@ func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words *s
 		got, want := answerOf(s, name, question), "2: …'picket check "+name+" options' lists what can"
 		expect(t, like(got, want) && !strings.Contains(got, `\n`), "%s %s: got %s; want %s", shell, question, got, want)
 	}
-}
-
-// makeBox makes the files of a case, and returns its questions.
-func makeBox(t testing.TB, root, text string) (questions []string) {
-	tree, file := make(files), ""
-	for _, line := range splitLines(strings.ReplaceAll(text, "{}", root)) {
-		name, target, isLink := strings.Cut(line, " -> ")
-		switch {
-		case strings.HasPrefix(line, "\t"):
-			tree[file] += line[1:] + "\n"
-		case strings.HasPrefix(line, "? "):
-			questions = append(questions, line[2:])
-		case isLink:
-			writeTree(t, root, files{filepath.Dir(name) + "/": ""})
-			must(t, os.Symlink(target, root+name))
-		default:
-			file, tree[line] = line, ""
-			if strings.HasPrefix(line, "/bin/") {
-				tree[line] = "#!/bin/sh\n"
-			}
-		}
-	}
-	writeTree(t, root, tree)
-	return questions
 }
 
 // busyboxPath makes a directory with busybox's applets and nothing else.
