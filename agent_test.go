@@ -1648,10 +1648,34 @@ type stepDelivery struct {
 // TestDeliverySteps makes the steps of testdata/deliveries.txt.
 func TestDeliverySteps(t *testing.T) {
 	steps(t, "testdata/deliveries.txt", func(t *testing.T) func(string) {
-		lines, m := logged(t), newRecorder(t)
-		attempts, answer := hold(m)
-		return (&stepDelivery{t, testDelivery(t, m, nil), m, lines, attempts, answer, make(chan bool)}).step
+		s := &stepDelivery{T: t, lines: logged(t), monitor: newRecorder(t)}
+		s.attempts, s.answer, s.ended = make(chan int, 10000), make(chan string), make(chan bool)
+		s.monitor.set(s.hold)
+		s.delivery = testDelivery(t, s.monitor, nil)
+		return s.step
 	})
+}
+
+// hold makes an attempt wait for its answer.
+func (s *stepDelivery) hold(w http.ResponseWriter, a attempt) bool {
+	s.attempts <- a.try
+	what := <-s.answer
+	status, err := strconv.Atoi(what)
+	switch {
+	case what == "ok":
+		return false
+	case what == "abort":
+		panic(http.ErrAbortHandler)
+	case what == "hang":
+		<-a.context.Done()
+	case what == "fault":
+		w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
+	case err == nil:
+		w.WriteHeader(status)
+	default:
+		io.WriteString(w, what)
+	}
+	return true
 }
 
 func (s *stepDelivery) step(line string) {
@@ -1687,6 +1711,16 @@ func (s *stepDelivery) step(line string) {
 		await(s, "a run waits for room", func() bool { return locked(s.delivery, s.delivery.full) })
 		within(0, s.waitRoom) // returns
 		equal(s, line, s.count().undelivered, first)
+	case "hangs":
+		s.monitor.set(func(_ http.ResponseWriter, a attempt) bool {
+			if a.params[0] != any(first) {
+				return false
+			}
+			s.attempts <- a.try
+			<-a.context.Done()
+			return true
+		})
+		s.configure(newClient(s.monitor.url, time.Second/2, nil), time.UTC, "nan")
 	case "answer":
 		s.answer <- rest
 	case "free":
@@ -1747,33 +1781,6 @@ func getsAll(t testing.TB, m *recorder, n int) map[any]string {
 	return got
 }
 
-// hold makes each attempt wait for its answer: an HTTP status, a text, "fault", "abort",
-// "hang" or "ok" for what a monitor answers. Attempts come on the first channel.
-func hold(m *recorder) (attempts chan int, answer chan string) {
-	attempts, answer = make(chan int, 10000), make(chan string)
-	m.set(func(w http.ResponseWriter, a attempt) bool {
-		attempts <- a.try
-		what := <-answer
-		status, err := strconv.Atoi(what)
-		switch {
-		case what == "ok":
-			return false
-		case what == "abort":
-			panic(http.ErrAbortHandler)
-		case what == "hang":
-			<-a.context.Done()
-		case what == "fault":
-			w.Write(encodeResponse(nil, faultf(1, "unknown ticket")))
-		case err == nil:
-			w.WriteHeader(status)
-		default:
-			io.WriteString(w, what)
-		}
-		return true
-	})
-	return attempts, answer
-}
-
 // TestCorrected: a time is when the reading was taken, also where the clock was set
 // since. A suspend does not set it; of another boot nothing is known.
 func TestCorrected(t *testing.T) {
@@ -1816,26 +1823,6 @@ func puts(d *delivery, first, last int) {
 	for i := first; i <= last; i++ {
 		d.put(i, reading{value: strconv.Itoa(i)})
 	}
-}
-
-// TestDeliveryPoison: a reading on which the monitor always hangs does not hold up the
-// others.
-func TestDeliveryPoison(t *testing.T) {
-	m := newRecorder(t)
-	m.set(func(_ http.ResponseWriter, a attempt) bool {
-		if a.params[0] != any("poison") {
-			return false
-		}
-		<-a.context.Done()
-		return true
-	})
-	d := testDelivery(t, m, nil)
-	d.configure(newClient(m.url, time.Second/2, nil), time.UTC, "nan")
-	d.put("poison", reading{})
-	await(t, "it was tried", func() bool { return m.tries.Load() > 0 })
-	puts(d, 1, 20)
-	equal(t, "the others", len(getsAll(t, m, 20)), 20)
-	d.discard("poison")
 }
 
 // TestDeliveryWaits: how long a reading waits grows with the failures, but not during
