@@ -1861,17 +1861,15 @@ func nearly(t *testing.T, what string, got, want time.Duration) {
 // reset, a reading is tried again until it is stored: once, or twice where the answer was
 // lost. An update or a move has been made or has changed nothing, and its ticket says which.
 func TestNetworkFaults(t *testing.T) {
-	archive := demoPackage(t, 2)
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
-		"packages/demo.tar.bz2": archive, "sensors/demo/check": printing(1),
+		"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1),
 	})
 	const all = 1 << 30
-	var carry, conns atomic.Int64 // what the next connection carries, in bytes either way; how many there were
+	var carry, resets atomic.Int64 // what the next connection carries, in bytes either way
 	carry.Store(all)
 	proxy := listenRaw(t, "127.0.0.1:0", func(agent net.Conn) {
 		var left atomic.Int64
 		left.Store(carry.Swap(all))
-		conns.Add(1)
 		monitor := dial(t, b.url.Host, "")
 		pass := func(to, from net.Conn) {
 			buffer, err := make([]byte, 4096), error(nil)
@@ -1881,7 +1879,10 @@ func TestNetworkFaults(t *testing.T) {
 				left.Add(int64(-n))
 				to.Write(buffer[:n])
 			}
-			agent.(*net.TCPConn).SetLinger(0) // it is reset
+			if left.Load() == 0 {
+				resets.Add(1)
+			}
+			agent.(*net.TCPConn).SetLinger(0)
 			agent.Close()
 			monitor.Close()
 		}
@@ -1894,47 +1895,40 @@ func TestNetworkFaults(t *testing.T) {
 	a := b.run(t)
 	wantLog(t, log, ": answers")
 	retryFast(a)
-	ticket, stored := 10000, 0 // tickets are equally long; how often the latest outcome was stored
-	try := func(n int, method string, params ...any) (code int) {
-		t.Helper()
-		a.delivery.monitor().close() // so that it comes on a connection that fails
-		carry.Store(int64(n))
-		conns.Store(0)
-		ticket++
-		params[slices.Index(params, any("TICKET"))] = ticket
-		mustCall(t, b.client, method, params...)
-		for stored = 0; stored == 0 || len(b.readings) > 0; stored++ { // again where the answer was lost
-			got := receive(t, "the outcome", b.readings)
-			await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
-			equal(t, "ticket", got.ticket, any(ticket))
-			code = got.code
-		}
-		return code
+	state := func() string {
+		return fmt.Sprint(readTree(t, b.dir+"/sensors"), string(readFile(t, b.dir+"/client.cfg")))
 	}
-	failed, twice := 0, 0
-	for ; ; failed++ {
-		try(failed, "cmd_submit_reading", "TICKET", "demo")
-		if conns.Load() == 1 { // which carried all
-			break
+	failed, twice, ticket := 0, 0, 10000 // tickets are equally long
+	survives := func(step int, method string, params func(ticket int) []any) (after string) {
+		before, code := state(), 1
+		for n := 0; code != 0 || step == 1 && resets.Load() > 0; n += step { // a reading never fails
+			a.delivery.monitor().close() // so that it comes on a connection that fails
+			carry.Store(int64(n))
+			resets.Store(0)
+			ticket++
+			mustCall(t, b.client, method, params(ticket)...)
+			stored := 0
+			for ; stored == 0 || len(b.readings) > 0; stored++ { // again where the answer was lost
+				got := receive(t, "the outcome", b.readings)
+				await(t, "it is known to be stored", func() bool { return a.delivery.count().undelivered == 0 })
+				equal(t, "ticket", got.ticket, any(ticket))
+				code = got.code
+			}
+			where := fmt.Sprintf("%s, reset after %d bytes", method, n)
+			expect(t, stored <= 2, "%s: got it stored %d times", where, stored)
+			if code != 0 {
+				equal(t, where, state(), before)
+			}
+			failed, twice = failed+1, twice+stored-1
 		}
-		expect(t, conns.Load() == 2 && stored <= 2, "reset after %d bytes: got %d connections, and it stored %d times",
-			failed, conns.Load(), stored)
-		twice += stored - 1
+		return state()
 	}
+	survives(1, "cmd_submit_reading", func(ticket int) []any { return []any{ticket, "demo"} })
 	expect(t, 0 < twice && twice < failed/2, "got %d stored twice of %d; want those whose answer was lost", twice, failed)
-	sensors, n := filepath.Join(b.dir, "sensors"), 0
-	before := readTree(t, sensors)
-	for ; try(n, "cmd_update_sensor_code", "demo", "TICKET") != 0; n += 101 {
-		failed++
-		equal(t, fmt.Sprintf("reset after %d bytes", n), readTree(t, sensors), before)
-	}
-	equal(t, "the new version", readTree(t, sensors)["demo/check"], printing(2))
-	expect(t, n >= len(archive), "got failures up to byte %d of the update; want more", n)
-	for n := 0; try(n, "cmd_register_new_server", "TICKET") != 0; n += 11 {
-		failed++
-		equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), b.config)
-	}
-	equal(t, "client.cfg", string(readFile(t, b.dir+"/client.cfg")), strings.Replace(b.config, "/xmlrpc/", "/RPC2", 1))
+	before := survives(101, "cmd_update_sensor_code", func(ticket int) []any { return []any{"demo", ticket} })
+	has(t, "the new version", before, "demo/check:"+printing(2))
+	after := survives(11, "cmd_register_new_server", func(ticket int) []any { return []any{ticket} })
+	equal(t, "the new monitor", after, strings.Replace(before, "/xmlrpc/", "/RPC2", 1))
 	leavesNothing(t, b.dir)
 	total("network faults survived", failed)
 }
