@@ -5,10 +5,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -702,16 +699,16 @@ func signify(t testing.TB, number string) (public string, sign func(string) stri
 	}
 }
 
-// A testCA signs certificates for tests. Its own and all others have the same key.
-type testCA struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
+// testKey is the key of all certificates of tests.
+var testKey = ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+
+// A testCA signs certificates for tests.
+type testCA struct{ cert *x509.Certificate }
 
 // sign returns a certificate as PEM.
 func (ca *testCA) sign(cert *x509.Certificate) string {
 	cert.SerialNumber = big.NewInt(time.Now().UnixNano())
-	der := get(x509.CreateCertificate(rand.Reader, cert, ca.cert, &ca.key.PublicKey, ca.key))
+	der := get(x509.CreateCertificate(nil, cert, ca.cert, testKey.Public(), testKey))
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
@@ -723,7 +720,7 @@ func (ca *testCA) files(t testing.TB, name string, from, to time.Time) tlsFiles 
 		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		NotBefore: from, NotAfter: to, KeyUsage: x509.KeyUsageDigitalSignature,
 	}
-	key := pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: get(x509.MarshalECPrivateKey(ca.key))})
+	key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: get(x509.MarshalPKCS8PrivateKey(testKey))})
 	writeTree(t, dir, files{name + ".crt": ca.sign(cert), name + ".key": string(key), "ca.crt": ca.sign(ca.cert)})
 	return loadTLS(t, dir, name)
 }
@@ -734,7 +731,7 @@ func (ca *testCA) valid(t testing.TB, name string) tlsFiles {
 }
 
 func newCA(t testing.TB, name string) *testCA {
-	return &testCA{key: get(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), cert: &x509.Certificate{
+	return &testCA{&x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 	}}
