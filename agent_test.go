@@ -1161,17 +1161,13 @@ func TestCrashConfig(t *testing.T) {
 	expect(t, half > 0 || *kills < 25, "got none that was killed while it wrote; want some")
 }
 
-// TestSensorName takes good names; TestBadRequests has the bad ones.
-func TestSensorName(t *testing.T) {
+// TestArguments takes good names of sensors and good arguments; TestBadRequests has the bad ones.
+func TestArguments(t *testing.T) {
 	longest := strings.Repeat("x", maxName)
 	for _, good := range []string{"disk", "a", "CPU load", "ünïcode", "-x", "a.b", "a\\b", longest} {
 		equal(t, "the name", get(sensorName(good)), good)
 	}
 	equal(t, "bytes of a backup's name", len("."+longest+"_2010-03-07T21:24:33"), 255)
-}
-
-// TestArguments takes good arguments; TestBadRequests has the bad ones.
-func TestArguments(t *testing.T) {
 	long := strings.Repeat("x", maxArguments-32)
 	for _, test := range [][2]any{
 		{nil, "[]"}, {"", "[]"}, {[]any{}, "[]"}, {[]any{"used /", "", " x "}, `["used /" "" " x "]`},
@@ -1776,12 +1772,11 @@ func TestCorrected(t *testing.T) {
 // TestClocks compares with what the kernel says in /proc.
 func TestClocks(t *testing.T) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	text, err2 := os.ReadFile("/proc/uptime")
-	if err != nil || err2 != nil {
-		t.Skip(err, err2)
+	if err != nil {
+		t.Skip(err)
 	}
-	now := systemClocks()()
-	up := get(strconv.ParseFloat(strings.Fields(string(text))[0], 64))
+	now, uptime := systemClocks()(), string(readFile(t, "/proc/uptime"))
+	up := get(strconv.ParseFloat(strings.Fields(uptime)[0], 64))
 	equal(t, "boot", now.boot, string(id[:8]))
 	off := now.age.Seconds() - up
 	expect(t, off >= -1 && off <= patience.Seconds(), "got an age of %v; want %fs", now.age, up)
