@@ -1117,9 +1117,7 @@ func TestEditINI(t *testing.T) {
 	c := get(readINI(target))
 	equal(t, "values and their section", len(c.values), 22)
 	lock := lockFile(t, dir)
-	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
-	defer cancel()
-	has(t, "a lock that another process holds", edit(short, "z"), "another process holds it")
+	within(0, func(ctx context.Context) { has(t, "a lock", edit(ctx, "z"), "another process holds it") })
 	must(t, plant())
 	err := recoverINI(link)
 	expect(t, errors.Is(err, context.DeadlineExceeded), "recover: got %v; want an error that says so, too", err)
@@ -1958,12 +1956,11 @@ func TestSpoolOld(t *testing.T) {
 	awaitSpooled(t, dir, 0)
 }
 
-// recordsOf are the records of so many readings in a spool, with the tickets 1, 2
-// and so on.
-func recordsOf(n int, value string) (text string) {
+// recordsOf are the records of so many readings in a spool, with the tickets 1, 2 and so on.
+func recordsOf(n int) (text string) {
 	now := systemClocks()()
 	for i := 1; i <= n; i++ {
-		text += readingRecord(pendingOf(uint64(i), i, reading{value: value}, now), now)
+		text += readingRecord(pendingOf(uint64(i), i, reading{value: "1"}, now), now)
 	}
 	return text
 }
@@ -1971,7 +1968,7 @@ func recordsOf(n int, value string) (text string) {
 // TestSpoolDamage: any byte of a spool that is flipped, and any end that is
 // missing, costs one reading.
 func TestSpoolDamage(t *testing.T) {
-	text := recordsOf(4, "1")
+	text := recordsOf(4)
 	read := func(text string) []int { // left, damaged, and the last number
 		found, s := parseSpool(t, text)
 		equal(t, "the size", s.size, len(text))
@@ -2031,10 +2028,8 @@ func TestSpoolFull(t *testing.T) {
 	const limit, n = 64 << 10, 3000
 	m.set(away)
 	d := testDelivery(t, m, newSpool(dir, limit))
-	puts(d, 0, 0)
-	await(t, "away", func() bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) })
-	for i := 1; i < n; i += 100 {
-		puts(d, i, min(i+99, n-1))
+	for i := 0; i < n; i += 100 {
+		puts(d, i, i+99)
 		await(t, "it is written", func() bool { return locked(d, func() bool { return d.inMemory == 0 }) })
 		size := len(spoolText(t, dir))
 		expect(t, size <= limit, "got %d bytes; want at most %d", size, limit)
@@ -2054,7 +2049,7 @@ func TestSpoolBroken(t *testing.T) {
 	lines, m, dir := logged(t), newRecorder(t), filepath.Join(t.TempDir(), "spool")
 	m.set(away)
 	next := filepath.Join(dir, spoolNext)
-	writeTree(t, dir, files{spoolFile: recordsOf(1, "1"), spoolNext + "/": ""}) // in its way
+	writeTree(t, dir, files{spoolFile: recordsOf(1), spoolNext + "/": ""}) // in its way
 	d := testDelivery(t, m, newSpool(dir, 1<<20))
 	puts(d, 2, 5)
 	wantLog(t, lines, spoolNext+": …; "+inMemoryAlone)
