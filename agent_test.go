@@ -1317,16 +1317,7 @@ func TestFitHelps(t *testing.T) {
 }
 
 // smallShells are the shells for which the shipped sensors are made.
-var smallShells = []string{"dash", "busybox ash"}
-
-// writeScript makes a sensor of a shipped script, to be run by a shell. The prelude comes
-// before the script's first line.
-func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) {
-	program, applet, _ := strings.Cut(shell, " ")
-	interpreter := strings.TrimSpace("#!" + needs(t, program) + " " + applet)
-	_, script, _ = strings.Cut(script, "\n")
-	writeTree(t, s.path, files{name + "/check": interpreter + "\n" + prelude + script})
-}
+var smallShells = []string{"/bin/dash", "/bin/busybox ash"}
 
 // TestShippedSensors asks the shipped sensors what testdata/sensors/shipped says. A line
 // "/PATH" of a case begins a file of the box, whose lines are indented with a tab; one that
@@ -1336,10 +1327,11 @@ func writeScript(t testing.TB, s *sensors, name, shell, prelude, script string) 
 func TestShippedSensors(t *testing.T) {
 	scripts, tables, word := shipped(t, "sensors/"), glob(t, "testdata/sensors/shipped/*.txt"), mark(t)
 	equal(t, "sensors with a table", len(tables), len(scripts))
-	tools := map[string]string{"dash": t.TempDir(), "busybox ash": t.TempDir()} // that every box has
+	dash, busybox := needs(t, "/bin/dash"), needs(t, "/bin/busybox")
+	tools := map[string]string{dash: t.TempDir(), busybox + " ash": t.TempDir()} // that every box has
 	for _, tool := range strings.Fields("awk cat date find grep head ln ls mkdir readlink sed sleep tr") {
-		must(t, os.Symlink(needs(t, tool), filepath.Join(tools["dash"], tool)))
-		must(t, os.Symlink(needs(t, "busybox"), filepath.Join(tools["busybox ash"], tool)))
+		must(t, os.Symlink(needs(t, tool), filepath.Join(tools[dash], tool)))
+		must(t, os.Symlink(busybox, filepath.Join(tools[busybox+" ash"], tool)))
 	}
 	parallel(len(smallShells)*len(tables), func(i int) {
 		shell, table := smallShells[i%len(smallShells)], tables[i/len(smallShells)]
@@ -1364,11 +1356,11 @@ const busyboxTools = `command() { [ -e {root}/bin/$2 ]; }
 func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
 	t.Helper()
 	root, s, prelude := t.TempDir(), testSensors(t, ""), "PATH={root}/bin:{tools}\n"
-	if shell != "dash" {
+	if shell != "/bin/dash" {
 		prelude += busyboxTools
 	}
 	places := strings.NewReplacer("{root}", root, "{tools}", tools, "/proc/", root+"/proc/", "/sys/", root+"/sys/")
-	writeScript(t, s, name, shell, places.Replace(prelude), places.Replace(script))
+	writeTree(t, s.path, files{name + "/check": "#!" + shell + "\n" + places.Replace(prelude+script)})
 	tree, file := make(files), ""
 	for _, line := range splitLines(strings.ReplaceAll(c.text, "{}", root)) {
 		link, target, isLink := strings.Cut(line, " -> ")
@@ -1380,7 +1372,7 @@ func testBox(t testing.TB, shell, tools, name, script string, c testCase) {
 			writeTree(t, root, tree)
 			clear(tree)
 			args := []string{question}
-			if shell == "dash" {
+			if shell == "/bin/dash" {
 				args = strings.Fields(question)
 			}
 			got := strings.ReplaceAll(answerOf(s, name, args...), root, "")
@@ -1419,13 +1411,15 @@ func TestShippedSensorsHere(t *testing.T) {
 		"<pidfile>", pidfile, "<file>", pidfile, "<dir>", filepath.Dir(pidfile), "<host>", "127.0.0.1", "<port>", port)
 	common := regexp.MustCompile(`(?s)\n# ---- .*\n# ----\n`)
 	example := common.FindString(string(readFile(t, "docs/sensors.md")))
+	needs(t, "/bin/dash")
+	applets := busyboxPath(t, needs(t, "/bin/busybox"))
 	for _, shell := range smallShells {
 		s, prelude := newSensors(t.TempDir(), "check", "options", patience, nil), ""
-		if shell != "dash" {
-			prelude = "PATH=" + busyboxPath(t, needs(t, "busybox")) + "\n"
+		if shell != "/bin/dash" {
+			prelude = "PATH=" + applets + "\n"
 		}
 		for _, file := range sortedKeys(scripts) {
-			writeScript(t, s, strings.Split(file, "/")[1], shell, prelude, scripts[file])
+			writeTree(t, s.path, files{filepath.Base(filepath.Dir(file)) + "/check": "#!" + shell + "\n" + prelude + scripts[file]})
 			equal(t, "the common part of "+file, common.FindString(scripts[file]), example)
 		}
 		helps := get(s.helpTexts(ctx))
@@ -1438,7 +1432,7 @@ func TestShippedSensorsHere(t *testing.T) {
 
 func testSensorHere(t *testing.T, s *sensors, shell, name, help string, words *strings.Replacer) {
 	none := map[string]bool{ // what not every box has
-		"swap_used_pct": true, "temperature": true, "conntrack": true, "wireless": true, "reach": shell == "dash",
+		"swap_used_pct": true, "temperature": true, "conntrack": true, "wireless": true, "reach": shell == "/bin/dash",
 	}
 	lines := splitLines(help)
 	parallel(len(lines), func(i int) { // several wait for a second
