@@ -1932,38 +1932,13 @@ func pendingOf(number uint64, ticket any, r reading, at clocks) *pendingReading 
 	return &pendingReading{reading: r, ticket: ticket, taken: at, record: number}
 }
 
-const inMemoryAlone = "undelivered readings are in memory alone"
-
-// TestSpoolOld: what version 1 left behind is delivered, and then the file is
-// empty. It has readings of all types, marks, records of the clock and a last line
-// that was cut off by a power cut.
-func TestSpoolOld(t *testing.T) {
-	text := string(readFile(t, "testdata/spool/old"))
-	found, s := parseSpool(t, text)
-	equal(t, "readings, damaged, last", []int{len(found), s.damaged, int(s.last)}, []int{5, 1, 7})
-	equal(t, "time", found[0].taken.wall.UnixMilli(), int64(1795654616904))
-	m, dir := newRecorder(t), t.TempDir()
-	writeTree(t, dir, files{"readings": text})
-	testDelivery(t, m, newSpool(dir, 1<<20))
-	equal(t, "the readings", getsAll(t, m, 5), map[any]string{
-		1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5",
-	})
-	awaitSpooled(t, dir, 0)
-}
-
-// recordsOf are the records of so many readings in a spool, with the tickets 1, 2 and so on.
-func recordsOf(n int) (text string) {
-	now := systemClocks()()
-	for i := 1; i <= n; i++ {
-		text += readingRecord(pendingOf(uint64(i), i, reading{value: "1"}, now), now)
-	}
-	return text
-}
-
 // TestSpoolDamage: any byte of a spool that is flipped, and any end that is
 // missing, costs one reading.
 func TestSpoolDamage(t *testing.T) {
-	text := recordsOf(4)
+	text, now := "", systemClocks()()
+	for i := 1; i <= 4; i++ {
+		text += readingRecord(pendingOf(uint64(i), i, reading{value: "1"}, now), now)
+	}
 	read := func(text string) []int { // left, damaged, and the last number
 		found, s := parseSpool(t, text)
 		equal(t, "the size", s.size, len(text))
@@ -2039,26 +2014,35 @@ func TestSpoolFull(t *testing.T) {
 }
 
 // TestSpoolBroken: a spool that cannot be written is logged once. Readings are kept in
-// memory, and written when it works again. One that cannot be opened is not used.
+// memory, and written when it works again. One that cannot be opened is not used. What
+// version 1 left in the spool is delivered, too: readings of all types, marks, records of the
+// clock and a last line that was cut off by a power cut.
 func TestSpoolBroken(t *testing.T) {
 	lines, m, dir := logged(t), newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	old := string(readFile(t, "testdata/spool/old"))
+	found, s := parseSpool(t, old)
+	equal(t, "readings, damaged, last", []int{len(found), s.damaged, int(s.last)}, []int{5, 1, 7})
+	equal(t, "time", found[0].taken.wall.UnixMilli(), int64(1795654616904))
 	m.set(away)
 	next := filepath.Join(dir, spoolNext)
-	writeTree(t, dir, files{spoolFile: recordsOf(1), spoolNext + "/": ""}) // in its way
+	writeTree(t, dir, files{spoolFile: old, spoolNext + "/": ""}) // in its way
 	d := testDelivery(t, m, newSpool(dir, 1<<20))
-	puts(d, 2, 5)
-	wantLog(t, lines, spoolNext+": …; "+inMemoryAlone)
-	equal(t, "in the file", spooled(t, dir), []string{"1=1"})
+	puts(d, 11, 13)
+	wantLog(t, lines, spoolNext+": …; undelivered readings are in memory alone")
+	equal(t, "the file", spoolText(t, dir), old)
 	must(t, os.Remove(next))
 	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.broadcast(); return nil }) // a minute later
-	awaitSpooled(t, dir, 5)
+	awaitSpooled(t, dir, 8)
 	wantLog(t, lines, "works again")
-	equal(t, "times logged", strings.Count(lines.String(), inMemoryAlone), 1)
+	equal(t, "times logged", strings.Count(lines.String(), "in memory alone"), 1)
 	other := testDelivery(t, m, newSpool(dir, 1<<20))
-	wantLog(t, lines, "spool "+dir+"/readings: not used: another process uses it; "+inMemoryAlone)
+	wantLog(t, lines, "spool "+dir+"/readings: not used: another process uses it; undelivered readings are in memory")
 	m.set(nil)
-	puts(other, 6, 6)
-	equal(t, "the readings", len(getsAll(t, m, 6)), 6)
+	puts(other, 14, 14)
+	equal(t, "the readings", getsAll(t, m, 9), map[any]string{
+		1: "0 0.42", int64(1) << 40: "-15 nan", "a \"b\"\né": "0 -1e6", 6: "65 nan", 5: "0 62.5",
+		11: "0 11", 12: "0 12", 13: "0 13", 14: "0 14",
+	})
 	awaitSpooled(t, dir, 0)
 }
 
