@@ -1569,10 +1569,8 @@ func (q *testQueue) step(line string) {
 		}
 	case "end":
 		q.end <- reading{}
-	case "close":
-		within(patience, q.close)
-	case "cancel":
-		within(0, q.close)
+	case "close", "cancel":
+		within(map[string]time.Duration{"close": patience}[step], q.close)
 	case "delivers":
 		got := strings.Split(rest, ", ")
 		for i := range got {
@@ -1669,12 +1667,12 @@ func (s *stepDelivery) step(line string) {
 		equal(s, line, s.count().undelivered, first)
 	case "hangs":
 		s.monitor.set(func(_ http.ResponseWriter, a attempt) bool {
-			if a.params[0] != any(first) {
-				return false
+			hangs := a.params[0] == any(first)
+			if hangs {
+				s.attempts <- true
+				<-a.context.Done()
 			}
-			s.attempts <- true
-			<-a.context.Done()
-			return true
+			return hangs
 		})
 		s.configure(newClient(s.monitor.url, time.Second/2, nil), time.UTC, "nan")
 	case "answer":
@@ -1699,8 +1697,7 @@ func (s *stepDelivery) step(line string) {
 	case "retry":
 		locked(s.delivery, func() any { s.retry = get(time.ParseDuration(rest)); return nil })
 	case "close", "cancel":
-		patience := map[string]time.Duration{"close": patience}[step]
-		go func() { within(patience, s.close); s.ended <- true }()
+		go func() { within(map[string]time.Duration{"close": patience}[step], s.close); s.ended <- true }()
 	case "ended":
 		receive(s, "the end", s.ended)
 	default:
