@@ -1653,7 +1653,7 @@ func (s *stepDelivery) step(line string) {
 	switch step {
 	case "put":
 	case "attempt":
-		receive(s, "an attempt", s.attempts)
+		await(s, "an attempt", func() bool { return len(s.attempts) > 0 })
 	case "run":
 		go func() {
 			for ticket := first; ticket <= last; ticket++ {
@@ -1675,10 +1675,11 @@ func (s *stepDelivery) step(line string) {
 			return hangs
 		})
 		s.configure(newClient(s.monitor.url, time.Second/2, nil), time.UTC, "nan")
-	case "answer":
-		s.answer <- rest
-	case "free":
-		s.monitor.set(nil)
+	case "answer", "free":
+		receive(s, "an attempt", s.attempts)
+		if step == "free" {
+			s.monitor.set(nil)
+		}
 		s.answer <- rest
 	case "gets":
 		equal(s, line, getsAll(s, s.monitor, len(want)), want)
