@@ -1810,6 +1810,22 @@ func nearly(t *testing.T, what string, got, want time.Duration) {
 	expect(t, got >= want/2-time.Second/4 && got <= want*3/2+1, "%s: got %v; want %v ±50 %%", what, got, want)
 }
 
+// TestDeliveryFlaps: a monitor that is away again and again does not fill the log.
+func TestDeliveryFlaps(t *testing.T) {
+	lines, m := logged(t), newRecorder(t)
+	d := testDelivery(t, m, nil)
+	isAway := func() bool { return locked(d, func() bool { return !d.awaySince.IsZero() }) }
+	for i := 1; i <= 30; i++ {
+		m.set(away)
+		puts(d, i, i)
+		await(t, "the monitor is away", isAway)
+		m.set(nil)
+		await(t, "the monitor is back", func() bool { return !isAway() })
+	}
+	n := strings.Count(lines.String(), "monitor http")
+	expect(t, n >= 20 && n < 40, "got %d lines of 60; want 20 and one each 5 s", n)
+}
+
 // TestNetworkFaults: at whatever byte of an exchange with the monitor the connection is
 // reset, a reading is tried again until it is stored: once, or twice where the answer was
 // lost. An update or a move has been made or has changed nothing, and its ticket says which.
