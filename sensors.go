@@ -60,7 +60,7 @@ const (
 	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
 	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
 	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
-	pipeTime     = time.Second           // for the end of the output, after that of the sensor
+	pipeSize     = 64 << 10              // bytes that a pipe holds
 	startTries   = 100                   // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond // between two of them
 	orphanTime   = time.Second           // between two looks for orphans without a signal
@@ -548,16 +548,19 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 			Dir:         dir,
 			Env:         s.env,
 			Stdin:       nil, // /dev/null
-			Stdout:      &p.output,
-			Stderr:      &p.said,
 			SysProcAttr: as,
-			WaitDelay:   pipeTime,
 		}
-		err := p.cmd.Start()
+		stdout, err := p.cmd.StdoutPipe()
+		stderr, err2 := p.cmd.StderrPipe()
+		if err = errors.Join(err, err2); err == nil {
+			err = p.cmd.Start()
+		}
 		isAbsent := errors.Is(err, syscall.ENOENT)
 		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
 		switch {
 		case err == nil:
+			p.output.begin(stdout)
+			p.said.begin(stderr)
 			s.mu.Lock()
 			p.pid = p.cmd.Process.Pid
 			s.mu.Unlock()
@@ -642,13 +645,15 @@ func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool,
 	return false, -int(syscall.SIGKILL), why + ", but still there"
 }
 
-// reap kills what is left of the process group of a child that has ended, and reaps the
-// child. In this order: until then nobody else can get the number of its group. Wait also
-// reads what they wrote; it leaves the pipes a second later if another process keeps them
-// open. reap returns the exit code, or minus the signal that ended the child.
+// reap kills what is left of the process group of a child that has ended, reads what
+// they wrote, reaps the child and returns its exit code, or minus the signal that ended
+// it. In this order: until the child is reaped, nobody else can get the number of its
+// group, and then os/exec closes the pipes.
 func (r *runState) reap(p *process) (code int) {
 	defer r.remove(p)
 	syscall.Kill(-p.pid, syscall.SIGKILL)
+	p.output.finish()
+	p.said.finish()
 	p.cmd.Wait() // its error is in the state
 	if p.cmd.ProcessState == nil {
 		return -int(syscall.SIGKILL) // nobody knows: not a success
@@ -734,40 +739,60 @@ func reserveThreads() {
 	all.Wait()
 }
 
-// A capture keeps the last bytes of what a process writes.
+// A capture keeps the last bytes of what a process writes to a pipe.
 type capture struct {
 	limit int
 	copy  io.Writer // gets all that is written; may be nil
-	kept  []byte
+	kept  []byte    // once finish has returned
 	total int
+	pipe  *os.File      // the end to read from
+	part  [1 << 10]byte // what was read last: most sensors write one number
+	ended chan struct{} // closed when nothing reads from the pipe any more
 }
 
-// Write never fails. A sensor that writes for ever must not cost the processor, so it
-// pauses after each 64 KiB.
-func (c *capture) Write(p []byte) (int, error) {
-	c.kept = append(c.kept, p...)
+// begin reads from a pipe of os/exec from now on.
+func (c *capture) begin(pipe io.ReadCloser) {
+	c.pipe, c.ended = pipe.(*os.File), make(chan struct{})
+	go func() {
+		defer close(c.ended)
+		for {
+			n, err := c.pipe.Read(c.part[:])
+			if c.write(n); err != nil {
+				return
+			}
+		}
+	}()
+}
+
+// write takes the first bytes of the part that was read. A sensor that writes for ever
+// must not cost the processor, so it pauses after each 64 KiB.
+func (c *capture) write(n int) {
+	c.kept = append(c.kept, c.part[:n]...)
 	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	if c.copy != nil {
-		c.copy.Write(p) // an error there must not end the sensor
+		c.copy.Write(c.part[:n]) // an error there must not end the sensor
 	}
 	before := c.total
-	if c.total += len(p); c.total/freeOutput > before/freeOutput {
+	if c.total += n; c.total/freeOutput > before/freeOutput {
 		time.Sleep(outputPause)
 	}
-	return len(p), nil
 }
 
-// ReadFrom reads a pipe to its end, for os/exec, which would take a buffer of 32 KiB:
-// most sensors write one number.
-func (c *capture) ReadFrom(pipe io.Reader) (int64, error) {
-	var part [1 << 10]byte
-	for {
-		n, err := pipe.Read(part[:])
-		c.Write(part[:n])
-		if err != nil {
-			return int64(c.total), err
-		}
+// finish reads what a process that has ended left in the pipe, and does not wait for
+// those that keep it open.
+func (c *capture) finish() {
+	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
+	<-c.ended
+	pipe, err := c.pipe.SyscallConn()
+	if err != nil {
+		return
 	}
+	pipe.Control(func(fd uintptr) {
+		for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
+			n, _ = syscall.Read(int(fd), c.part[:])
+			c.write(max(0, n))
+		}
+	})
 }
 
 // A command is what the monitor asks: a reading, or a change of the agent.
