@@ -674,7 +674,7 @@ func (p *process) waitEnded(ctx context.Context, limit time.Duration) bool {
 		select {
 		case <-p.children:
 		case <-ctx.Done():
-			return false
+			return endedChild(p.pid) == p.pid // both may be so after the agent stood still
 		}
 	}
 	return true
@@ -739,7 +739,9 @@ func reserveThreads() {
 	all.Wait()
 }
 
-// A capture keeps the last bytes of what a process writes to a pipe.
+// A capture keeps the last bytes of what a process writes to a pipe. os/exec would
+// close the pipe some time after the process ended, read or not: an agent that had
+// stood still for so long would lose a number, or half of one.
 type capture struct {
 	limit int
 	copy  io.Writer // gets all that is written; may be nil
