@@ -1277,8 +1277,9 @@ func TestProcessLimit(t *testing.T) {
 	})
 	greedy := filepath.Join(b.dir, "sensors/greedy")
 	forEverybody(t, greedy)
-	runTool(t, "", "chown", "54321", b.dir, greedy)
-	b.startAs(t, exec.Command(needs(t, "setpriv"), "--reuid=54321", "--regid=54321", "--clear-groups",
+	uid := strconv.Itoa(50000 + os.Getpid()%10000) // nobody's, nor that of another run of the tests
+	runTool(t, "", "chown", uid, b.dir, greedy)
+	b.startAs(t, exec.Command(needs(t, "setpriv"), "--reuid="+uid, "--regid="+uid, "--clear-groups",
 		needs(t, "prlimit"), "--nproc=60", binary(t), "-c", b.dir+"/client.cfg"))
 	mustCall(t, b.client, "cmd_submit_reading", 0, "greedy")
 	await(t, "no process is left to start", func() bool { return exists(greedy + "/full") })
