@@ -2981,40 +2981,6 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// TestInstallModes: whatever the umask, the first sensor has the modes of its package without the
-// dangerous ones, and the user of the sensors, whoever that is, can run it.
-func TestInstallModes(t *testing.T) {
-	defer syscall.Umask(syscall.Umask(0))
-	archive := packageOf(t, packed{Header: tar.Header{Name: "demo/", Mode: 0o7777}},
-		packed{Header: tar.Header{Name: "demo/check", Mode: 0o6777, Uid: 12, Gid: 34}, body: "#!/bin/sh\n. ./lib/data\n"},
-		packed{Header: tar.Header{Name: "demo/secret", Mode: 0o600}, body: "x"}, entry("demo/lib/data", "echo 1"))
-	users := []*sensorUser{nil, {credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}}
-	if os.Geteuid() != 0 {
-		users = users[:1]
-	}
-	for i, umask := range []int{0o022, 0o027, 0o077, 0o027, 0o077} {
-		dir := t.TempDir()
-		forEverybody(t, dir)
-		syscall.Umask(umask)
-		u := testUpdater(t, t.TempDir(), nil)
-		u.backup = filepath.Join(dir, "other/backup")
-		u.sensors = newSensors(filepath.Join(dir, "new/sensors"), "check", "options", patience, users[i%len(users)])
-		must(t, u.plainInstall(fromText(archive, "")))
-		for name, want := range map[string]string{
-			"new": "drwxr-xr-x", "new/sensors": "drwxr-xr-x", "other": "drwxr-xr-x", "other/backup": "drwx------",
-			"new/sensors/demo": "drwxrwxr-x", "new/sensors/demo/check": "-rwxrwxr-x",
-			"new/sensors/demo/secret": "-rw-------",
-			"new/sensors/demo/lib":    "drwxr-xr-x", "new/sensors/demo/lib/data": "-rwxr-xr-x",
-		} {
-			info := get(os.Stat(filepath.Join(dir, name)))
-			equal(t, name, fmt.Sprint(info.Mode(), ownerOf(info).Uid), fmt.Sprint(want, " ", os.Geteuid()))
-		}
-		must(t, errors.Join(u.plainInstall(fromText(archive, "")), u.rollback(ctx, "demo")))
-		equal(t, "the reading", summaryOf(u.sensors, "demo"), "0 1")
-		syscall.Umask(0)
-	}
-}
-
 // dirs are the directories in which an updater may leave something.
 func (u *updater) dirs() []string { return []string{u.sensors.path, u.backup} }
 
@@ -3330,42 +3296,6 @@ func (u *updater) demoBackups() []string {
 	return get(filepath.Glob(filepath.Join(u.backup, "demo_*")))
 }
 
-// TestRollback makes one change after the other and looks at what is in place,
-// and at the backups, oldest first.
-func TestRollback(t *testing.T) {
-	dir, lines := t.TempDir(), logged(t)
-	u := testUpdater(t, dir, files{"sensors/demo/check": printing(1)})
-	state := func() (state string) {
-		for _, version := range append([]string{u.at("demo")}, u.demoBackups()...) {
-			state += strings.Fields(string(readFile(t, filepath.Join(version, "check"))))[2]
-		}
-		return state
-	}
-	equal(t, "no backup", fmt.Sprint(u.rollback(ctx, "demo")), "there is no backup")
-	for _, step := range []struct {
-		keep, version int // 0: roll-back
-		want          string
-	}{
-		{3, 2, "21"}, {3, 3, "312"}, {3, 0, "213"}, {3, 0, "312"}, {3, 4, "4123"}, {3, 0, "3124"},
-		{3, 4, "4243"}, {3, 5, "5434"}, {3, 1, "1345"}, {0, 7, "73451"}, {1, 8, "87"},
-	} {
-		if u.keep = step.keep; step.version > 0 {
-			must(t, u.plainInstall(demo(t, step.version)))
-		} else {
-			must(t, u.rollback(ctx, "demo"))
-		}
-		equal(t, fmt.Sprint(step), state(), step.want)
-	}
-	// Where the clock is behind, order is kept all the same.
-	must(t, os.Rename(u.demoBackups()[0], filepath.Join(u.backup, "demo_2999-12-31T23:59:59")))
-	u.keep = 2
-	must(t, u.plainInstall(demo(t, 9)))
-	equal(t, "the state", state(), "978")
-	equal(t, "removals logged", strings.Count(lines.String(), "removed, as [sensor] keep is "), 7)
-	has(t, "the last one", lines, "backup demo_…: removed, as [sensor] keep is 1\n")
-	equal(t, "a backup of 3000", exists(filepath.Join(u.backup, "demo_3000-01-01T00:00:00")), true)
-}
-
 // A crash is a change that a test stops dead at each step.
 type crash struct {
 	name    string
@@ -3621,24 +3551,6 @@ func TestOneStepFails(t *testing.T) {
 	}
 }
 
-// TestRecoverNothing: where nothing was interrupted, nothing is written.
-func TestRecoverNothing(t *testing.T) {
-	u := testUpdater(t, t.TempDir(), files{
-		"sensors/demo/check": printing(1), "backup/demo_2026-01-01T00:00:00/check": printing(0),
-		"backup/.profile": "mine",
-	})
-	past := time.Unix(1e9, 0)
-	for _, dir := range u.dirs() {
-		must(t, os.Chtimes(dir, past, past))
-	}
-	must(t, u.recover(ctx))
-	equal(t, "the backups changed", get(os.Stat(u.backup)).ModTime().Unix(), past.Unix())
-	must(t, os.RemoveAll(u.backup)) // nor is one made
-	must(t, u.recover(ctx))
-	equal(t, "the sensors changed", get(os.Stat(u.sensors.path)).ModTime().Unix(), past.Unix())
-	equal(t, "backups exist", exists(u.backup), false)
-}
-
 // TestCrashKill kills a process at each step of every change.
 func TestCrashKill(t *testing.T) {
 	var dir string
@@ -3671,30 +3583,6 @@ func TestCrashKill(t *testing.T) {
 			total("points at which a change was killed", 1)
 		}
 	}
-}
-
-// TestReplacedRun: a change does not wait for a run in the version that it replaces. Its directory
-// stays, whatever other sensors are changed, until the next change of the sensor or the next start.
-func TestReplacedRun(t *testing.T) {
-	gate := filepath.Join(t.TempDir(), "gate")
-	script := "#!/bin/sh\n: >began; until [ -e '" + gate + "' ]; do sleep 0.01; done; cat lib/n\n"
-	u := testUpdater(t, t.TempDir(), files{"sensors/demo/lib/n": "7", "sensors/demo/check": script})
-	gone := u.at(gonePrefix + "demo")
-	run := make(chan string, 1)
-	go func() { run <- summaryOf(u.sensors, "demo") }()
-	await(t, "the run", func() bool { return exists(u.at("demo", "began")) })
-	must(t, u.plainInstall(demo(t, 2)))
-	equal(t, "the new version", summaryOf(u.sensors, "demo"), "0 2")
-	must(t, u.install(ctx, "x", fromText(packageOf(t, entry("x/check", printing(1))), "")))
-	writeTree(t, "", files{gate: ""})
-	equal(t, "the run in the old version", receive(t, "the run", run), "0 7")
-	equal(t, "links", fmt.Sprint(ownerOf(get(os.Stat(gone+"/check"))).Nlink), "2") // the backup is the other
-	has(t, "a change that fails", u.plainInstall(fromText("", "")), "cut off")
-	equal(t, "it is kept", exists(gone), false)
-	must(t, u.plainInstall(demo(t, 3)))
-	equal(t, "the next one", string(readFile(t, gone+"/check")), printing(2))
-	must(t, u.recover(ctx))
-	leavesNothing(t, "recovered", u.dirs()...)
 }
 
 // runsEnd waits until those runs have ended that are under way now.
