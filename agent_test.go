@@ -29,7 +29,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -3254,43 +3253,6 @@ func TestVerifyFlipped(t *testing.T) {
 	}
 }
 
-// TestInstallRealTools takes what the tools of this machine make of a shipped sensor, and
-// sign.
-func TestInstallRealTools(t *testing.T) {
-	needs(t, "bzip2")
-	source := t.TempDir()
-	writeTree(t, source, shipped(t, "sensors/"))
-	source = filepath.Join(source, "sensors")
-	for _, line := range []string{
-		"tar -cjf $1 disk", "tar -cjf $1 disk/check", "tar -cjf $1 ./disk/check", "tar -czf $1 --format=ustar disk",
-		"tar -cjf $1 --format=pax --pax-option=comment=x,mtime='2026-01-01 00:00:00' disk",
-		"git init -q . && git add disk && git -c user.name=a -c user.email=a@b commit -qm x && " +
-			"git archive HEAD disk | bzip2 >$1",
-		"signify-openbsd -G -n -p $1.pub -s $1.sec && tar -cjf $1 disk && signify-openbsd -S -s $1.sec -m $1",
-		"printf '\\0\\5' >._disk; cp ._disk disk/._check; tar -cjf $1 ./._disk disk; rm ._disk disk/._check",
-	} {
-		t.Run(line, func(t *testing.T) {
-			tool, _, _ := strings.Cut(line, " ")
-			needs(t, tool)
-			dir := t.TempDir()
-			u, file := testUpdater(t, dir, nil), filepath.Join(dir, "disk.tar.bz2")
-			runTool(t, source, "sh", "-c", line, "sh", file)
-			if exists(file + ".sig") {
-				u.keys = file + ".pub"
-			}
-			err := u.install(ctx, "disk", fromFile(file))
-			expect(t, err == nil, "%s: got %v; want no error", line, err)
-			equal(t, line, readTree(t, u.at("disk")), readTree(t, filepath.Join(source, "disk")))
-			if u.keys != "" {
-				writeTree(t, dir, files{"disk.tar.bz2": "changed"})
-				has(t, "a changed package", u.install(ctx, "disk", fromFile(file)), "does not fit")
-			}
-		})
-	}
-	u := testUpdater(t, t.TempDir(), nil) // its name is that of a file that fetch could make
-	must(t, u.install(ctx, "package", fromText(packageOf(t, entry("package/check", printing(1))), "")))
-}
-
 // demoBackups lists the backups of demo, oldest first.
 func (u *updater) demoBackups() []string {
 	return get(filepath.Glob(filepath.Join(u.backup, "demo_*")))
@@ -4188,56 +4150,6 @@ func TestSyslog(t *testing.T) {
 	p.terminate(t)
 }
 
-// TestSurroundings: a sensor that runs as another user has no terminal, none
-// of the files that whoever started picket had open, and a home of its own,
-// whichever command runs it. ^C ends that command all the same.
-func TestSurroundings(t *testing.T) {
-	needsRoot(t)
-	needs(t, "script")
-	nobody := get(user.Lookup("nobody"))
-	sensor := string(readFile(t, "testdata/surroundings.sh"))
-	want := fmt.Sprintf("has [] %s nobody nobody\n", nobody.HomeDir)
-	archive := packageOf(t, entry("demo/", ""), entry("demo/check", sensor))
-	for _, test := range []struct{ command, exec string }{ // picket leads the session, or a shell does
-		{"", "exec"}, {"check s", "exec"}, {"check s", ""}, {"check s hang", ""}, {"list", "exec"},
-		{"install demo.tar", "exec"}, {"update demo", "exec"}, {"selftest", "exec"},
-	} {
-		t.Run(test.exec+" picket "+test.command, func(t *testing.T) {
-			b := newBox(t, "[sensor]\nuser = nobody\n", files{
-				"sensors/s/check": sensor, "seen": "", "secret": "",
-				"demo.tar": archive, "packages/demo.tar.bz2": archive,
-			})
-			seen := filepath.Join(b.dir, "seen")
-			must(t, errors.Join(os.Chmod(filepath.Dir(b.dir), 0o755), os.Chmod(seen, 0o666)))
-			secret := get(os.Open(filepath.Join(b.dir, "secret")))
-			defer secret.Close()
-			cmd := self(t, b.dir)
-			line := fmt.Sprintf("echo $$ >pid; %s %s %s; exit $?", test.exec, cmd.Path, test.command)
-			terminal := exec.Command("sh", "-c", `exec script -qefc "$1" /dev/null >&2`, "sh", line)
-			terminal.Dir, terminal.Env = b.dir, append(cmd.Env, "SHELL=/bin/sh", "SEEN="+seen)
-			terminal.ExtraFiles = []*os.File{secret, secret}
-			keyboard := get(terminal.StdinPipe())
-			p := start(t, terminal)
-			switch test.command {
-			case "":
-				b.client = clientOf(t, p.address(t))
-				b.read(t, 1, "s")
-				runTool(t, b.dir, "sh", "-c", "kill $(cat pid)")
-			case "check s hang":
-				await(t, "it runs", func() bool { return len(readFile(t, seen)) > 0 })
-				io.WriteString(keyboard, "\x03")
-			}
-			p.wait(t)
-			if test.command == "" {
-				has(t, "a line on a terminal", &p.log, "20…-…-…T…:…:… picket: ending\r\n")
-			}
-			if got := string(readFile(t, seen)); got == "" || strings.ReplaceAll(got, want, "") != "" {
-				t.Errorf("got %q; want %q; picket says %s", got, want, &p.log)
-			}
-		})
-	}
-}
-
 // TestStarts: in whatever state of testdata/starts.txt picket is started, it takes
 // commands, runs sensors, ends those that hang, and obeys its signals.
 func TestStarts(t *testing.T) {
@@ -4444,6 +4356,10 @@ func (s *story) step(t *testing.T, line string) {
 		s.configure(t, s.config+strings.Replace(s.expand(rest), " ", "\n", 1)+"\n")
 	case "root":
 		needsRoot(t)
+	case "needs":
+		needs(t, rest)
+	case "source":
+		runTool(t, "", "cp", "-r", rest, s.dir)
 	case "lock":
 		lockFile(t, filepath.Join(s.dir, rest))
 	case "start":
