@@ -4561,36 +4561,36 @@ func TestSoak(t *testing.T) {
 // of which sends it to the other. They misbehave at random.
 type soak struct {
 	*box
+	other   *recorder
 	agent   *agent
 	tickets atomic.Int64
 
-	mu      sync.Mutex     // guards what is below
-	acked   map[any]string // what must be stored; "" is anything
-	arrived map[any][]storedReading
+	mu      sync.Mutex       // guards what is below
+	acked   map[any]string   // what must be stored; "" is anything
+	arrived map[any][]string // codes and values
 	random  *mathrand.Rand
 	lossy   map[any]bool // what was stored, but not confirmed
 	faults  map[any]int
-	outages int
-	down    int  // attempts that the monitors are away for
-	good    bool // they misbehave no more
+	down    int // attempts that the monitors are away for
 }
 
 func newSoak(t *testing.T) *soak {
 	const config = "[sensor]\nbackup = backup\nconcurrency = 4\ntimeout = 2s\n[monitor]\nspool = spool\n"
 	s := &soak{
 		random: mathrand.New(mathrand.NewSource(2)), acked: make(map[any]string),
-		arrived: make(map[any][]storedReading), lossy: make(map[any]bool), faults: make(map[any]int),
+		arrived: make(map[any][]string), lossy: make(map[any]bool), faults: make(map[any]int),
 	}
 	s.box = newBox(t, config, files{
 		"sensors/good/check": "#!/bin/sh\necho $1\n", "sensors/fail/check": "#!/bin/sh\necho no >&2; exit 3\n",
-		"sensors/text/check": "#!/bin/sh\necho hello\n", "sensors/hang/check": "#!/bin/sh\nsleep 60\n",
+		"sensors/hang/check": "#!/bin/sh\nsleep 60\n",
 		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 1),
 	})
-	other := newRecorder(t)
-	s.next, other.next, other.packages = other.url.String(), s.url.String(), s.packages
-	for _, m := range []*recorder{s.recorder, other} {
+	s.other = newRecorder(t)
+	s.next, s.other.next, s.other.packages = s.other.url.String(), s.url.String(), s.packages
+	for _, m := range []*recorder{s.recorder, s.other} {
 		m.stored = func(r storedReading) error {
-			s.locked(func() { s.arrived[r.ticket] = append(s.arrived[r.ticket], r) })
+			got := fmt.Sprint(r.code, " ", r.value)
+			s.locked(func() { s.arrived[r.ticket] = append(s.arrived[r.ticket], got) })
 			return nil
 		}
 		m.set(s.misbehave)
@@ -4610,41 +4610,50 @@ func (s *soak) locked(work func()) {
 	work()
 }
 
+// troubles are what a monitor answers now and then to a reading that it does not store,
+// or that it does.
+var troubles = []string{"abort", "503", "fault", "<html>busy</html>", "slow", "stored: abort", "stored: 503"}
+
 // misbehave sometimes does not store a reading, or does not confirm it.
 func (s *soak) misbehave(w http.ResponseWriter, a attempt) bool {
-	dice := 99 // nothing is wrong
+	if a.method != "cmd_store_probe_data" {
+		return false
+	}
+	ticket, trouble, stored := a.params[0], "", false
 	s.locked(func() {
-		if s.good || a.method != "cmd_store_probe_data" {
-			return
+		if s.down > 0 {
+			s.down, trouble = s.down-1, "503"
+		} else if i := s.random.Intn(50); i < len(troubles) {
+			trouble, stored = strings.CutPrefix(troubles[i], "stored: ")
+			s.lossy[ticket] = s.lossy[ticket] || stored
 		}
-		ticket := a.params[0]
-		switch dice = s.random.Intn(100); {
-		case s.down > 0:
-			s.down, dice = s.down-1, 6
-		case dice < 4:
-			s.lossy[ticket] = true
-		case dice < 6 && s.faults[ticket] == maxTries-1: // one more, and the agent drops it
-			dice = 99
-		case dice < 6:
+		if trouble == "fault" {
 			s.faults[ticket]++
 		}
+		if s.faults[ticket] == maxTries { // the agent would drop it
+			s.faults[ticket], trouble = maxTries-1, ""
+		}
 	})
-	if dice < 4 {
+	if stored {
 		a.store()
+		total("answers lost on purpose", 1)
 	}
-	switch dice {
-	case 0, 1, 9, 10:
-		panic(http.ErrAbortHandler)
-	case 2, 3, 6, 7, 8:
-		w.WriteHeader(503)
-	case 4, 5:
-		w.Write(encodeResponse(nil, faultf(1, "locked")))
-	case 11, 12:
-		io.WriteString(w, "<html>busy</html>")
-	case 13, 14:
+	switch trouble {
+	case "":
+		return false
+	case "slow":
 		time.Sleep(20 * time.Millisecond)
+		return false
+	case "abort":
+		panic(http.ErrAbortHandler)
+	case "503":
+		return away(w, a)
+	case "fault":
+		w.Write(encodeResponse(nil, faultf(1, "locked")))
+	default:
+		io.WriteString(w, trouble)
 	}
-	return dice < 13
+	return true
 }
 
 // load has the callers ask until the time is over, and looks at what has arrived.
@@ -4655,14 +4664,15 @@ func (s *soak) load(t *testing.T) {
 		for n := 0; time.Since(begun) < *soakTime; n++ {
 			behind := 0
 			s.locked(func() { behind = len(s.acked) - len(s.arrived) })
-			if behind > 2000 { // the spool holds some 7,000
+			if behind < 2000 { // the spool holds some 7,000
+				s.ask(t, random, n)
+			} else {
 				time.Sleep(time.Millisecond)
-				continue
 			}
-			s.ask(t, random, n)
 		}
 	})
-	s.locked(func() { s.good = true })
+	s.set(nil)
+	s.other.set(nil)
 	for missing := s.missing(); missing > 0; missing = s.missing() { // hundreds of runs of hang may wait
 		await(t, "one more of the acknowledged tickets is stored", func() bool { return s.missing() < missing })
 	}
@@ -4690,8 +4700,6 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 	case dice < 50:
 		s.call(t, "3 nan", submit, "TICKET", "fail")
 	case dice < 100:
-		s.call(t, "65 nan", submit, "TICKET", "text", nil)
-	case dice < 150:
 		s.call(t, "127 nan", submit, "TICKET", "none", "a b")
 	case dice < 160:
 		s.call(t, "", "cmd_update_sensor_code", "demo", "TICKET")
@@ -4704,17 +4712,20 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 	case dice < 190:
 		s.call(t, "", submit, "TICKET", "picket", "uptime")
 	case dice < 195:
-		if _, err := s.client.call(ctx, "cmd_list_sensors"); err != nil {
-			t.Error(err)
-		}
-	case dice < 205:
-		s.raw(t, dice < 200)
+		_, err := s.client.call(ctx, "cmd_list_sensors")
+		expect(t, err == nil, "cmd_list_sensors: got %v; want no error", err)
+	case dice < 200: // a caller that resets his connection
+		conn := dial(t, s.client.url.Host, "")
+		io.WriteString(conn, posted(string(encodeCall(submit, s.tickets.Add(1), "good"))))
+		conn.SetLinger(0)
+		conn.Close()
 	case dice < 208:
 		file, concurrency := filepath.Join(s.dir, "client.cfg"), fmt.Sprint(2+random.Intn(4))
 		equal(t, "config set", picket("-c", file, "config", "set", "sensor", "concurrency", concurrency), "exit 0\n")
 		s.agent.reload(ctx)
 	case dice < 212:
-		s.locked(func() { s.outages, s.down = s.outages+1, s.random.Intn(10) }) // the last after half a second
+		s.locked(func() { s.down = s.random.Intn(10) }) // the last after half a second
+		total("outages of the monitor", 1)
 	default:
 		v := fmt.Sprintf("%d.%d", n, random.Intn(100))
 		s.call(t, "0 "+v, submit, "TICKET", "good", []any{v})
@@ -4732,45 +4743,22 @@ func (s *soak) call(t *testing.T, want, method string, params ...any) {
 	s.locked(func() { s.acked[ticket] = want })
 }
 
-// raw gives a command over a connection that it half closes before the answer, or resets.
-func (s *soak) raw(t *testing.T, halfCloses bool) {
-	ticket := int(s.tickets.Add(1))
-	conn := get(net.Dial("tcp", s.client.url.Host)).(*net.TCPConn)
-	defer conn.Close()
-	io.WriteString(conn, posted(string(encodeCall("cmd_submit_reading", ticket, "good", []any{ticket}))))
-	if !halfCloses {
-		conn.SetLinger(0)
-		return
-	}
-	conn.CloseWrite()
-	answer, _ := io.ReadAll(conn)
-	has(t, "half-closed", string(answer), "HTTP/1.1 200 ")
-	if bytes.Contains(answer, []byte("<string>OK</string>")) { // else the queue is full
-		s.locked(func() { s.acked[ticket] = fmt.Sprint("0 ", ticket) })
-	}
-}
-
 // check compares what the monitors have with what was acknowledged.
 func (s *soak) check(t *testing.T) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	readings, faults := 0, 0
+	readings := 0
 	for ticket, want := range s.acked {
 		got := s.arrived[ticket]
 		readings += len(got)
 		expect(t, len(got) <= 1 || s.lossy[ticket], "ticket %v: got it %d times; want it once", ticket, len(got))
 		if want != "" {
-			equal(t, fmt.Sprint("ticket ", ticket), fmt.Sprint(got[0].code, " ", got[0].value), want)
+			equal(t, fmt.Sprint("ticket ", ticket), got[0], want)
 		}
-	}
-	for _, n := range s.faults {
-		faults += n
 	}
 	total("commands acknowledged", len(s.acked))
 	total("readings stored", readings)
-	total("answers lost on purpose", len(s.lossy))
-	total("faults answered", faults)
-	total("outages of the monitor", s.outages)
+	total("tickets with a fault of the monitor", len(s.faults))
 }
 
 // TestInit: the agent under busybox's init as process 1 of namespaces of its
