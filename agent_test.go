@@ -2667,7 +2667,14 @@ func TestManyCallers(t *testing.T) {
 	capabilities := call("system.getCapabilities", "")
 	submitted := call("cmd_submit_reading", "<value><int>####</int></value><value>s</value>")
 	const multicall, submit = "system.multicall | <array><data>", "cmd_submit_reading | <int>####</int> | s | "
-	for _, c := range []crowd{
+	for _, c := range []struct {
+		name  string
+		queue int
+		times int    // that each caller sends his request
+		reads int    // answers that he reads
+		kind  string // of requestKinds
+		text  string // in which #### is another ticket each time
+	}{
 		{"slow senders", 4, 1, 0, "request", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n\r\n{ *65535}"},
 		{"unread answers", 4, 5, 0, "call", multicall + strings.Repeat(capabilities, 45) + "</data></array>"},
 		{"many attributes", 4, 4, 4, "body", "<methodCall {a='' *13000}><methodName>m</methodName></methodCall>"},
@@ -2678,72 +2685,51 @@ func TestManyCallers(t *testing.T) {
 		{"too many arguments, as words", 256, 5, 5, "call", submit + "{'' *8192}"},
 		{"too many arguments, as an array", 256, 5, 5, "call", submit + "<array><data>{<value/>*4090}</data></array>"},
 	} {
-		t.Run(c.name, c.call)
-	}
-}
-
-// A crowd are 60 callers that send the same to an agent at once.
-type crowd struct {
-	name  string
-	queue int
-	times int    // that each caller sends his request
-	reads int    // answers that he reads
-	kind  string // of requestKinds
-	text  string // in which #### is another ticket each time
-}
-
-// call has the crowd call an agent in 16 MiB, and looks at that agent's health meanwhile.
-func (c crowd) call(t *testing.T) {
-	more := fmt.Sprintf("queue = %d\nverbose = yes\n[sensor]\ntimeout = 100\nconcurrency = 1\n", c.queue)
-	b := newBox(t, more, files{"sensors/s/check": "#!/bin/sh\nexec sleep 100\n"})
-	p, limited := b.startTiny(t)
-	if !limited {
-		t.Skip("no memory cgroup on this machine, or no right to make one")
-	}
-	var conns []*net.TCPConn
-	for i := 1; i <= 60; i++ {
-		conns = append(conns, dial(t, b.client.url.Host, fmt.Sprint("127.0.1.", i)))
-		conns[i-1].SetReadBuffer(4 << 10)
-	}
-	sent := make(chan struct{})
-	go func() {
-		defer close(sent)
-		parallel(len(conns), func(i int) { c.send(t, conns[i], i) })
-	}()
-	healthy := func() {
-		c := newClient(&url.URL{Scheme: "http", Host: b.client.url.Host}, 10*time.Second, nil)
-		defer c.close()
-		equal(t, "healthcheck", mustCall(t, c, "healthcheck"), any("OK"))
-	}
-	for i := 0; i < 20; i++ {
-		healthy()
-	}
-	<-sent
-	if c.name == "calls that wait" {
-		wantLog(t, &p.log, strings.Repeat("command cmd_submit_reading…", 60))
-	}
-	healthy()
-}
-
-// send sends a caller's requests and reads so many answers. If there are several requests,
-// it waits at least until the first answer begins.
-func (c crowd) send(t *testing.T, conn net.Conn, caller int) {
-	r := bufio.NewReader(conn)
-	request := requestKinds[c.kind].request(expand(c.text))
-	for i := 0; i < c.times; i++ {
-		ticket := strconv.Itoa(1000 + c.times*caller + i)
-		io.WriteString(conn, strings.ReplaceAll(request, "####", ticket))
-	}
-	if c.times > 1 {
-		r.Peek(1)
-	}
-	for i := 0; i < c.reads; i++ {
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		io.Copy(io.Discard, resp.Body)
+		t.Run(c.name, func(t *testing.T) {
+			more := fmt.Sprintf("queue = %d\nverbose = yes\n[sensor]\ntimeout = 100\nconcurrency = 1\n", c.queue)
+			b := newBox(t, more, files{"sensors/s/check": "#!/bin/sh\nexec sleep 100\n"})
+			p, limited := b.startTiny(t)
+			if !limited {
+				t.Skip("no memory cgroup on this machine, or no right to make one")
+			}
+			request := requestKinds[c.kind].request(expand(c.text))
+			sent := make(chan struct{}, 60)
+			go parallel(cap(sent), func(i int) {
+				defer func() { sent <- struct{}{} }()
+				conn := dial(t, b.client.url.Host, fmt.Sprint("127.0.1.", i+1))
+				conn.SetReadBuffer(4 << 10)
+				r := bufio.NewReader(conn)
+				for n := 0; n < c.times; n++ {
+					io.WriteString(conn, strings.ReplaceAll(request, "####", strconv.Itoa(1000+c.times*i+n)))
+				}
+				if c.times > 1 {
+					r.Peek(1) // the first answer begins
+				}
+				for n := 0; n < c.reads; n++ {
+					resp, err := http.ReadResponse(r, nil)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					io.Copy(io.Discard, resp.Body)
+				}
+			})
+			healthy := func() {
+				c := newClient(b.client.url, 10*time.Second, nil)
+				defer c.close()
+				equal(t, "healthcheck", mustCall(t, c, "healthcheck"), any("OK"))
+			}
+			for i := 0; i < 20; i++ {
+				healthy()
+			}
+			for i := 0; i < cap(sent); i++ {
+				<-sent
+			}
+			if c.name == "calls that wait" {
+				wantLog(t, &p.log, strings.Repeat("command cmd_submit_reading…", 60))
+			}
+			healthy()
+		})
 	}
 }
 
