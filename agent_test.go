@@ -3981,77 +3981,6 @@ func TestTLSReplaced(t *testing.T) {
 	mustCall(t, testClient(t, u, clientTLS(other)), "healthcheck")
 }
 
-// TestLog: the agent does not wait for the reader of its log. Lines that he does not take
-// are counted.
-func TestLog(t *testing.T) {
-	b := newBox(t, "queue = 1000\nverbose = yes\n", nil)
-	const reads = `mkfifo log; cat log >&2 & echo $! >reader; exec "$@" 2>log`
-	p := b.startAs(t, wrapped(self(t, b.dir), "sh", "-c", reads, "sh"))
-	reader := func(signal string) { exec.Command("sh", "-c", "kill -"+signal+" $(cat "+b.dir+"/reader)").Run() }
-	reader("STOP")
-	defer reader("CONT")
-	const commands = 450 // two lines each, together fewer than are logged in one go
-	for i := 0; i < commands; i++ {
-		b.read(t, i, fmt.Sprintf("%0200d", i))
-	}
-	reader("CONT")
-	p.terminate(t)
-	lines, lost := strings.Count(p.log.String(), "\n"), 0
-	ofLost := regexp.MustCompile(`picket: (\d+) lines? of the log lost`)
-	for _, match := range ofLost.FindAllStringSubmatch(p.log.String(), -1) {
-		n, _ := strconv.Atoi(match[1])
-		lost, lines = lost+n, lines-1
-	}
-	const more = 5 // at most, of the start and the end
-	if n := lost + lines; lost == 0 || n < 2*commands || n > 2*commands+more {
-		t.Errorf("got %d lines and %d lost; want %d and a few", lines, lost, 2*commands)
-	}
-}
-
-// isAhead wants a time to be the present one in a zone that is five and a half hours ahead.
-func isAhead(t *testing.T, what, layout, text string) {
-	t.Helper()
-	at, err := time.Parse(layout, text)
-	must(t, err)
-	now := time.Now().UTC().Add(5*time.Hour + 30*time.Minute)
-	age := now.Sub(at.AddDate(max(now.Year()-at.Year(), 0), 0, 0)) // the times of syslog have no year
-	expect(t, age > -time.Second && age < patience, "%s: got %s; want %s", what, text, now.Format(layout))
-}
-
-// TestSyslog: each line goes to the local syslog with its severity, and to standard
-// error while there is no syslog. The agent does not wait for one that takes nothing.
-func TestSyslog(t *testing.T) {
-	needsRoot(t)
-	b := newBox(t, "log = syslog\nverbose = yes\n", files{"dev/null": "", "sensors/s/check": printing(1)})
-	script := `mount --bind /dev/null dev/null && mount --rbind dev /dev && exec "$1"` // a /dev/log of its own
-	cmd := wrapped(self(t, b.dir), needs(t, "unshare"), "--mount", "sh", "-c", script, "sh")
-	cmd.Env = append(cmd.Env, "TZ=XST-5:30")
-	p := b.startAs(t, cmd)
-	isAhead(t, "the reading", dateTimeLayout, string(b.read(t, 1, "s").time))
-	wantLog(t, &p.log, "picket: command cmd_submit_reading … ticket 1")
-	l := get(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(b.dir, "dev/log"), Net: "unixgram"}))
-	defer l.Close()
-	var lines lockedBuffer
-	read := make(chan bool)
-	go func() { io.Copy(&lines, l); close(read) }()
-	b.read(t, 2, "s")
-	wantLog(t, &lines, "<30>… picket[…]: command cmd_submit_reading …ticket 2")
-	p.signal(t, syscall.SIGUSR1)
-	wantLog(t, &lines, "<29>… picket[…]: health: ")
-	isAhead(t, "the first line", time.Stamp, lines.String()[len("<30>"):][:len(time.Stamp)])
-	b.configure(t, b.config+"lgo = x\nqueue = x\n")
-	p.signal(t, syscall.SIGHUP)
-	wantLog(t, &lines, `<28>…: unknown option "lgo"…<27>…: reload: …queue`)
-	equal(t, "on standard error", strings.Contains(p.log.String(), "ticket 2"), false)
-	must(t, l.SetReadDeadline(time.Now()))
-	<-read
-	for i := 0; i < 600; i++ { // more lines than the socket and the agent keep
-		b.read(t, i, "picket")
-	}
-	l.Close()
-	p.terminate(t)
-}
-
 // TestStarts: in whatever state of testdata/starts.txt picket is started, it takes
 // commands, runs sensors, ends those that hang, and obeys its signals.
 func TestStarts(t *testing.T) {
@@ -4204,7 +4133,7 @@ type story struct {
 	said   string            // by the latest call or shell command
 	held   chan attempt      // calls that the monitor holds
 	hold   chan bool         // is closed when it goes on
-	got    chan string       // readings that the monitors get
+	got    chan [2]string    // readings that the monitors get, and their times
 	untold []string          // those of which no line has told
 	stored int               // how many there were
 	read   int               // bytes of the log of which lines have told
@@ -4214,14 +4143,14 @@ func newStory(t *testing.T) *story {
 	public, _ := signify(t, "keynum_1")
 	s := &story{
 		box: newBox(t, "", files{"packages/": "", "key.pub": public}),
-		got: make(chan string, 1000), hold: make(chan bool), held: make(chan attempt, 10),
+		got: make(chan [2]string, 1000), hold: make(chan bool), held: make(chan attempt, 10),
 	}
 	next := newRecorder(t)
 	for from, m := range map[string]*recorder{"": s.recorder, "next ": next} {
 		from := from
 		m.stored = func(r storedReading) error {
-			_, text, _ := strings.Cut(r.String(), " 127.0.0.1 ")
-			s.got <- from + text
+			at, text, _ := strings.Cut(r.String(), " 127.0.0.1 ")
+			s.got <- [2]string{from + text, at}
 			return nil
 		}
 	}
@@ -4266,6 +4195,13 @@ func (s *story) step(t *testing.T, line string) {
 		runTool(t, "", "cp", "-r", rest, s.dir)
 	case "binary":
 		runTool(t, "", "cp", binary(t), s.dir)
+	case "syslog":
+		s.syslog(t)
+	case "many":
+		for i := 0; i < 450; i++ {
+			s.step(t, strings.ReplaceAll(rest, "#", strconv.Itoa(i)))
+			s.follows(t, "ticket", "…")
+		}
 	case "lock":
 		lockFile(t, filepath.Join(s.dir, rest))
 	case "start":
@@ -4294,6 +4230,21 @@ func (s *story) step(t *testing.T, line string) {
 		v, s.err = s.client.call(ctx, word, fromJSON(t, rest)...)
 		s.said = readable(v)
 	}
+}
+
+// syslog takes what comes to dev/log in the box into the file syslog, as long as that exists.
+func (s *story) syslog(t *testing.T) {
+	path := filepath.Join(s.dir, "dev/log")
+	l := get(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"}))
+	t.Cleanup(func() { l.Close() })
+	f := get(os.Create(filepath.Join(s.dir, "syslog")))
+	go func() {
+		defer f.Close()
+		for line := make([]byte, 4<<10); exists(f.Name()); {
+			n, _ := l.Read(line) // 0 at the end
+			f.Write(line[:n])
+		}
+	}()
 }
 
 // rule has the monitor refuse or hold a method, or take all. By a new rule it answers
@@ -4354,7 +4305,8 @@ func (s *story) follows(t *testing.T, word, want string) {
 		for i := -1; i < 0; {
 			i = slices.IndexFunc(s.untold, func(got string) bool { return like(got, want) })
 			if i < 0 {
-				s.untold = append(s.untold, receive(t, fmt.Sprintf("%s, but %q", want, s.untold), s.got))
+				got := receive(t, fmt.Sprintf("%s, but %q", want, s.untold), s.got)
+				s.untold, s.vars["TIME"] = append(s.untold, got[0]), got[1]
 				s.stored++
 			} else {
 				s.untold = slices.Delete(s.untold, i, i+1)
