@@ -3855,30 +3855,6 @@ func TestCheckPicket(t *testing.T) {
 	}
 }
 
-// TestDocsMonitor: the monitor that docs/monitor.md has commands an agent, and takes its
-// readings.
-func TestDocsMonitor(t *testing.T) {
-	const document = "docs/monitor.md"
-	b := newBox(t, "", files{
-		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 2),
-		"monitor.py": strings.Replace(docBlocks(t, document, "python")[0], "8081", "0", 1),
-	})
-	python := exec.Command("sh", "-c", `exec "$1" -u monitor.py >&2`, "sh", needs(t, "python3"))
-	python.Dir = b.dir
-	p := start(t, python)
-	b.configure(t, strings.Replace(b.config, b.url.String(), "http://"+p.address(t)+"/RPC2", 1))
-	b.run(t)
-	command := strings.NewReplacer("box7:8080", b.client.url.Host, "disk", "demo").Replace(docBlocks(t, document, "sh")[0])
-	runTool(t, b.dir, "sh", "-c", command)
-	wantLog(t, &p.log, "ticket 7: exit 0, value 1, at ")
-	mustCall(t, b.client, "cmd_update_sensor_code", "demo", 8)
-	wantLog(t, &p.log, "ticket 8: exit 0, value 1, at ")
-	mustCall(t, b.client, "cmd_submit_reading", "t-9", "demo")
-	wantLog(t, &p.log, "ticket t-9: exit 0, value 2, at ")
-	mustCall(t, b.client, "cmd_update_sensor_code", "none", 10)
-	wantLog(t, &p.log, "ticket 10: exit 1, value nan, at ")
-}
-
 // TestTLS: which certificates the agent trusts as a client and as a server. No move leads
 // from TLS to plain HTTP.
 func TestTLS(t *testing.T) {
