@@ -4209,6 +4209,7 @@ func (s *story) step(t *testing.T, line string) {
 }
 
 // syslog takes what comes to dev/log in the box into the file syslog, as long as that exists.
+// The path of a socket has 107 bytes at most, so the story has a short name.
 func (s *story) syslog(t *testing.T) {
 	path := filepath.Join(s.dir, "dev/log")
 	l := get(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"}))
