@@ -4164,6 +4164,9 @@ func (s *story) step(t *testing.T, line string) {
 		s.configure(t, s.config+strings.Replace(s.expand(rest), " ", "\n", 1)+"\n")
 	case "root":
 		needsRoot(t)
+		if err := exec.Command(needs(t, "unshare"), "-mp", "--fork", "true").Run(); err != nil {
+			t.Skip("root has no right to mount: unshare:", err)
+		}
 	case "needs":
 		needs(t, rest)
 	case "source":
