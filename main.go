@@ -208,19 +208,6 @@ type exitError struct {
 
 func (e *exitError) Unwrap() error { return e.error }
 
-// exitCode returns the exit code for an error, and what there is to say: it shows no
-// password.
-func exitCode(err error) (int, error) {
-	if err == nil {
-		return 0, nil
-	}
-	coded := &exitError{exitFailed, err}
-	if errors.As(err, &coded); coded.error == nil {
-		return coded.code, nil
-	}
-	return coded.code, errors.New(masked(err.Error()))
-}
-
 // usagef returns an error of usage or configuration.
 func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
@@ -320,16 +307,24 @@ type invocation struct {
 	settings *settings // its settings, if the subcommand needs them
 }
 
-// execute runs the program with the arguments of its command line, and returns
-// its exit code and what there is to say.
+// execute runs the program with the arguments of its command line, and returns its exit
+// code and what there is to say, which shows no password.
 func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 	in := &invocation{command: &subcommands[0], out: out}
-	code, err := exitCode(in.run(ctx, args))
-	if err != nil && in.command.name == "" && os.Getppid() == 1 {
+	err := in.run(ctx, args)
+	if err == nil {
+		return 0, nil
+	}
+	coded := &exitError{exitFailed, err}
+	if errors.As(err, &coded); coded.error == nil {
+		return coded.code, nil
+	}
+	err = errors.New(masked(err.Error()))
+	if in.command.name == "" && os.Getppid() == 1 {
 		waitUnderInit(ctx, err)
 		err = nil
 	}
-	return code, err
+	return coded.code, err
 }
 
 // waitUnderInit waits before an agent that process 1 has started ends with an error,
@@ -384,9 +379,8 @@ func (in *invocation) parse(args []string) error {
 		words = words[1:]
 	}
 	rest := words
-	for n := 1; n <= len(words) && n <= 2; n++ {
-		name := strings.Join(words[:n], " ")
-		if i := slices.IndexFunc(subcommands, func(c subcommand) bool { return c.name == name }); i > 0 {
+	for i, c := range subcommands { // "config get" comes after "config"
+		if n := len(strings.Fields(c.name)); n <= len(words) && strings.Join(words[:n], " ") == c.name {
 			in.command, rest = &subcommands[i], words[n:]
 		}
 	}
@@ -463,18 +457,15 @@ func version() string {
 	return fmt.Sprintf("%s %s %s/%s", release, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
-// buildTime returns when the source was committed, or 1970 in a binary that make
-// has not built.
-func buildTime() time.Time {
-	n, _ := strconv.ParseInt(built, 10, 64)
-	return time.Unix(n, 0)
-}
-
-// findConfig returns the path of client.cfg: the one that was named, else the
-// one in the working directory, else the one beside the program, links followed.
-func findConfig(named string) (string, error) {
+// readConfig reads and parses client.cfg: the one that is named, else the one in the
+// working directory, else the one beside the program, links followed.
+func readConfig(named string) (*ini, error) {
 	if named != "" {
-		return filepath.Abs(named)
+		file, err := filepath.Abs(named)
+		if err != nil {
+			return nil, err
+		}
+		return readINI(file)
 	}
 	here, _ := os.Getwd() // "" where it is gone, and then nothing is found there
 	program, _ := os.Executable()
@@ -482,20 +473,11 @@ func findConfig(named string) (string, error) {
 	files := []string{filepath.Join(here, "client.cfg"), filepath.Join(filepath.Dir(program), "client.cfg")}
 	for _, file := range files {
 		if exists(file) {
-			return file, nil
+			return readINI(file)
 		}
 	}
-	return "", usagef("%w: looked for %s; type: picket -c FILE ...",
+	return nil, usagef("%w: looked for %s; type: picket -c FILE ...",
 		errNoConfig, strings.Join(slices.Compact(files), ", then "))
-}
-
-// readConfig reads and parses client.cfg: the file that is named, or the one found.
-func readConfig(named string) (*ini, error) {
-	file, err := findConfig(named)
-	if err != nil {
-		return nil, err
-	}
-	return readINI(file)
 }
 
 // readSettings returns the settings of client.cfg, so named or found.
@@ -746,7 +728,8 @@ func monitorClient(s *settings) *client {
 
 // clientTLS returns the rules for calls over https.
 func clientTLS(t tlsFiles) *tls.Config {
-	c := newTLS(buildTime())
+	committed, _ := strconv.ParseInt(built, 10, 64) // 0 in a binary that make has not built
+	c := newTLS(time.Unix(committed, 0))
 	c.RootCAs = t.pool
 	if t.pair != nil {
 		c.Certificates = []tls.Certificate{*t.pair}
@@ -826,7 +809,9 @@ func (a *agent) end() {
 	log.Print(notice + "ending")
 	a.cancel()
 	a.delivery.putLast()
-	logWaiting(sensorsTime, oneLine(strings.Join(a.queue.running(), ", ")))
+	if names := strings.Join(a.queue.running(), ", "); names != "" {
+		log.Printf(notice+"ending: waits for %s, at most %v", oneLine(names), sensorsTime)
+	}
 	within(sensorsTime, a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
@@ -836,16 +821,9 @@ func (a *agent) end() {
 		}
 	})
 	if n := a.delivery.count().undelivered; n > 0 {
-		logWaiting(deliverTime, "the monitor to take "+plural(n, "reading"))
+		log.Printf(notice+"ending: waits for the monitor to take %s, at most %v", plural(n, "reading"), deliverTime)
 	}
 	within(deliverTime, a.delivery.close)
-}
-
-// logWaiting says what the agent waits for before it ends, if there is anything.
-func logWaiting(most time.Duration, what string) {
-	if what != "" {
-		log.Printf(notice+"ending: waits for %s, at most %v", what, most)
-	}
 }
 
 // within calls f with a context that ends after d.
@@ -902,11 +880,10 @@ func wrongScheme(ctx context.Context, u *url.URL, err error) error {
 // logWarnings logs what is allowed, but perhaps not meant.
 func (a *agent) logWarnings() {
 	now := a.active.Load()
-	for _, text := range now.sensors.warnings() {
-		log.Print(warning + text)
-	}
-	if text := now.updater.ownerWarning(); text != "" {
-		log.Print(warning + text)
+	for _, text := range append(now.sensors.warnings(), now.updater.ownerWarning()) {
+		if text != "" {
+			log.Print(warning + text)
+		}
 	}
 	if len(now.settings.allow) == 0 && now.settings.agentTLS.ca == "" {
 		log.Printf(notice+"[agent] allow is empty: whoever reaches %s can command the agent", a.listener.Addr())
@@ -1001,13 +978,12 @@ func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
 
 // residentKiB returns the resident memory of this process, -1 without a /proc.
 func residentKiB() int {
-	text, _ := os.ReadFile("/proc/self/statm") // in pages: all, resident, ...
-	words := strings.Fields(string(text) + " - -")
-	pages, err := strconv.Atoi(words[1])
-	if err != nil {
+	text, _ := os.ReadFile("/proc/self/statm")
+	var all, resident int // pages
+	if _, err := fmt.Sscan(string(text), &all, &resident); err != nil {
 		return -1
 	}
-	return pages * (os.Getpagesize() >> 10)
+	return resident * (os.Getpagesize() >> 10)
 }
 
 // ownReading returns a reading of the agent itself.
@@ -1147,16 +1123,13 @@ func (a *agent) makeChange(ctx context.Context, c command) reading {
 	return reading{value: "1"}
 }
 
-// noteChange keeps, for cmd_list_sensors, why the latest change of a sensor
-// failed. Only sensors that are installed are kept.
+// noteChange keeps, for cmd_list_sensors, why the latest change of a sensor failed, as long
+// as that is installed. A move is noted under no name, which no sensor has.
 func (a *agent) noteChange(c command, err error) {
-	if c.change == "move" || c.sensor == ownSensor {
-		return
-	}
 	a.failedMu.Lock()
 	defer a.failedMu.Unlock()
 	delete(a.failed, c.sensor)
-	if err != nil {
+	if err != nil && c.sensor != ownSensor {
 		a.failed[c.sensor] = oneLine(masked(err.Error()))
 	}
 	path := a.active.Load().sensors.path
