@@ -39,7 +39,7 @@
 //
 //  1. handler.ServeHTTP checks the caller, the path and the size of a request.
 //  2. decodeCall reads the method and its parameters.
-//  3. agent.submit makes a command of them: ticket, sensor, arguments.
+//  3. agent.submits makes a command of them: ticket, sensor, arguments.
 //  4. queue.accept gives it a place, or waits for one. The answer is OK.
 //  5. queue.start runs it when it is the turn of its caller.
 //  6. agent.runCommand waits until the delivery has room for a reading.
@@ -51,7 +51,7 @@
 //
 // # The way of an update
 //
-//  1. agent.submit makes a command of sensor and ticket.
+//  1. agent.submits makes a command of sensor and ticket.
 //  2. queue.accept gives it a place. When it begins, equal ones that wait join it.
 //  3. agent.makeChange calls updater.install, which takes the steps of a change.
 //  4. begin opens the directories and locks them; settle finishes an earlier change.
@@ -697,8 +697,8 @@ func newAgent(s *settings) (*agent, error) {
 	a.active.Store(activate(s))
 	a.handler = newHandler(a.commands())
 	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
-	spool := newSpool(s.spool, s.spoolSize)
-	a.delivery = newDelivery(monitorClient(s), readingZone(s), s.noValue, time.Second, spool)
+	c, zone, noValue := monitorOf(s)
+	a.delivery = newDelivery(c, zone, noValue, time.Second, newSpool(s.spool, s.spoolSize))
 	a.queue = newQueue(s.concurrency, s.queue, a.runCommand, a.delivery.put, a.delivery.discard)
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	return a, nil
@@ -714,16 +714,14 @@ func activate(s *settings) *active {
 	}}
 }
 
-// readingZone returns the zone in which the times of readings are sent.
-func readingZone(s *settings) *time.Location {
+// monitorOf returns the monitor, the zone of the times that it gets, and what it gets
+// where there is no value.
+func monitorOf(s *settings) (c *client, zone *time.Location, noValue string) {
+	zone = time.Local
 	if s.utc {
-		return time.UTC
+		zone = time.UTC
 	}
-	return time.Local
-}
-
-func monitorClient(s *settings) *client {
-	return newClient(s.monitor, s.monitorTimeout, clientTLS(s.monitorTLS))
+	return newClient(s.monitor, s.monitorTimeout, clientTLS(s.monitorTLS)), zone, s.noValue
 }
 
 // clientTLS returns the rules for calls over https.
@@ -916,7 +914,7 @@ func (a *agent) reload(ctx context.Context) {
 	a.active.Store(now)
 	a.queue.resize(s.concurrency, s.queue)
 	a.handler.setAccess(&access{s.allow, serverTLS(s.agentTLS)})
-	a.delivery.configure(monitorClient(s), readingZone(s), s.noValue)
+	a.delivery.configure(monitorOf(s))
 	a.applied(s)
 	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, masked(s.monitor.String()))
 	a.logWarnings()
@@ -1021,36 +1019,31 @@ func (a *agent) healthLine() string {
 // commands returns the methods that the monitor can call, besides those of every
 // XML-RPC server.
 func (a *agent) commands() []method {
-	methods := []method{
+	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
+	const changed = "string string, string string int, string string string"
+	return []method{
 		{"cmd_list_sensors", "struct", "cmd_list_sensors(): the help text of each sensor, by its name.", a.listSensors},
 		{"healthcheck", "string", "healthcheck(): OK.", healthcheck},
-	}
-	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
-	for _, c := range []struct{ name, change, takes, signatures, help string }{
-		{"cmd_submit_reading", "", "ticket, sensor, [arguments]",
-			"string int string, string int string array, string int string string, " +
-				"string i8 string, string i8 string array, string i8 string string, " +
+		a.submits("cmd_submit_reading", "", "ticket, sensor, [arguments]",
+			"string int string, string int string array, string int string string, "+
+				"string i8 string, string i8 string array, string i8 string string, "+
 				"string string string, string string string array, string string string string",
-			"runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once."},
-		{"cmd_update_sensor_code", "update", "sensor, [ticket]", "string string, string string int, string string string",
-			"fetches the sensor's package with cmd_get_sensor_code, tries it and installs it." + done},
-		{"cmd_rollback_sensor_code", "rollback", "sensor, [ticket]", "string string, string string int, string string string",
-			"puts the newest backup of the sensor back in its place." + done},
-		{"cmd_register_new_server", "move", "[ticket]", "string, string int, string string",
-			"asks for another monitor with cmd_get_new_monitor_url, and moves there if its healthcheck answers OK." + done},
-	} {
-		help := fmt.Sprintf("%s(%s): %s", c.name, c.takes, c.help)
-		methods = append(methods, method{c.name, c.signatures, help, a.submit(c.name, c.change, c.takes)})
+			"runs a sensor and stores the reading at the monitor with cmd_store_probe_data. Returns OK at once."),
+		a.submits("cmd_update_sensor_code", "update", "sensor, [ticket]", changed,
+			"fetches the sensor's package with cmd_get_sensor_code, tries it and installs it."+done),
+		a.submits("cmd_rollback_sensor_code", "rollback", "sensor, [ticket]", changed,
+			"puts the newest backup of the sensor back in its place."+done),
+		a.submits("cmd_register_new_server", "move", "[ticket]", "string, string int, string string",
+			"asks for another monitor with cmd_get_new_monitor_url, and moves there if its healthcheck answers OK."+done),
 	}
-	return methods
 }
 
-// submit returns the method that makes a command of its parameters and accepts it.
+// submits returns the method that makes a command of its parameters and accepts it.
 // takes names the parameters in order; those that may be missing have brackets.
-func (a *agent) submit(name, change, takes string) func(request, []any) (any, error) {
+func (a *agent) submits(name, change, takes, signatures, help string) method {
 	names := strings.Split(takes, ", ")
 	least := len(names) - strings.Count(takes, "[")
-	return func(r request, params []any) (any, error) {
+	submit := func(r request, params []any) (any, error) {
 		c, err := command{change: change}, error(nil)
 		for i := 0; i < len(params) && err == nil; i++ {
 			switch v := params[i]; names[i] {
@@ -1069,6 +1062,7 @@ func (a *agent) submit(name, change, takes string) func(request, []any) (any, er
 		}
 		return a.accept(r, name, c)
 	}
+	return method{name, signatures, fmt.Sprintf("%s(%s): %s", name, takes, help), submit}
 }
 
 // accept puts a command into the queue. Where that is full it waits for room, as
@@ -1176,7 +1170,7 @@ func (a *agent) move(ctx context.Context) error {
 	s := *now.settings
 	s.monitor = u
 	a.active.Store(&active{&s, now.sensors, now.updater})
-	a.delivery.configure(monitorClient(&s), readingZone(&s), s.noValue)
+	a.delivery.configure(monitorOf(&s))
 	log.Printf(notice+"move: from now on the monitor is %s", masked(u.String()))
 	return nil
 }
@@ -1272,26 +1266,25 @@ func indent(text, by string) string {
 
 // runChange changes a sensor as an administrator on the box asks: by update, rollback
 // or install.
-func runChange(ctx context.Context, in *invocation) (err error) {
+func runChange(ctx context.Context, in *invocation) error {
 	verb, name := in.command.name, in.args[0]
+	c, _, _ := monitorOf(in.settings)
+	defer c.close()
+	from := fromMonitor(c, name, in.settings.maxPackage)
 	if verb == "install" {
-		name = filepath.Base(name)
+		from, name = fromFile(name), filepath.Base(name)
 		for _, suffix := range []string{".bz2", ".gz", ".tar", ".tbz2", ".tgz"} {
 			name = strings.TrimSuffix(name, suffix)
 		}
 	}
-	if err := checkOnDisk(name); err != nil {
+	err := checkOnDisk(name)
+	if err != nil {
 		return err
 	}
-	u, c := activate(in.settings).updater, monitorClient(in.settings)
-	defer c.close()
-	switch verb {
-	case "update":
-		err = u.install(ctx, name, fromMonitor(c, name, in.settings.maxPackage))
-	case "rollback":
+	if u := activate(in.settings).updater; verb == "rollback" {
 		err = u.rollback(ctx, name)
-	case "install":
-		err = u.install(ctx, name, fromFile(in.args[0]))
+	} else {
+		err = u.install(ctx, name, from)
 	}
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", verb, name, err)
@@ -1432,7 +1425,6 @@ func readable(v any) string {
 
 func runMonitor(ctx context.Context, in *invocation) error {
 	m := &monitor{packages: *in.flags["packages"], next: *in.flags["next"]}
-	listen, probe := *in.flags["listen"], *in.flags["probe"]
 	if _, err := httpURL(m.next); m.next != "" && err != nil {
 		return in.usageError("-next: %w", err)
 	}
@@ -1447,20 +1439,21 @@ func runMonitor(ctx context.Context, in *invocation) error {
 	if err != nil {
 		return err
 	}
-	scheme := "http"
-	if m.tls = serverTLS(files); m.tls != nil {
+	h, scheme := newHandler(m.methods()), "http"
+	if rules := serverTLS(files); rules != nil {
+		h.setAccess(&access{tls: rules})
 		scheme = "https"
 	}
-	listener, err := net.Listen("tcp", listen)
+	listener, err := net.Listen("tcp", *in.flags["listen"])
 	if err != nil {
 		return fmt.Errorf("-listen: %w", err)
 	}
 	defer listener.Close()
 	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
-	p := newProber(clientTLS(agentFiles), in.out)
+	p, probe := newProber(clientTLS(agentFiles), in.out), *in.flags["probe"]
 	p.host, _, _ = net.SplitHostPort(probe) // Listen says what is wrong with it
 	if m.stored = p.stored; probe == "" {
-		return m.serve(ctx, listener)
+		return serveUntil(ctx, h, listener)
 	}
 	probes, err := net.Listen("tcp", probe)
 	if err != nil {
@@ -1470,7 +1463,7 @@ func runMonitor(ctx context.Context, in *invocation) error {
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { defer cancel(); ended <- serveUntil(ctx, p.handler, probes) }()
-	err = m.serve(ctx, listener)
+	err = serveUntil(ctx, h, listener)
 	cancel()
 	return errors.Join(err, <-ended)
 }
@@ -1493,14 +1486,6 @@ type monitor struct {
 	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string                    // the URL that agents move to; "" is none
 	stored   func(storedReading) error // is called for each reading, perhaps for several at once
-	tls      *tls.Config               // nil: without TLS
-}
-
-// serve answers agents until ctx ends.
-func (m *monitor) serve(ctx context.Context, listener net.Listener) error {
-	h := newHandler(m.methods())
-	h.setAccess(&access{tls: m.tls})
-	return serveUntil(ctx, h, listener)
 }
 
 // serveUntil serves a handler until ctx ends, to more callers than an agent has.
@@ -1989,7 +1974,7 @@ func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) 
 	defer c.close()
 	ended := make(chan error, 2)
 	ctx, cancel := context.WithTimeout(ctx, selfTime)
-	go func() { ended <- m.serve(ctx, listener) }()
+	go func() { ended <- serveUntil(ctx, newHandler(m.methods()), listener) }()
 	go func() { ended <- a.run(ctx) }()
 	for i := 0; i < len(selfSteps) && err == nil; i++ {
 		err = t.step(ctx, c, selfSteps[i].call, selfSteps[i].want, stored)
