@@ -3733,9 +3733,11 @@ func TestProbeTarget(t *testing.T) {
 // TestProbeForgets: tickets of readings that never come do not pile up.
 func TestProbeForgets(t *testing.T) {
 	p := newProber(nil, io.Discard)
-	waiting := p.newTicket(make(chan storedReading, 1))
+	waiting := p.newTicket(&probeRead{})
 	for i := 0; i <= maxTickets+10; i++ {
-		p.forget(map[any]probeRead{p.newTicket(make(chan storedReading, 1)): {}})
+		late := &probeRead{}
+		p.newTicket(late)
+		p.forget([]*probeRead{late})
 		expect(t, len(p.tickets) <= maxTickets+1, "got %d tickets; want %d at most", len(p.tickets), maxTickets)
 	}
 	must(t, p.stored(storedReading{ticket: waiting}))

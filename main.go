@@ -71,7 +71,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -900,10 +899,9 @@ func (a *agent) reload(ctx context.Context) {
 		return // the agent ends
 	}
 	if err != nil {
-		for _, line := range strings.Split(masked(err.Error()), "\n") {
+		for _, line := range strings.Split(masked(err.Error())+"\nthe settings before stay in force", "\n") {
 			log.Printf(severe+"reload: %s", line)
 		}
-		log.Print(severe + "reload: the settings before stay in force")
 		return
 	}
 	if was := before.settings; s.listen != was.listen || s.spool != was.spool || s.spoolSize != was.spoolSize {
@@ -936,19 +934,16 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 		text, err = readSmall(before.file, maxConfig)
 		same = bytes.Equal(text, earlier)
 	}
-	if err != nil {
-		return s, err
+	var c *ini
+	if err == nil {
+		c, err = parseINI(before.file, string(text))
 	}
-	c, err := parseINI(before.file, string(text))
 	if err == nil {
 		s, err = checkSettings(c, wrong)
 	}
-	if err != nil {
-		return s, err
-	}
-	if lost := before.lost(s); len(lost) > 0 {
+	if err == nil && len(before.lost(s)) > 0 {
 		err = fmt.Errorf("%s: it lacks %s: a reload gives up no protection that is in force, only a start does",
-			before.file, strings.Join(lost, ", "))
+			before.file, strings.Join(before.lost(s), ", "))
 	}
 	return s, err
 }
@@ -1564,13 +1559,13 @@ type prober struct {
 	out     io.Writer   // gets the readings that no probe waits for
 	host    string      // of -probe
 
-	mu      sync.Mutex                      // guards what is below
-	tickets map[string]chan<- storedReading // of readings that have not come; nil: the probe is over
-	counts  map[string]int                  // of readings and probes, by result
+	mu      sync.Mutex            // guards what is below
+	tickets map[string]*probeRead // of readings that have not come; nil: the probe is over
+	counts  map[string]int        // of readings and probes, by result
 }
 
 func newProber(tls *tls.Config, out io.Writer) *prober {
-	p := &prober{tls: tls, out: out, tickets: make(map[string]chan<- storedReading), counts: make(map[string]int)}
+	p := &prober{tls: tls, out: out, tickets: make(map[string]*probeRead), counts: make(map[string]int)}
 	p.handler = newHandler(nil)
 	p.handler.http.Handler = p
 	return p
@@ -1629,12 +1624,16 @@ const probePage = `<!DOCTYPE html>
 // A probe is what one scrape asks for.
 type probe struct {
 	target *url.URL
-	reads  []probeRead
+	reads  []*probeRead
 	wait   time.Duration // for all of it
 }
 
 // A probeRead is one reading that a probe asks for.
-type probeRead struct{ sensor, args string }
+type probeRead struct {
+	sensor, args, ticket string
+	reading              *storedReading
+	arrived              chan struct{} // is closed when the reading has come
+}
 
 // parseProbe returns the probe that a request describes.
 func parseProbe(r *http.Request) (p probe, err error) {
@@ -1653,7 +1652,7 @@ func parseProbe(r *http.Request) (p probe, err error) {
 	}
 	for _, text := range reads {
 		sensor, args, _ := strings.Cut(strings.TrimSpace(text), " ")
-		read := probeRead{sensor, strings.TrimSpace(args)}
+		read := &probeRead{sensor: sensor, args: strings.TrimSpace(args)}
 		if _, err = sensorName(sensor); err == nil {
 			_, err = arguments(args)
 		}
@@ -1663,7 +1662,7 @@ func parseProbe(r *http.Request) (p probe, err error) {
 			return p, fmt.Errorf("read: %w", err)
 		case strings.ContainsFunc(args, notPlain):
 			return p, fmt.Errorf("read: %s is not plain text", cut(args))
-		case slices.Contains(p.reads, read):
+		case slices.ContainsFunc(p.reads, func(other *probeRead) bool { return *other == *read }):
 			return p, fmt.Errorf("read: %s comes twice", cut(text))
 		}
 		p.reads = append(p.reads, read)
@@ -1703,16 +1702,17 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		p.count("bad_request")
 		return http.StatusBadRequest, oneLine(masked(err.Error())) + "\n"
 	}
-	got, err := p.take(r.Context(), probe)
+	err = p.take(r.Context(), probe)
 	var codes, values []string
 	for _, read := range probe.reads {
-		if r, ok := got[read]; ok {
-			labels := fmt.Sprintf("{sensor=%q,args=%q} ", read.sensor, read.args)
-			codes = append(codes, fmt.Sprint(labels, r.code))
-			value := strings.TrimSpace(r.value)
-			if _, err := parseDecimal(value); err == nil {
-				values = append(values, labels+value)
-			}
+		if read.reading == nil {
+			continue
+		}
+		labels := fmt.Sprintf("{sensor=%q,args=%q} ", read.sensor, read.args)
+		codes = append(codes, fmt.Sprint(labels, read.reading.code))
+		value := strings.TrimSpace(read.reading.value)
+		if _, err := parseDecimal(value); err == nil {
+			values = append(values, labels+value)
 		}
 	}
 	success, result := " 1", "ok"
@@ -1729,71 +1729,63 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
 }
 
-// take has a box take the readings of a probe, and returns those that come in time.
-// The error says why others do not.
-func (p *prober) take(ctx context.Context, probe probe) (got map[probeRead]storedReading, err error) {
+// take has a box take the readings of a probe, and waits for them. The error says why
+// some have not come.
+func (p *prober) take(ctx context.Context, probe probe) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
 	defer cancel()
 	c := newClient(probe.target, probe.wait, p.tls)
 	defer c.close()
-	arrived, acknowledged := make(chan storedReading, len(probe.reads)), 0
-	asked := make(map[any]probeRead) // by ticket; each is known before its reading can come
+	acknowledged := 0
 	for _, read := range probe.reads {
-		ticket := p.newTicket(arrived)
-		asked[ticket] = read
+		ticket := p.newTicket(read) // before its reading can come
 		if _, err = c.call(ctx, "cmd_submit_reading", ticket, read.sensor, read.args); err != nil {
 			err = wrongScheme(ctx, probe.target, err)
 			break // the box is away or busy
 		}
 		acknowledged++
 	}
-	got = make(map[probeRead]storedReading)
-	for len(got) < acknowledged && ctx.Err() == nil {
+	for _, read := range probe.reads[:acknowledged] {
 		select {
-		case r := <-arrived:
-			got[asked[r.ticket]] = r
+		case <-read.arrived:
 		case <-ctx.Done():
 		}
 	}
-	p.forget(asked)
-	for len(arrived) > 0 { // until just now
-		r := <-arrived
-		got[asked[r.ticket]] = r
-	}
+	p.forget(probe.reads)
 	for _, read := range probe.reads {
-		if _, came := got[read]; !came && err == nil {
+		if read.reading == nil && err == nil {
 			what := cut(strings.TrimSpace(read.sensor + " " + read.args))
 			err = fmt.Errorf("no reading of %s in %v: does the [monitor] url of the box lead here?", what, probe.wait)
 		}
 	}
-	return got, err
+	return err
 }
 
-// newTicket returns a ticket that nobody can guess. Its reading goes to arrived.
-func (p *prober) newTicket(arrived chan<- storedReading) string {
+// newTicket returns a ticket that nobody can guess, for a reading that is to come.
+func (p *prober) newTicket(read *probeRead) string {
 	secret := make([]byte, 16)
 	if _, err := rand.Read(secret); err != nil {
 		panic(err) // no ticket is better than one that can be guessed
 	}
-	ticket := probeTicket + hex.EncodeToString(secret)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.tickets[ticket] = arrived
-	return ticket
+	read.ticket, read.arrived = fmt.Sprintf("%s%x", probeTicket, secret), make(chan struct{})
+	p.tickets[read.ticket] = read
+	return read.ticket
 }
 
 // forget ends the wait for the readings that have not come. Those that come later are
 // known as late, until too many are.
-func (p *prober) forget(asked map[any]probeRead) {
+func (p *prober) forget(reads []*probeRead) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for ticket := range asked {
-		if p.tickets[ticket.(string)] != nil {
-			p.tickets[ticket.(string)] = nil
+	for _, read := range reads {
+		if p.tickets[read.ticket] != nil {
+			p.tickets[read.ticket] = nil
 		}
 	}
 	if len(p.tickets) > maxTickets {
-		maps.DeleteFunc(p.tickets, func(_ string, c chan<- storedReading) bool { return c == nil })
+		maps.DeleteFunc(p.tickets, func(_ string, read *probeRead) bool { return read == nil })
 	}
 }
 
@@ -1802,17 +1794,18 @@ func (p *prober) stored(r storedReading) error {
 	ticket, _ := r.ticket.(string)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	arrived, known := p.tickets[ticket]
+	read, known := p.tickets[ticket]
 	delete(p.tickets, ticket)
 	result, remark := "stored", ""
-	if known && arrived == nil {
+	if known && read == nil {
 		result, remark = "late", ", late"
 	} else if !known && strings.HasPrefix(ticket, probeTicket) {
 		result, remark = "unknown", ", unknown"
 	}
 	p.counts[result]++
-	if arrived != nil {
-		arrived <- r // which has room
+	if read != nil {
+		read.reading = &r
+		close(read.arrived)
 		return nil
 	}
 	_, err := fmt.Fprintf(p.out, "%s%s\n", r, remark)
@@ -1907,12 +1900,8 @@ func (t *selftest) row(verdict, what, outcome string) {
 // takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in *invocation) error {
 	leaveTerminal()
-	s, err := readSettings(in.config)
-	installed := err == nil
-	if errors.Is(err, errNoConfig) {
-		s, err = &settings{}, nil
-	}
-	if err != nil {
+	s, err := readSettings(in.config) // nil without a client.cfg
+	if err != nil && !errors.Is(err, errNoConfig) {
 		return err
 	}
 	dir, err := os.MkdirTemp("", "picket-selftest-")
@@ -1925,7 +1914,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	log.SetOutput(plainLog(&lines, false))
 	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
 	t := &selftest{out: in.out}
-	if err = t.testAgent(ctx, dir, s.user); err == nil && installed {
+	if err = t.testAgent(ctx, dir, s); err == nil && s != nil {
 		err = t.testInstalled(ctx, activate(s).sensors)
 	}
 	log.SetOutput(before)
@@ -1941,8 +1930,9 @@ func runSelftest(ctx context.Context, in *invocation) error {
 }
 
 // testAgent runs an agent with selfFiles and a stand-in for its monitor, both on
-// loopback, and gives the agent the commands of selfSteps.
-func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) error {
+// loopback, and gives the agent the commands of selfSteps. If there are settings of a
+// client.cfg, its sensors run as those of that.
+func (t *selftest) testAgent(ctx context.Context, dir string, installed *settings) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
 	for name, text := range selfFiles() {
@@ -1958,7 +1948,9 @@ func (t *selftest) testAgent(ctx context.Context, dir string, user *sensorUser) 
 	if err != nil {
 		return err
 	}
-	s.user = user
+	if installed != nil {
+		s.user = installed.user
+	}
 	s.monitor = &url.URL{Scheme: "http", Host: listener.Addr().String(), Path: "/xmlrpc/"}
 	stored := make(chan storedReading, 1)
 	m := &monitor{
