@@ -216,7 +216,7 @@ func usagef(format string, args ...any) error {
 type subcommand struct {
 	name, args  string
 	flags       string // NAME or NAME=DEFAULT; each takes a value
-	least, most int    // arguments beside the flags; most < 0: any number
+	least, most int    // arguments beside the flags; most < 0: any number that -most divides
 	needs       int    // what is read before it runs
 	run         func(context.Context, *invocation) error
 	page        string // the first line is its line of "picket help"
@@ -226,7 +226,7 @@ type subcommand struct {
 const (
 	needsNothing  = iota
 	needsINI      // client.cfg
-	needsSettings // its settings; as it runs sensors, the terminal is given up
+	needsSettings // its settings alone; as it runs sensors, the terminal is given up
 )
 
 const (
@@ -253,7 +253,7 @@ See also: picket help config get, config set, config unset.`},
 	{"config get", "SECTION OPTION", "", 2, 2, needsINI, runConfigGet, `print one value
 Or its default. A password is shown as xxxxx.
   picket config get monitor url`},
-	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "", 3, -1, needsINI, runConfigEdit,
+	{"config set", "SECTION OPTION VALUE [SECTION OPTION VALUE...]", "", 3, -3, needsINI, runConfigEdit,
 		`change values in place
 Every other byte of client.cfg stays. A change that makes it wrong is refused.
   picket config set monitor url http://monitor:8081/xmlrpc/`},
@@ -343,16 +343,15 @@ func waitUnderInit(ctx context.Context, err error) {
 // page.
 func (in *invocation) run(ctx context.Context, args []string) error {
 	err := in.parse(args)
-	if errors.Is(err, flag.ErrHelp) {
+	switch needs := in.command.needs; {
+	case errors.Is(err, flag.ErrHelp):
 		in.help()
 		return nil
-	}
-	if err == nil && in.command.needs >= needsINI {
+	case err == nil && needs == needsINI:
 		in.ini, err = readConfig(in.config)
-	}
-	if err == nil && in.command.needs >= needsSettings {
+	case err == nil && needs == needsSettings:
 		leaveTerminal()
-		in.settings, err = checkSettings(in.ini, wrong)
+		in.settings, err = readSettings(in.config)
 	}
 	if err != nil {
 		return err
@@ -398,7 +397,7 @@ func (in *invocation) parse(args []string) error {
 		return in.usageError("unknown command %q", strings.TrimSpace(c.name+" "+in.args[0]))
 	case asked:
 		return flag.ErrHelp
-	case n < c.least || c.most >= 0 && n > c.most:
+	case n < c.least || c.most >= 0 && n > c.most || c.most < 0 && n%c.most != 0:
 		return in.usageError("%s: arguments missing or too many", c.name)
 	}
 	return nil
@@ -995,11 +994,11 @@ func (a *agent) ownReading(args []string) reading {
 
 // ownHelp returns the help text of the sensor that is the agent itself.
 func ownHelp() string {
-	var lines []string
+	text := ""
 	for _, h := range health {
-		lines = append(lines, fmt.Sprintf("%-18s %s", h.name, h.help))
+		text += fmt.Sprintf("%-18s %s\n", h.name, h.help)
 	}
-	return strings.Join(lines, "\n")
+	return strings.TrimSpace(text)
 }
 
 // healthLine returns the agent's health in one line.
@@ -1037,7 +1036,6 @@ func (a *agent) commands() []method {
 // takes names the parameters in order; those that may be missing have brackets.
 func (a *agent) submits(name, change, takes, signatures, help string) method {
 	names := strings.Split(takes, ", ")
-	least := len(names) - strings.Count(takes, "[")
 	submit := func(r request, params []any) (any, error) {
 		c, err := command{change: change}, error(nil)
 		for i := 0; i < len(params) && err == nil; i++ {
@@ -1047,7 +1045,7 @@ func (a *agent) submits(name, change, takes, signatures, help string) method {
 			case "[arguments]":
 				c.args, err = arguments(v)
 			default:
-				if v != nil || i < least {
+				if v != nil || names[i] == "ticket" {
 					c.ticket, err = ticketOf(v)
 				}
 			}
@@ -1237,7 +1235,7 @@ func runList(ctx context.Context, in *invocation) error {
 	}
 	texts[ownSensor] = ownHelp()
 	for _, name := range sortedKeys(texts) {
-		fmt.Fprintf(in.out, "%s\n%s", name, indent(texts[name], "  "))
+		fmt.Fprintf(in.out, "%s\n  %s\n", name, strings.ReplaceAll(texts[name], "\n", "\n  "))
 	}
 	return nil
 }
@@ -1252,11 +1250,6 @@ func checkOnDisk(name string) error {
 		return usagef("%w; type: picket list", err)
 	}
 	return nil
-}
-
-// indent puts something before each line of a text.
-func indent(text, by string) string {
-	return by + strings.ReplaceAll(text, "\n", "\n"+by) + "\n"
 }
 
 // runChange changes a sensor as an administrator on the box asks: by update, rollback
@@ -1330,9 +1323,6 @@ func runConfigGet(_ context.Context, in *invocation) error {
 // a mistake which was not there before, or to any finding about what it sets.
 func runConfigEdit(ctx context.Context, in *invocation) error {
 	sets := in.command.name == "config set"
-	if sets && len(in.args)%3 != 0 {
-		return in.usageError("config set: arguments missing or too many")
-	}
 	return editINI(ctx, in.ini.name, func(c *ini) (err error) {
 		_, before := checkAll(c)
 		var named []iniKey // the options and sections that it sets
@@ -1427,11 +1417,8 @@ func runMonitor(ctx context.Context, in *invocation) error {
 		return in.usageError("-packages: %w", err)
 	}
 	files, err := in.loadTLS("")
-	if err != nil {
-		return err
-	}
-	agentFiles, err := in.loadTLS("agent-")
-	if err != nil {
+	agentFiles, errAgent := in.loadTLS("agent-")
+	if err := errors.Join(err, errAgent); err != nil {
 		return err
 	}
 	h, scheme := newHandler(m.methods()), "http"
@@ -1510,21 +1497,16 @@ func (m *monitor) methods() []method {
 }
 
 func (m *monitor) store(r request, params []any) (any, error) {
-	s := storedReading{peer: r.peer}
-	var err error
-	s.ticket, err = ticketOf(params[0])
+	ticket, err := ticketOf(params[0])
 	pair, _ := params[1].([]any)
-	s.time, _ = params[2].(dateTime)
-	var isInt, isString bool
-	if len(pair) == 2 {
-		s.code, isInt = pair[0].(int)
-		s.value, isString = pair[1].(string)
+	if at, isTime := params[2].(dateTime); err == nil && len(pair) == 2 && isTime {
+		code, isInt := pair[0].(int)
+		if value, isString := pair[1].(string); isInt && isString {
+			return "OK", m.stored(storedReading{at, r.peer, ticket, code, value})
+		}
 	}
-	if err != nil || s.time == "" || !isInt || !isString {
-		return nil, faultf(faultParams,
-			"cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
-	}
-	return "OK", m.stored(s)
+	return nil, faultf(faultParams,
+		"cmd_store_probe_data takes ticket, [exit code as int, value as string], time as dateTime.iso8601")
 }
 
 // file returns the content of the file that a sensor's name and a suffix make.
@@ -1922,7 +1904,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 		err = fmt.Errorf("%s not as it should be", plural(t.failed, "thing"))
 	}
 	if err != nil {
-		fmt.Fprintf(in.out, "\nlog:\n%s", indent(strings.TrimSpace(lines.String()), "  "))
+		fmt.Fprintf(in.out, "\nlog:\n  %s\n", strings.ReplaceAll(strings.TrimSpace(lines.String()), "\n", "\n  "))
 		return fmt.Errorf("selftest: %w", err)
 	}
 	fmt.Fprintln(in.out, "selftest passed")
@@ -1931,7 +1913,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 
 // testAgent runs an agent with selfFiles and a stand-in for its monitor, both on
 // loopback, and gives the agent the commands of selfSteps. If there are settings of a
-// client.cfg, its sensors run as those of that.
+// client.cfg, the sensors run as its user.
 func (t *selftest) testAgent(ctx context.Context, dir string, installed *settings) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
