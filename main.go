@@ -297,10 +297,9 @@ It runs sensors of its own, in TMPDIR or /tmp, then each one that is installed.
 
 // An invocation is one call of the program.
 type invocation struct {
-	config   string // the -c of the command line
 	command  *subcommand
-	flags    map[string]*string
-	args     []string // beside the flags
+	flags    map[string]*string // those of the subcommand, and -c
+	args     []string           // beside the flags
 	out      io.Writer
 	ini      *ini      // client.cfg, if the subcommand needs it
 	settings *settings // its settings, if the subcommand needs them
@@ -309,7 +308,7 @@ type invocation struct {
 // execute runs the program with the arguments of its command line, and returns its exit
 // code and what there is to say, which shows no password.
 func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
-	in := &invocation{command: &subcommands[0], out: out}
+	in := &invocation{command: &subcommands[0], flags: make(map[string]*string), out: out}
 	err := in.run(ctx, args)
 	if err == nil {
 		return 0, nil
@@ -348,10 +347,10 @@ func (in *invocation) run(ctx context.Context, args []string) error {
 		in.help()
 		return nil
 	case err == nil && needs == needsINI:
-		in.ini, err = readConfig(in.config)
+		in.ini, err = readConfig(*in.flags["c"])
 	case err == nil && needs == needsSettings:
 		leaveTerminal()
-		in.settings, err = readSettings(in.config)
+		in.settings, err = readSettings(*in.flags["c"])
 	}
 	if err != nil {
 		return err
@@ -362,16 +361,13 @@ func (in *invocation) run(ctx context.Context, args []string) error {
 // parse finds the subcommand that a command line names, with its flags and arguments.
 // It returns flag.ErrHelp if the command line asks for help.
 func (in *invocation) parse(args []string) error {
-	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	flags.StringVar(&in.config, "c", "", "")
-	version := flags.Bool("version", false, "")
-	if err := in.parseFlags(flags, args); err != nil {
+	if len(args) == 1 && strings.TrimLeft(args[0], "-") == "version" {
+		args = []string{"version"}
+	}
+	if err := in.parseFlags("c", args); err != nil {
 		return err
 	}
 	words := in.args
-	if *version {
-		words = []string{"version"}
-	}
 	asked := len(words) > 0 && words[0] == "help"
 	if asked {
 		words = words[1:]
@@ -383,12 +379,7 @@ func (in *invocation) parse(args []string) error {
 		}
 	}
 	c := in.command
-	flags, in.flags = flag.NewFlagSet("", flag.ContinueOnError), make(map[string]*string)
-	for _, f := range strings.Fields(c.flags) {
-		name, value, _ := strings.Cut(f, "=")
-		in.flags[name] = flags.String(name, value, "")
-	}
-	if err := in.parseFlags(flags, rest); err != nil {
+	if err := in.parseFlags(c.flags, rest); err != nil {
 		return err
 	}
 	switch n := len(in.args); {
@@ -403,9 +394,14 @@ func (in *invocation) parse(args []string) error {
 	return nil
 }
 
-// parseFlags parses flags and keeps the arguments behind them.
-func (in *invocation) parseFlags(flags *flag.FlagSet, args []string) error {
+// parseFlags parses flags, each NAME or NAME=DEFAULT, and keeps the arguments behind them.
+func (in *invocation) parseFlags(names string, args []string) error {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
+	for _, f := range strings.Fields(names) {
+		name, value, _ := strings.Cut(f, "=")
+		in.flags[name] = flags.String(name, value, "")
+	}
 	if err := flags.Parse(args); err != nil { // flag.ErrHelp, too
 		return in.usageError("%w", err)
 	}
@@ -527,7 +523,7 @@ func runAgent(ctx context.Context, in *invocation) error {
 	logs := newLogWriter(os.Stderr)
 	log.SetOutput(logs)
 	defer logs.close()
-	s, err := readSettings(in.config)
+	s, err := readSettings(*in.flags["c"])
 	if err != nil {
 		return err
 	}
@@ -1294,11 +1290,8 @@ func runConfig(_ context.Context, in *invocation) error {
 	}
 	effective, _ := parseINI(c.name, "") // no error: there is no line
 	for _, o := range c.options(s, "") {
-		value, err := c.value(o.section, o.name)
-		if err == nil {
-			err = effective.set(o.section, o.name, redacted(value))
-		}
-		if err != nil {
+		value, _ := c.value(o.section, o.name) // no error: it was checked
+		if err := effective.set(o.section, o.name, redacted(value)); err != nil {
 			return err
 		}
 	}
@@ -1882,7 +1875,7 @@ func (t *selftest) row(verdict, what, outcome string) {
 // takes a reading from each sensor that is installed.
 func runSelftest(ctx context.Context, in *invocation) error {
 	leaveTerminal()
-	s, err := readSettings(in.config) // nil without a client.cfg
+	s, err := readSettings(*in.flags["c"]) // nil without a client.cfg
 	if err != nil && !errors.Is(err, errNoConfig) {
 		return err
 	}
