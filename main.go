@@ -135,6 +135,8 @@ var (
 	built   string      // when the source was committed, in seconds since 1970
 )
 
+var version = release + " " + runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
+
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { // while the rest starts, as each signal takes two switches between threads
@@ -145,7 +147,7 @@ func main() {
 		cancel()
 	}()
 	log.SetFlags(0)
-	log.SetOutput(plainLog(os.Stderr, false))
+	log.SetOutput(plainLog(os.Stderr, ""))
 	closeOnExec()
 	tz, ok := os.LookupEnv("TZ")
 	time.Local = localZone(tz, ok, "/etc")
@@ -166,8 +168,7 @@ func main() {
 	os.Exit(code)
 }
 
-// closeOnExec has the files above 2 that picket inherited closed when a sensor
-// starts: one may be a lock or a secret.
+// closeOnExec has inherited files closed when a sensor starts: one may be a lock or a secret.
 func closeOnExec() {
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
@@ -198,8 +199,7 @@ func leaveTerminal() {
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
-// An exitError ends the process with a code of its own. Its error is nil if there is
-// nothing more to say.
+// An exitError ends the process with its code. Its error is nil if nothing is to be said.
 type exitError struct {
 	code int
 	error
@@ -236,7 +236,7 @@ const (
 
 // Subcommands are all that picket can be told, each with its page of the help.
 var subcommands = []subcommand{
-	{"", "", "", 0, 0, needsNothing, runAgent, "run the agent until SIGTERM or SIGINT"},
+	{"", "help", "", 0, 0, needsNothing, runAgent, "run the agent until SIGTERM or SIGINT"},
 	{"check", "SENSOR [ARG...]", "", 1, -1, needsSettings, runCheck, `run one sensor as the agent would
 It prints the value or, asked for its options alone, the help text.
   picket check disk percent /
@@ -305,8 +305,7 @@ type invocation struct {
 	settings *settings // its settings, if the subcommand needs them
 }
 
-// execute runs the program with the arguments of its command line, and returns its exit
-// code and what there is to say, which shows no password.
+// execute runs a command line. It returns the exit code, and an error that shows no password.
 func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 	in := &invocation{command: &subcommands[0], flags: make(map[string]*string), out: out}
 	err := in.run(ctx, args)
@@ -328,18 +327,16 @@ func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 // waitUnderInit waits before an agent that process 1 has started ends with an error,
 // say for a wrong client.cfg: process 1 starts it again without a pause.
 func waitUnderInit(ctx context.Context, err error) {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGHUP, syscall.SIGUSR1)
+	defer stop()
 	log.Printf("%v; ends in %v, or at a signal", err, initTime)
 	select {
 	case <-time.After(initTime):
-	case <-signals:
 	case <-ctx.Done():
 	}
 }
 
-// run parses the arguments, reads what the subcommand needs, and runs it or prints its
-// page.
+// run parses the arguments, reads what the subcommand needs, and runs it or prints its page.
 func (in *invocation) run(ctx context.Context, args []string) error {
 	err := in.parse(args)
 	switch needs := in.command.needs; {
@@ -358,8 +355,7 @@ func (in *invocation) run(ctx context.Context, args []string) error {
 	return in.command.run(ctx, in)
 }
 
-// parse finds the subcommand that a command line names, with its flags and arguments.
-// It returns flag.ErrHelp if the command line asks for help.
+// parse finds the subcommand, its flags and arguments. It returns flag.ErrHelp for help.
 func (in *invocation) parse(args []string) error {
 	if len(args) == 1 && strings.TrimLeft(args[0], "-") == "version" {
 		args = []string{"version"}
@@ -414,16 +410,12 @@ func (in *invocation) usageError(format string, args ...any) error {
 	return usagef(format+"; type: %s", append(args, in.command.usage())...)
 }
 
-// usage returns the line to type.
+// usage returns the line to type; where no subcommand is named, it asks for help.
 func (c *subcommand) usage() string {
-	if c.name == "" {
-		return "picket help"
-	}
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
 }
 
-// help prints the page of the subcommand or, if the command line names none, a line
-// of each.
+// help prints the page of the subcommand or, if none was named, a line of each.
 func (in *invocation) help() {
 	if c := in.command; c.name != "" {
 		fmt.Fprintf(in.out, "usage: %s\n%s\n", c.usage(), c.page)
@@ -442,13 +434,8 @@ func (in *invocation) help() {
 }
 
 func runVersion(_ context.Context, in *invocation) error {
-	fmt.Fprintln(in.out, "picket", version())
+	fmt.Fprintln(in.out, "picket", version)
 	return nil
-}
-
-// version describes the binary.
-func version() string {
-	return fmt.Sprintf("%s %s %s/%s", release, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
 // readConfig reads and parses client.cfg: the one that is named, else the one in the
@@ -483,8 +470,7 @@ func readSettings(named string) (*settings, error) {
 	return checkSettings(c, wrong)
 }
 
-// checkSettings returns the settings of client.cfg. Findings that are at least so grave
-// are an error, others are logged.
+// checkSettings returns the settings. Findings at least so grave are an error, others logged.
 func checkSettings(c *ini, grave int) (*settings, error) {
 	s, found := checkAll(c)
 	var errs []error
@@ -542,9 +528,8 @@ func runAgent(ctx context.Context, in *invocation) error {
 	return a.run(ctx)
 }
 
-// limitMemory makes the garbage collector work harder once the memory exceeds 12 MiB
-// and what a full queue and a full spool take. GOMEMLIMIT in the environment takes
-// precedence.
+// limitMemory makes the garbage collector work harder once the memory exceeds 12 MiB and
+// what a full queue and a full spool take, unless the environment has a GOMEMLIMIT.
 func limitMemory(s *settings) {
 	limit := int64(12<<20) + int64(s.queue)<<10
 	if s.spool != "" {
@@ -555,8 +540,7 @@ func limitMemory(s *settings) {
 	}
 }
 
-// splitSeverity returns a line of the log without its mark of severity, and
-// that severity.
+// splitSeverity returns the severity of a line of the log, and its text without the mark.
 func splitSeverity(line string) (syslog.Priority, string) {
 	if len(line) > len(severe) && line[0] == severe[0] && line[2] == severe[2] {
 		return syslog.Priority(line[1] - '0'), line[len(severe):]
@@ -564,23 +548,18 @@ func splitSeverity(line string) (syslog.Priority, string) {
 	return syslog.LOG_INFO, line
 }
 
-// plainLog writes lines of the log for people, on request with the local time before each.
-func plainLog(w io.Writer, timed bool) writerFunc {
+// plainLog writes lines of the log for people, with the local time before each in this layout.
+func plainLog(w io.Writer, layout string) writerFunc {
 	return func(line []byte) (int, error) {
 		_, text := splitSeverity(string(line))
-		text = "picket: " + text
-		if timed {
-			text = time.Now().Format("2006-01-02T15:04:05 ") + text
-		}
-		_, err := io.WriteString(w, text)
+		_, err := io.WriteString(w, time.Now().Format(layout)+"picket: "+text)
 		return len(line), err
 	}
 }
 
-// A logWriter writes the log to standard error or to the local syslog, from a
-// goroutine of its own: nobody who logs waits for either. While they take
-// nothing, 256 lines wait; further ones are counted and lost. Where there is no
-// syslog, lines go to standard error.
+// A logWriter writes the log to the local syslog, or to standard error if that is wanted or
+// there is no syslog. It has a goroutine, so nobody who logs waits for either. While they
+// take nothing, 256 lines wait; further ones are counted and lost.
 type logWriter struct {
 	plain     io.Writer
 	lines     chan string
@@ -593,9 +572,11 @@ type logWriter struct {
 // nothing else adds one: on a terminal and in a plain file.
 func newLogWriter(stderr *os.File) *logWriter {
 	w := &logWriter{lines: make(chan string, logLines), done: make(chan struct{})}
-	info, err := stderr.Stat()
-	timed := err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0)
-	w.plain = plainLog(stderr, timed)
+	layout := ""
+	if info, err := stderr.Stat(); err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0) {
+		layout = "2006-01-02T15:04:05 "
+	}
+	w.plain = plainLog(stderr, layout)
 	go w.run()
 	return w
 }
@@ -609,8 +590,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// close writes what waits, but takes a second at most. Later lines are written
-// straight to standard error.
+// close writes what waits, for a second at most. Later lines go straight to standard error.
 func (w *logWriter) close() {
 	log.SetOutput(w.plain)
 	close(w.lines)
@@ -708,8 +688,7 @@ func activate(s *settings) *active {
 	}}
 }
 
-// monitorOf returns the monitor, the zone of the times that it gets, and what it gets
-// where there is no value.
+// monitorOf returns the monitor, the zone of the times it gets, and what stands for no value.
 func monitorOf(s *settings) (c *client, zone *time.Location, noValue string) {
 	zone = time.Local
 	if s.utc {
@@ -761,15 +740,14 @@ func (a *agent) recover(ctx context.Context) {
 	}
 }
 
-// run answers commands until ctx ends. Then it takes no more, gives running
-// sensors five seconds and undelivered readings another five, and leaves no
-// goroutine and no process behind.
+// run answers commands until ctx ends. Then it gives running sensors five seconds and
+// undelivered readings another five, and leaves no goroutine and no process behind.
 func (a *agent) run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
-		version(), a.listener.Addr(), s.path, masked(s.monitor.String()))
+		version, a.listener.Addr(), s.path, masked(s.monitor.String()))
 	a.logWarnings()
 	if os.Getpid() == 1 {
 		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
@@ -807,11 +785,8 @@ func (a *agent) end() {
 	within(sensorsTime, a.queue.close)
 	a.beside.Wait()
 	a.active.Load().sensors.awaitListing()
-	within(time.Second, func(ctx context.Context) {
-		if a.handler.http.Shutdown(ctx) != nil {
-			a.handler.http.Close()
-		}
-	})
+	within(time.Second, func(ctx context.Context) { a.handler.http.Shutdown(ctx) })
+	a.handler.http.Close() // the connections that are left
 	if n := a.delivery.count().undelivered; n > 0 {
 		log.Printf(notice+"ending: waits for the monitor to take %s, at most %v", plural(n, "reading"), deliverTime)
 	}
@@ -882,9 +857,8 @@ func (a *agent) logWarnings() {
 	}
 }
 
-// reload reads client.cfg again. Valid settings come into force, all of them;
-// else everything stays as it was. Commands that wait, sensors that run and
-// undelivered readings are not touched.
+// reload reads client.cfg again. If all is valid it comes into force, else nothing changes.
+// Commands that wait, sensors that run and undelivered readings are not touched.
 func (a *agent) reload(ctx context.Context) {
 	a.changing.Lock()
 	defer a.changing.Unlock()
@@ -914,9 +888,8 @@ func (a *agent) reload(ctx context.Context) {
 	a.goBeside(func() { a.greet(ctx) })
 }
 
-// rereadSettings returns the settings of client.cfg as soon as two reads of it,
-// a second apart, are equal: it may be half written. It refuses settings that
-// lack a protection which is in force.
+// rereadSettings returns the settings of client.cfg when two reads, a second apart, are equal:
+// it may be half written. It refuses settings that lack a protection which is in force.
 func rereadSettings(ctx context.Context, before *settings) (s *settings, err error) {
 	text, err := readSmall(before.file, maxConfig)
 	for same := false; err == nil && !same; {
@@ -1006,8 +979,7 @@ func (a *agent) healthLine() string {
 	return line
 }
 
-// commands returns the methods that the monitor can call, besides those of every
-// XML-RPC server.
+// commands returns the methods that the monitor can call, besides those of introspection.
 func (a *agent) commands() []method {
 	const done = " Returns OK at once; stores exit code 0 and value 1 when it is done."
 	const changed = "string string, string string int, string string string"
@@ -1066,10 +1038,7 @@ func (a *agent) accept(r request, name string, c command) (any, error) {
 	if since := a.delivery.stalledSince(); !since.IsZero() && since.Before(waits) {
 		waits = since
 	}
-	if err := a.queue.accept(r.ctx, c, waits.Add(longest)); err != nil {
-		return nil, err
-	}
-	return "OK", nil
+	return "OK", a.queue.accept(r.ctx, c, waits.Add(longest))
 }
 
 // runCommand does what a command in the queue asks, and returns its reading.
@@ -1107,7 +1076,7 @@ func (a *agent) makeChange(ctx context.Context, c command) reading {
 }
 
 // noteChange keeps, for cmd_list_sensors, why the latest change of a sensor failed, as long
-// as that is installed. A move is noted under no name, which no sensor has.
+// as that is installed. A failed move is noted under "", which is no sensor.
 func (a *agent) noteChange(c command, err error) {
 	a.failedMu.Lock()
 	defer a.failedMu.Unlock()
@@ -1119,8 +1088,7 @@ func (a *agent) noteChange(c command, err error) {
 	maps.DeleteFunc(a.failed, func(name, _ string) bool { return !exists(filepath.Join(path, name)) })
 }
 
-// change changes a sensor, or the monitor that the agent belongs to. An error
-// means that nothing has changed.
+// change changes a sensor or the agent's monitor. An error means that nothing has changed.
 func (a *agent) change(ctx context.Context, c command) error {
 	now := a.active.Load()
 	switch {
@@ -1248,8 +1216,7 @@ func checkOnDisk(name string) error {
 	return nil
 }
 
-// runChange changes a sensor as an administrator on the box asks: by update, rollback
-// or install.
+// runChange changes a sensor on the box: by update, rollback or install.
 func runChange(ctx context.Context, in *invocation) error {
 	verb, name := in.command.name, in.args[0]
 	c, _, _ := monitorOf(in.settings)
@@ -1277,8 +1244,7 @@ func runChange(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// runConfig prints every option as INI, with its value or default. A password
-// in a URL is not shown.
+// runConfig prints each option as INI, with its value or default, but without passwords.
 func runConfig(_ context.Context, in *invocation) error {
 	c := in.ini
 	s, err := checkSettings(c, mistake)
@@ -1373,8 +1339,7 @@ func runCall(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// wireValues returns words of a command line as values: a whole number as int, anything
-// else as a string.
+// wireValues returns words as values: a whole number as int, anything else as a string.
 func wireValues(words []string) (values []any) {
 	for _, word := range words {
 		if n, err := strconv.ParseInt(word, 10, 32); err == nil {
@@ -1468,8 +1433,7 @@ func serveUntil(ctx context.Context, h *handler, listener net.Listener) error {
 	if h.most == maxConns { // else the process may have few files open
 		h.most = monitorConns
 	}
-	stop := context.AfterFunc(ctx, func() { h.http.Close() })
-	defer stop()
+	defer context.AfterFunc(ctx, func() { h.http.Close() })()
 	if err := h.serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
@@ -1525,9 +1489,8 @@ func (m *monitor) nextURL(request, []any) (any, error) {
 	return m.next, nil
 }
 
-// A prober answers Prometheus. For each scrape it has a box take readings, waits until
-// the monitor gets them, and returns them. A probe takes one connection, so there are
-// at most monitorConns at once.
+// A prober answers Prometheus. For each scrape it has a box take readings, and waits for
+// them. A probe takes one connection, so there are at most monitorConns at once.
 type prober struct {
 	handler *handler    // for its limits of HTTP; it answers no XML-RPC
 	tls     *tls.Config // the rules for calls of agents
@@ -1578,11 +1541,9 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // localhost or the host of -probe. A request for any other may come from a web page
 // whose owner has made the name of his host lead here.
 func (p *prober) isOwnHost(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	return err == nil || host == "" || host == "localhost" || host == p.host
+	name := (&url.URL{Host: host}).Hostname()
+	_, err := netip.ParseAddr(name)
+	return err == nil || name == "" || name == "localhost" || name == p.host
 }
 
 const probePage = `<!DOCTYPE html>
@@ -1653,8 +1614,7 @@ func parseProbe(r *http.Request) (p probe, err error) {
 	return p, nil
 }
 
-// probeTarget takes HOST, HOST:PORT or a URL of an agent. It adds the port 8080 and
-// the path /xmlrpc/ where there is none.
+// probeTarget takes HOST, HOST:PORT or a URL. It adds port 8080 and path /xmlrpc/ if missing.
 func probeTarget(v string) (*url.URL, error) {
 	if !strings.Contains(v, "://") {
 		v = "http://" + v
@@ -1704,8 +1664,7 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
 }
 
-// take has a box take the readings of a probe, and waits for them. The error says why
-// some have not come.
+// take has a box take the readings, and waits for them. The error says why some do not come.
 func (p *prober) take(ctx context.Context, probe probe) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
 	defer cancel()
@@ -1749,8 +1708,7 @@ func (p *prober) newTicket(read *probeRead) string {
 	return read.ticket
 }
 
-// forget ends the wait for the readings that have not come. Those that come later are
-// known as late, until too many are.
+// forget ends the wait for readings. Those that come later are late, until too many are.
 func (p *prober) forget(reads []*probeRead) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -1806,7 +1764,7 @@ func (p *prober) metrics() string {
 	return counted("picket_monitor_readings_total", "Readings, by whether a probe that is over or not known "+
 		"had asked for them.", "stored", "late", "unknown") +
 		counted("picket_monitor_probes_total", "Probes, by result.", "ok", "failed", "bad_request") +
-		family("picket_build_info", "gauge", "The version of this monitor.", fmt.Sprintf("{version=%q} 1", version()))
+		family("picket_build_info", "gauge", "The version of this monitor.", fmt.Sprintf("{version=%q} 1", version))
 }
 
 // family returns the samples of a metric in Prometheus's text format.
@@ -1839,8 +1797,7 @@ func selfFiles() map[string]string {
 	}
 }
 
-// selfSteps lists the calls that the selftest makes of its agent, and what its monitor
-// must get then.
+// selfSteps lists the calls that the selftest makes, and what its monitor must get then.
 var selfSteps = []struct{ call, want string }{
 	{"cmd_submit_reading 1 good", "ticket 1: exit 0, value 42"},
 	{"cmd_submit_reading 2 failing", "ticket 2: exit 3, value nan"},
@@ -1871,8 +1828,7 @@ func (t *selftest) row(verdict, what, outcome string) {
 	fmt.Fprintf(t.out, "%-7s %-32s %s\n", verdict, what, outcome)
 }
 
-// runSelftest has an agent and a stand-in monitor go through selfSteps, and then
-// takes a reading from each sensor that is installed.
+// runSelftest goes through selfSteps, then takes a reading from each installed sensor.
 func runSelftest(ctx context.Context, in *invocation) error {
 	leaveTerminal()
 	s, err := readSettings(*in.flags["c"]) // nil without a client.cfg
@@ -1886,8 +1842,8 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, shown only where something failed
 	before := log.Writer()
-	log.SetOutput(plainLog(&lines, false))
-	fmt.Fprintf(in.out, "picket %s in %s\n", version(), dir)
+	log.SetOutput(plainLog(&lines, ""))
+	fmt.Fprintf(in.out, "picket %s in %s\n", version, dir)
 	t := &selftest{out: in.out}
 	if err = t.testAgent(ctx, dir, s); err == nil && s != nil {
 		err = t.testInstalled(ctx, activate(s).sensors)
@@ -1904,9 +1860,8 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// testAgent runs an agent with selfFiles and a stand-in for its monitor, both on
-// loopback, and gives the agent the commands of selfSteps. If there are settings of a
-// client.cfg, the sensors run as its user.
+// testAgent gives the commands of selfSteps to an agent with selfFiles. A stand-in is its
+// monitor, both on loopback. If something is installed, the sensors run as its user.
 func (t *selftest) testAgent(ctx context.Context, dir string, installed *settings) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
@@ -2000,8 +1955,7 @@ func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
 	return nil
 }
 
-// firstOption returns the arguments that ask a sensor for the first thing in
-// its help.
+// firstOption returns the arguments that ask a sensor for the first thing in its help.
 func firstOption(help string) (args []string) {
 	// Every box can answer for these.
 	words := map[string]string{"<vol>": "/", "<dir>": "/", "<if>": "lo", "<host>": "127.0.0.1", "<name>": "picket"}
