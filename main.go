@@ -648,7 +648,7 @@ type agent struct {
 	applied  func(*settings)  // is called with new settings
 
 	beside sync.WaitGroup  // what runs beside the queue
-	ctx    context.Context // for work that has no place in the queue
+	ctx    context.Context // ends when the agent is to end
 	cancel context.CancelFunc
 
 	failedMu sync.Mutex
@@ -743,8 +743,8 @@ func (a *agent) recover(ctx context.Context) {
 // run answers commands until ctx ends. Then it gives running sensors five seconds and
 // undelivered readings another five, and leaves no goroutine and no process behind.
 func (a *agent) run(ctx context.Context) (err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	defer context.AfterFunc(ctx, a.cancel)()
+	ctx = a.ctx
 	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
 		version, a.listener.Addr(), s.path, masked(s.monitor.String()))
@@ -759,7 +759,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 		case <-ctx.Done():
 		case err = <-served:
 			err = fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
-			cancel()
+			a.cancel()
 		case <-pause:
 			a.goBeside(func() { a.greet(ctx) })
 		case s := <-a.signals:
@@ -777,7 +777,6 @@ func (a *agent) run(ctx context.Context) (err error) {
 // end ends the agent, as run says.
 func (a *agent) end() {
 	log.Print(notice + "ending")
-	a.cancel()
 	a.delivery.putLast()
 	if names := strings.Join(a.queue.running(), ", "); names != "" {
 		log.Printf(notice+"ending: waits for %s, at most %v", oneLine(names), sensorsTime)
@@ -1315,9 +1314,9 @@ func (in *invocation) loadTLS(prefix string) (t tlsFiles, err error) {
 	t.ca, t.certificate, t.key = *in.flags[prefix+"ca"], *in.flags[prefix+"cert"], *in.flags[prefix+"key"]
 	option, err := t.load()
 	if err != nil {
-		return t, in.usageError("-%s%s: %w", prefix, strings.TrimSuffix(option, "ificate"), err)
+		err = in.usageError("-%s%s: %w", prefix, strings.TrimSuffix(option, "ificate"), err)
 	}
-	return t, nil
+	return t, err
 }
 
 func runCall(ctx context.Context, in *invocation) error {
@@ -1869,15 +1868,12 @@ func (t *selftest) testAgent(ctx context.Context, dir string, installed *setting
 		file := filepath.Join(dir, name)
 		err = errors.Join(err, os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o755))
 	}
+	s, errRead := readSettings(dir + "/client.cfg")
 	listener, errListen := net.Listen("tcp", "127.0.0.1:0")
-	if err = errors.Join(err, errListen); err != nil {
+	if err = errors.Join(err, errRead, errListen); err != nil {
 		return err
 	}
 	defer listener.Close()
-	s, err := readSettings(dir + "/client.cfg")
-	if err != nil {
-		return err
-	}
 	if installed != nil {
 		s.user = installed.user
 	}
