@@ -16,12 +16,11 @@
 //
 // # Trust
 //
-// The agent runs what is installed in its directory of sensors and nothing
-// else; only its monitor can change that, or, with [sensor] public_key, whoever
-// has the secret key. A command only chooses a sensor and gives it arguments,
-// which no shell ever sees. What it measured goes to the monitor of client.cfg
-// or nowhere. Whoever can reach its port, and passes [agent] allow and
-// client_ca, can have sensors run, at most [sensor] concurrency at once, but
+// The agent runs what is in its directory of sensors and nothing else; only its monitor
+// can change that, or, with [sensor] public_key, whoever has the secret key. A command only
+// chooses a sensor and gives it arguments, which no shell ever sees. What it measured goes
+// to the monitor of client.cfg or nowhere. Whoever can reach its port, and passes [agent]
+// allow and client_ca, can have sensors run, at most [sensor] concurrency at once, but
 // cannot see what they print.
 //
 // # What lasts
