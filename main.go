@@ -935,14 +935,16 @@ var health = []struct {
 
 func seconds(since time.Time) int { return int(time.Since(since).Seconds()) }
 
-// residentKiB returns the resident memory of this process, -1 without a /proc.
+// residentKiB returns the resident memory of this process, -1 without a /proc. (The
+// scanner of fmt would make the binary 52 KiB larger.)
 func residentKiB() int {
-	text, _ := os.ReadFile("/proc/self/statm")
-	var all, resident int // pages
-	if _, err := fmt.Sscan(string(text), &all, &resident); err != nil {
+	text, _ := os.ReadFile("/proc/self/statm") // in pages: all, resident, ...
+	words := strings.Fields(string(text) + " - -")
+	pages, err := strconv.Atoi(words[1])
+	if err != nil {
 		return -1
 	}
-	return resident * (os.Getpagesize() >> 10)
+	return pages * (os.Getpagesize() >> 10)
 }
 
 // ownReading returns a reading of the agent itself.
