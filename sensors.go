@@ -157,16 +157,13 @@ func sensorEnv(user *sensorUser) []string {
 
 // ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
 func ticketOf(v any) (any, error) {
-	switch v := v.(type) {
-	case int, int64:
-		return v, nil
-	case string:
-		if len(v) > maxTicket {
-			return nil, fmt.Errorf("a ticket has at most %d bytes", maxTicket)
-		}
-		return v, nil
+	switch kind, text := describe(v); {
+	case kind != "int" && kind != "i8" && kind != "string":
+		return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", kind)
+	case len(text) > maxTicket:
+		return nil, fmt.Errorf("a ticket has at most %d bytes", maxTicket)
 	}
-	return nil, fmt.Errorf("a ticket is an int, an i8 or a string, not %s", typeName(v))
+	return v, nil
 }
 
 // sensorName returns v as the name of a sensor: a string that is one plain
@@ -1351,13 +1348,13 @@ func (d *delivery) waitRoom(ctx context.Context) {
 func (d *delivery) stalledSince() time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	since := d.totals.latest
-	if !d.full() {
-		since = time.Time{}
-	} else if oldest := d.pending[0].since; oldest.After(since) {
-		since = oldest
+	switch {
+	case !d.full():
+		return time.Time{}
+	case d.pending[0].since.After(d.totals.latest):
+		return d.pending[0].since
 	}
-	return since
+	return d.totals.latest
 }
 
 // next waits for a reading that may be tried, and returns it, or nil when the
@@ -1828,33 +1825,33 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 func parseRecord(line string) (p *pendingReading, ok bool) {
 	p, ok = &pendingReading{size: len(line) + 1}, true
 	sum, text, _ := strings.Cut(line, " ")
-	words := strings.SplitN(text, " ", 9) // r number boot age clock code value type ticket
+	words := append(strings.SplitN(text, " ", 9), make([]string, 8)...) // r number boot age clock code value type ticket
 	number := func(i int) int64 {
 		n, err := strconv.ParseInt(words[i], 10, 64)
 		ok = ok && err == nil
 		return n
 	}
-	switch kind := words[0]; {
-	case sum != checksum(text):
+	kind, value, ticket := words[0], words[6], words[8]
+	if sum != checksum(text) || kind != "r" && kind != "d" && kind != "c" {
 		return p, false
-	case kind == "c":
-		p.done = true
-		return p, true
-	case kind == "d" && len(words) == 2:
-		p.done, p.record = true, uint64(max(0, number(1)))
+	}
+	p.record, p.done = uint64(max(0, number(1))), kind != "r"
+	if p.done {
 		return p, ok
-	case kind != "r" || len(words) < 9:
-		return p, false
 	}
-	p.record, p.code, p.value = uint64(max(0, number(1))), int(number(5)), words[6]
+	p.code = int(number(5))
 	p.taken = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
-	_, err := parseDecimal(p.value)
-	if p.value == "-" {
-		p.value, err = "", nil
+	var errs [4]error
+	if value != "-" {
+		p.value = value
+		_, errs[0] = parseDecimal(value)
 	}
-	var err2 error
-	p.ticket, err2 = parseTicket(words[7], words[8])
-	return p, ok && p.record > 0 && err == nil && err2 == nil
+	if words[7] == "string" {
+		ticket, errs[1] = strconv.Unquote(ticket)
+	}
+	p.ticket, errs[2] = scalar(words[7], ticket)
+	p.ticket, errs[3] = ticketOf(p.ticket)
+	return p, ok && p.record > 0 && errors.Join(errs[:]...) == nil
 }
 
 // readingRecord returns the record of a reading, with its time corrected.
@@ -1867,9 +1864,8 @@ func readingRecord(p *pendingReading, now clocks) string {
 	if kind == "string" {
 		ticket = strconv.QuoteToASCII(ticket)
 	}
-	wall := at.corrected(now).UnixMilli()
-	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s %s",
-		p.record, at.boot, at.age.Milliseconds(), wall, p.code, value, kind, ticket))
+	return withChecksum(fmt.Sprintf("r %d %s %d %d %d %s %s %s", p.record, at.boot, at.age.Milliseconds(),
+		at.corrected(now).UnixMilli(), p.code, value, kind, ticket))
 }
 
 func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
@@ -1878,29 +1874,16 @@ func withChecksum(text string) string { return checksum(text) + " " + text + "\n
 
 func checksum(text string) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(text))) }
 
-// parseTicket reads a ticket of a record.
-func parseTicket(kind, text string) (v any, err error) {
-	if kind == "string" {
-		text, err = strconv.Unquote(text)
-	}
-	if err == nil {
-		v, err = scalar(kind, text)
-	}
-	if err == nil {
-		v, err = ticketOf(v)
-	}
-	return v, err
-}
-
 // ticketText returns a ticket for the log.
 func ticketText(ticket any) string {
-	switch t := ticket.(type) {
-	case nil:
+	kind, text := describe(ticket)
+	switch kind {
+	case "nil":
 		return "no ticket"
-	case string:
-		return "ticket " + cut(t)
+	case "string":
+		text = cut(text)
 	}
-	return fmt.Sprint("ticket ", ticket)
+	return "ticket " + text
 }
 
 // A clocks is one moment by all clocks of the box.
@@ -1936,21 +1919,14 @@ func systemClocks() func() clocks {
 }
 
 // sinceBoot returns the time since boot, in suspend as well: by CLOCK_BOOTTIME or,
-// on Linux before 2.6.39, by /proc/uptime. Without both it is CLOCK_MONOTONIC,
-// which stands still in suspend.
+// on Linux before 2.6.39, in whole seconds.
 func sinceBoot() time.Duration {
+	const bootTime = 7
 	var t syscall.Timespec
-	read := func(clock uintptr) bool {
-		_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clock, uintptr(unsafe.Pointer(&t)), 0)
-		return errno == 0
-	}
-	if !read(7) { // CLOCK_BOOTTIME
-		text, _ := os.ReadFile("/proc/uptime") // 350735.47 1265389.12
-		seconds, _, _ := strings.Cut(string(text), " ")
-		if age, err := time.ParseDuration(seconds + "s"); err == nil {
-			return age
-		}
-		read(1) // CLOCK_MONOTONIC
+	if _, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, bootTime, uintptr(unsafe.Pointer(&t)), 0); errno != 0 {
+		var info syscall.Sysinfo_t
+		syscall.Sysinfo(&info) // no error: the address is right
+		return time.Duration(info.Uptime) * time.Second
 	}
 	return time.Duration(t.Nano())
 }
