@@ -249,7 +249,6 @@ func (d *decoder) parse(message []byte, name string) *element {
 	if d.err == nil && (len(document.elements) != 1 || len(bytes.TrimSpace(document.text)) > 0) {
 		d.err = malformed("not one element with nothing around it")
 	}
-	document.text = nil
 	return d.parts(document, name)[0]
 }
 
@@ -593,12 +592,12 @@ type handler struct {
 	refused      logLimit
 	turn         sync.Mutex // held while a large message is decoded or a large answer encoded
 	http         *http.Server
-	count        atomic.Int64 // calls and connections refused
+	count        atomic.Int64           // calls and connections refused
+	access       atomic.Pointer[access] // the rules in force
 
-	mu     sync.Mutex // guards what is below
-	access *access
-	conns  map[net.Conn]*peer // the open connections, as net/http has them
-	most   int                // connections at once
+	mu    sync.Mutex         // guards what is below
+	conns map[net.Conn]*peer // the open connections, as net/http has them
+	most  int                // connections at once
 }
 
 // A peer is at the other end of an open connection. handler.mu guards it.
@@ -616,10 +615,10 @@ func newHandler(methods []method) *handler {
 	h := &handler{
 		methods: make(map[string]method),
 		refused: logLimit{burst: 20, perSecond: 0.2},
-		access:  &access{},
 		conns:   make(map[net.Conn]*peer),
 		most:    maxConns,
 	}
+	h.access.Store(&access{})
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < 4*maxConns {
 		h.most = max(1, int(files.Cur)/4)
@@ -634,7 +633,13 @@ func newHandler(methods []method) *handler {
 			h.refuse("%s", oneLine(strings.TrimSpace(string(line))))
 			return len(line), nil
 		}), "", 0),
-		ConnState: h.connChanged,
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				h.mu.Lock()
+				defer h.mu.Unlock()
+				delete(h.conns, c)
+			}
+		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, h, c) // for setWorking
 		},
@@ -675,7 +680,7 @@ func (h *handler) Accept() (net.Conn, error) {
 func (h *handler) admit(raw net.Conn) (c net.Conn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	host, rules := hostOf(raw.RemoteAddr().String()), h.access.tls
+	host, rules := hostOf(raw.RemoteAddr().String()), h.access.Load().tls
 	if c = raw; rules != nil {
 		c = tls.Server(raw, rules)
 	}
@@ -699,13 +704,13 @@ func (h *handler) close(c net.Conn) {
 // out by holding many. Among those it prefers the one that has been idle longest;
 // if all have calls, it takes the one with the latest call.
 func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
-	held := make(map[string]int)
+	rules, held := h.access.Load(), make(map[string]int)
 	for _, p := range h.conns {
 		held[p.key]++
 	}
 	before := func(a, b *peer) bool {
 		heldA, heldB := max(held[a.key], fairShare), max(held[b.key], fairShare)
-		mayA, mayB := h.access.allows(a.host), h.access.allows(b.host)
+		mayA, mayB := rules.allows(a.host), rules.allows(b.host)
 		switch {
 		case mayA != mayB:
 			return mayB
@@ -726,33 +731,17 @@ func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 	return first
 }
 
-// rules returns the access rules that are in force.
-func (h *handler) rules() *access {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.access
-}
-
 // setAccess changes who may call, and how. If the rules for TLS change, it closes
 // the connections that came under the old ones. A call that is being answered is
 // finished, as the last one on its connection.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.access = a
+	h.access.Store(a)
 	for c, p := range h.conns {
 		if !p.working && p.tls != a.tls {
 			h.close(c)
 		}
-	}
-}
-
-// connChanged forgets a connection that net/http has closed.
-func (h *handler) connChanged(c net.Conn, state http.ConnState) {
-	if state == http.StateClosed {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		delete(h.conns, c)
 	}
 }
 
@@ -765,7 +754,7 @@ func (h *handler) setWorking(r *http.Request, working bool) bool {
 	if p != nil {
 		p.working, p.since = working, time.Now()
 	}
-	return p != nil && p.tls == h.access.tls
+	return p != nil && p.tls == h.access.Load().tls
 }
 
 // ServeHTTP answers one call, or refuses it with an HTTP status other than 200. It
@@ -773,11 +762,7 @@ func (h *handler) setWorking(r *http.Request, working bool) bool {
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // for a 100 Continue, before the body
-	status := h.checkRequest(w, r)
-	var answer []byte
-	if status == http.StatusOK {
-		status, answer = h.answer(w, r)
-	}
+	status, answer := h.answer(w, r)
 	control.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if status != http.StatusOK {
 		h.refuse("%s: %s %s: HTTP %d", hostOf(r.RemoteAddr), cut(r.Method), cut(r.URL.Path), status)
@@ -794,7 +779,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
 	encoding := r.Header.Get("Content-Encoding")
 	switch {
-	case !h.rules().allows(hostOf(r.RemoteAddr)):
+	case !h.access.Load().allows(hostOf(r.RemoteAddr)):
 		w.Header().Set("Connection", "close") // so that net/http does not read the body either
 		return http.StatusForbidden
 	case !slices.Contains([]string{"/xmlrpc", "/xmlrpc/", "/RPC2", "/"}, r.URL.Path):
@@ -815,6 +800,9 @@ func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status i
 // answer reads a call and returns the HTTP status and, with 200, the
 // methodResponse.
 func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
+	if status = h.checkRequest(w, r); status != http.StatusOK {
+		return status, nil
+	}
 	message, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -868,21 +856,17 @@ func (h *handler) encode(peer, name string, v any, err error) []byte {
 	return bytes.Clone(answer) // without spare room, as it is held until the peer has read it
 }
 
-// call runs one method. Its error is always a *fault. It logs each error; one that is
-// no fault, or a panic, becomes an internal error.
+// call runs one method. It logs each error; one that is no *fault, or a panic, is a
+// defect.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%v\n%s", p, debug.Stack())
 		}
-		f := (*fault)(nil)
-		switch {
-		case errors.As(err, &f):
+		if f := (*fault)(nil); errors.As(err, &f) {
 			h.refuse("%s: %s: %v", r.peer, cut(name), err)
-			v = nil
-		case err != nil:
+		} else if err != nil {
 			log.Printf(severe+"%s: %s: defect: %v", r.peer, cut(name), err)
-			v, err = nil, faultf(faultInternal, "internal error")
 		}
 	}()
 	m, ok := h.methods[name]

@@ -26,6 +26,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"math"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -409,10 +410,7 @@ type reading struct {
 
 // String returns the code and, where there is one, the reason.
 func (r reading) String() string {
-	if r.reason != "" {
-		return fmt.Sprintf("exit %d: %s", r.code, r.reason)
-	}
-	return fmt.Sprintf("exit %d", r.code)
+	return strings.TrimSuffix(fmt.Sprintf("exit %d: %s", r.code, r.reason), ": ")
 }
 
 // read runs a sensor and makes a reading of it, whatever the sensor does. What
@@ -477,17 +475,13 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		p.stuck = true
 		s.mu.Unlock()
 		go func() {
-			for !p.waitEnded(context.Background(), time.Hour) {
-			}
+			p.waitEnded(context.Background(), math.MaxInt64)
 			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
 	}
 	if own := s.reap(p); code == 0 {
 		code = own
-	}
-	if stderr != nil {
-		p.said.kept = nil
 	}
 	return reading{code: code, value: string(p.output.kept), reason: reason(code, why, p.said.kept)}
 }
@@ -554,20 +548,18 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 		}
 		isAbsent := errors.Is(err, syscall.ENOENT)
 		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
-		switch {
-		case err == nil:
+		if err == nil {
 			p.output.begin(stdout)
 			p.said.begin(stderr)
 			s.mu.Lock()
 			p.pid = p.cmd.Process.Pid
 			s.mu.Unlock()
 			return nil
-		case try >= startTries:
-			return err
-		case isBusy:
-		case isAbsent && exists(file): // it was away a moment ago, or else its interpreter is
+		}
+		if !isBusy { // it was away a moment ago, or else its interpreter is
 			try += startTries / 4
-		default:
+		}
+		if try >= startTries || !isBusy && !(isAbsent && exists(file)) {
 			return err
 		}
 		time.Sleep(startPause)
@@ -582,43 +574,41 @@ func notStarted(file string, err error) reading {
 		if isAbsent := errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR); isAbsent && !exists(file) {
 			return reading{code: codeNotFound, reason: "no such sensor"}
 		}
-		if why := whyNotStarted(file, err); why != "" {
-			err = errors.New(why)
-		}
+		err = whyNotStarted(file, err)
 	}
 	return reading{code: codeNotStarted, reason: fmt.Sprintf("start %s: %v", file, err)}
 }
 
-// whyNotStarted names what the kernel does not like about an executable, or
-// returns "" where that is not known.
-func whyNotStarted(file string, err error) string {
-	var head [256]byte // more than the kernel reads
+// whyNotStarted returns an error that names what the kernel does not like about an
+// executable, or the kernel's own.
+func whyNotStarted(file string, err error) error {
 	f, errOpen := openRegular(file)
 	if errOpen != nil {
-		return ""
+		return err
 	}
 	defer f.Close()
 	info, errStat := f.Stat()
-	n, _ := io.ReadFull(f, head[:]) // of a shorter file what there is
-	line, _, _ := strings.Cut(string(head[:n]), "\n")
+	head, _ := io.ReadAll(io.LimitReader(f, 256)) // more than the kernel reads
+	line, _, _ := strings.Cut(string(head), "\n")
 	interpreter, isScript := strings.CutPrefix(line, "#!")
-	switch {
+	switch isELF, isAbsent := strings.HasPrefix(line, "\x7fELF"), errors.Is(err, syscall.ENOENT); {
 	case errStat == nil && info.Mode()&0o111 == 0:
-		return "no run bit (chmod +x sets it)"
+		return errors.New("no run bit (chmod +x sets it)")
 	case errors.Is(err, syscall.EACCES):
-		return "permission denied: is it mounted noexec, or may the sensors' user not enter a directory above it?"
+		return errors.New("permission denied: is it mounted noexec, " +
+			"or may the sensors' user not enter a directory above it?")
 	case isScript && strings.HasSuffix(line, "\r"):
-		return "Windows line ends"
-	case isScript && errors.Is(err, syscall.ENOENT):
-		return fmt.Sprintf("no interpreter %s", cut(strings.TrimSpace(interpreter)))
-	case strings.HasPrefix(line, "\x7fELF") && errors.Is(err, syscall.ENOENT):
-		return "its dynamic loader is missing: is it made for another system?"
-	case strings.HasPrefix(line, "\x7fELF"):
-		return "wrong architecture, or a damaged binary"
+		return errors.New("Windows line ends")
+	case isScript && isAbsent:
+		return fmt.Errorf("no interpreter %s", cut(strings.TrimSpace(interpreter)))
+	case isELF && isAbsent:
+		return errors.New("its dynamic loader is missing: is it made for another system?")
+	case isELF:
+		return errors.New("wrong architecture, or a damaged binary")
 	case !isScript && errors.Is(err, syscall.ENOEXEC):
-		return `neither a binary nor a script: no "#!" at its beginning`
+		return errors.New(`neither a binary nor a script: no "#!" at its beginning`)
 	}
-	return ""
+	return err
 }
 
 // await waits until a process ends, and ends it at the time-out or when ctx does:
@@ -741,7 +731,7 @@ func reserveThreads() {
 // stood still for so long would lose a number, or half of one.
 type capture struct {
 	limit int
-	copy  io.Writer // gets all that is written; may be nil
+	copy  io.Writer // gets all that is written, and nothing is kept; may be nil
 	kept  []byte    // once finish has returned
 	total int
 	pipe  *os.File      // the end to read from
@@ -754,27 +744,24 @@ func (c *capture) begin(pipe io.ReadCloser) {
 	c.pipe, c.ended = pipe.(*os.File), make(chan struct{})
 	go func() {
 		defer close(c.ended)
-		for {
-			n, err := c.pipe.Read(c.part[:])
-			if c.write(n); err != nil {
-				return
-			}
-		}
+		io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{pipe}, c.part[:])
 	}()
 }
 
-// write takes the first bytes of the part that was read. A sensor that writes for ever
-// must not cost the processor, so it pauses after each 64 KiB.
-func (c *capture) write(n int) {
-	c.kept = append(c.kept, c.part[:n]...)
-	c.kept = c.kept[max(0, len(c.kept)-c.limit):]
+// Write takes what was read. It never fails, and pauses after each 64 KiB: a sensor may
+// write for ever.
+func (c *capture) Write(p []byte) (int, error) {
 	if c.copy != nil {
-		c.copy.Write(c.part[:n]) // an error there must not end the sensor
+		c.copy.Write(p) // an error there must not end the sensor
+	} else {
+		c.kept = append(c.kept, p...)
+		c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	}
 	before := c.total
-	if c.total += n; c.total/freeOutput > before/freeOutput {
+	if c.total += len(p); c.total/freeOutput > before/freeOutput {
 		time.Sleep(outputPause)
 	}
+	return len(p), nil
 }
 
 // finish reads what a process that has ended left in the pipe, and does not wait for
@@ -789,7 +776,7 @@ func (c *capture) finish() {
 	pipe.Control(func(fd uintptr) {
 		for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
 			n, _ = syscall.Read(int(fd), c.part[:])
-			c.write(max(0, n))
+			c.Write(c.part[:max(0, n)])
 		}
 	})
 }
@@ -1081,8 +1068,7 @@ func (q *queue) close(ctx context.Context) {
 	}
 	q.admit() // which refuses them
 	q.mu.Unlock()
-	stop := context.AfterFunc(ctx, q.cancel)
-	defer stop()
+	context.AfterFunc(ctx, q.cancel)
 	q.work.Wait()
 	q.cancel()
 }
@@ -1265,9 +1251,8 @@ func (d *delivery) monitor() *client {
 func (d *delivery) count() deliveryTotals {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	totals := d.totals
-	totals.undelivered = len(d.pending)
-	return totals
+	d.totals.undelivered = len(d.pending)
+	return d.totals
 }
 
 // put takes a reading of a run that has just ended. It never blocks.
