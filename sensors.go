@@ -64,7 +64,7 @@ const (
 	pipeSize     = 64 << 10              // bytes that a pipe holds
 	startTries   = 100                   // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond // between two of them
-	orphanTime   = time.Second           // between two looks for orphans without a signal
+	orphanTime   = time.Second           // between two looks for orphans
 	spareThreads = 6                     // beside those that run Go code: for files, names and signals
 )
 
@@ -684,9 +684,6 @@ func endedChild(pid int) int {
 // reapOrphans reaps the processes that other processes leave to process 1, until
 // ctx ends. It never takes the process of a run, whose exit code the run needs.
 func (r *runState) reapOrphans(ctx context.Context) {
-	children := make(chan os.Signal, 1)
-	signal.Notify(children, syscall.SIGCHLD)
-	defer signal.Stop(children)
 	for ctx.Err() == nil {
 		r.mu.Lock()
 		pid := endedChild(0)
@@ -701,8 +698,7 @@ func (r *runState) reapOrphans(ctx context.Context) {
 			continue
 		}
 		select {
-		case <-children:
-		case <-time.After(orphanTime): // the process of a run may have been in the way
+		case <-time.After(orphanTime):
 		case <-ctx.Done():
 		}
 	}
@@ -1076,10 +1072,10 @@ func (q *queue) close(ctx context.Context) {
 // A cond is a sync.Cond whose wait ends with a context, or at a time.
 type cond struct {
 	sync.Mutex
-	sleepers sync.Cond
+	sync.Cond
 }
 
-// wait unlocks the mutex until broadcast is called. It returns an error where ctx
+// wait unlocks the mutex until Broadcast is called. It returns an error where ctx
 // ends first, or at is reached, unless that is zero. The mutex is locked again then.
 func (c *cond) wait(ctx context.Context, at time.Time) error {
 	if !at.IsZero() {
@@ -1090,16 +1086,13 @@ func (c *cond) wait(ctx context.Context, at time.Time) error {
 	stop := context.AfterFunc(ctx, func() {
 		c.Lock()
 		defer c.Unlock()
-		c.broadcast()
+		c.Broadcast()
 	})
 	defer stop()
-	c.sleepers.L = c
-	c.sleepers.Wait()
+	c.L = c
+	c.Wait()
 	return ctx.Err()
 }
-
-// broadcast wakes everybody who waits. The mutex is locked.
-func (c *cond) broadcast() { c.sleepers.Broadcast() }
 
 const (
 	maxPending  = 1024            // readings that wait for the monitor in memory alone
@@ -1237,7 +1230,7 @@ func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	}
 	d.client.close()
 	d.client, d.zone, d.noValue = c, zone, noValue
-	d.mu.broadcast()
+	d.mu.Broadcast()
 }
 
 // monitor returns the client of the monitor that readings go to.
@@ -1267,7 +1260,7 @@ func (d *delivery) put(ticket any, r reading) {
 		oldest := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return p.record == 0 })
 		d.drop(d.pending[oldest], fmt.Sprintf("the oldest of more than %d undelivered", maxPending))
 	}
-	d.mu.broadcast()
+	d.mu.Broadcast()
 }
 
 // saves reports whether a reading belongs in the spool, if there is one.
@@ -1310,7 +1303,7 @@ func (d *delivery) discard(ticket any) {
 			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 		}
 	}
-	d.mu.broadcast()
+	d.mu.Broadcast()
 }
 
 // full reports whether runs have to wait: the monitor is there, but slower than
@@ -1420,7 +1413,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 	default:
 		d.missed(p, now, err)
 	}
-	d.mu.broadcast()
+	d.mu.Broadcast()
 	return d.misses
 }
 
@@ -1496,7 +1489,7 @@ func (d *delivery) note(flags ...*bool) {
 	for _, flag := range flags {
 		*flag = true
 	}
-	d.mu.broadcast()
+	d.mu.Broadcast()
 }
 
 // sendLast tries each reading once more, until ctx ends or four attempts in a row
@@ -1566,7 +1559,7 @@ func (d *delivery) updateSpool() {
 	if rewrite {
 		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
 	}
-	d.mu.broadcast() // there is room in memory
+	d.mu.Broadcast() // there is room in memory
 	d.mu.Unlock()
 	var err error
 	if rewrite {
