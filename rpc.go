@@ -996,13 +996,10 @@ type client struct {
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
-// whole, with the rules for https (nil: newTLS's).
+// whole, with the rules for https (nil: those of crypto/tls).
 func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
-	if config == nil {
-		config = newTLS(time.Time{})
-	}
 	c := &client{url: u, timeout: timeout, tls: config, lookup: net.DefaultResolver.LookupHost}
-	if host, _, hasZone := strings.Cut(u.Hostname(), "%"); hasZone && config.ServerName == "" {
+	if host, _, hasZone := strings.Cut(u.Hostname(), "%"); hasZone && config != nil && config.ServerName == "" {
 		config = config.Clone()
 		config.ServerName = host // a certificate is of an address without a zone
 	}

@@ -231,17 +231,13 @@ func splitWords(s string) ([]string, error) {
 	for i := 0; i < len(text); i++ {
 		c := text[i]
 		switch {
-		case c == '\\' && quote != '\'':
-			i++
-			switch {
-			case i == len(s):
+		case c == '\\' && (quote == 0 || quote == '"' && strings.IndexByte("$`\"\\\n", text[i+1]) >= 0):
+			if i++; i == len(s) {
 				return nil, fmt.Errorf("nothing follows the backslash in %s", cut(s))
-			case s[i] == '\n':
-				continue
-			case quote == '"' && strings.IndexByte("$`\"\\", s[i]) < 0:
-				word = append(word, '\\')
 			}
-			word = append(word, s[i])
+			if s[i] != '\n' {
+				word = append(word, s[i])
+			}
 		case quote != 0 && c == quote:
 			quote = 0
 		case quote == 0 && (c == '\'' || c == '"'):
@@ -982,37 +978,33 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 
 // admit lets in the commands that wait for room, as far as there is any, and refuses those
 // that have waited for long enough. A queue that is closed refuses them all.
-func (q *queue) admit() {
-	q.outside = slices.DeleteFunc(q.outside, func(j *job) bool {
-		decided, err := q.enter(j)
-		if decided {
-			j.entered <- err
-		}
-		return decided
-	})
-}
+func (q *queue) admit() { q.outside = slices.DeleteFunc(q.outside, q.decide) }
 
-// enter gives a command a place in the queue or returns a fault. It reports false where
-// the command has to wait for room.
-func (q *queue) enter(j *job) (decided bool, err error) {
+// decide gives a command a place in the queue or refuses it with a fault. It reports
+// false where the command has to wait for room.
+func (q *queue) decide(j *job) bool {
+	var refusal error
 	l := &q.readings
 	if j.change != "" {
 		l = &q.changes
 	}
 	switch known := q.active[j.ticket]; {
 	case known != nil && known.sameWork(j.command):
-		return true, nil
 	case q.closed:
-		return true, faultf(faultBusy, "the agent is shutting down")
-	case !l.push(j, q.size):
-		return j.expired, faultf(faultBusy, "the queue is full: %d commands wait", q.size)
+		refusal = faultf(faultBusy, "the agent is shutting down")
+	case l.push(j, q.size):
+		if j.ticket != nil {
+			q.active[j.ticket] = j
+			q.discard(j.ticket)
+		}
+		q.start(l)
+	case j.expired:
+		refusal = faultf(faultBusy, "the queue is full: %d commands wait", q.size)
+	default:
+		return false
 	}
-	if j.ticket != nil {
-		q.active[j.ticket] = j
-		q.discard(j.ticket)
-	}
-	q.start(l)
-	return true, nil
+	j.entered <- refusal
+	return true
 }
 
 // start runs commands of a lane, as many as may run.
@@ -1455,7 +1447,7 @@ func backoff(first time.Duration, n int) time.Duration {
 // putLast prepares the end of the agent: from now on put drops nothing, as the
 // readings of commands that waited must not push out what was measured, and all go to
 // the spool at once, as an init may not wait for long.
-func (d *delivery) putLast() { d.note(&d.ending, &d.unsaved) }
+func (d *delivery) putLast() { d.note(&d.ending) }
 
 // close tries each pending reading once more, as long as ctx and the monitor
 // allow, and ends the delivery. What is left is logged, and in the spool if there
@@ -1482,13 +1474,11 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// note sets flags that others wait for.
-func (d *delivery) note(flags ...*bool) {
+// note sets a flag that others wait for.
+func (d *delivery) note(flag *bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, flag := range flags {
-		*flag = true
-	}
+	*flag, d.unsaved = true, true
 	d.mu.Broadcast()
 }
 
