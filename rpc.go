@@ -442,17 +442,13 @@ func encodeCall(method string, params ...any) []byte {
 // a fault.
 func encodeResponse(v any, err error) []byte {
 	var b bytes.Buffer
-	b.WriteString(xmlDeclaration + "<methodResponse>")
+	before, behind := "<params><param>", "</param></params>"
 	if err != nil {
-		b.WriteString("<fault>")
-		writeValue(&b, faultStruct(err))
-		b.WriteString("</fault>")
-	} else {
-		b.WriteString("<params><param>")
-		writeValue(&b, v)
-		b.WriteString("</param></params>")
+		v, before, behind = faultStruct(err), "<fault>", "</fault>"
 	}
-	b.WriteString("</methodResponse>")
+	b.WriteString(xmlDeclaration + "<methodResponse>" + before)
+	writeValue(&b, v)
+	b.WriteString(behind + "</methodResponse>")
 	return b.Bytes()
 }
 
@@ -1093,10 +1089,7 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout) // net/http passes on no deadline
 	defer cancel()
-	host, port, err := net.SplitHostPort(hostPort)
-	if err != nil {
-		return nil, err
-	}
+	host, port, _ := net.SplitHostPort(hostPort) // which net/http made
 	addresses, err := c.lookup(ctx, host)
 	if err != nil {
 		return nil, err
@@ -1134,20 +1127,15 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 		}
 		return len(p), nil
 	})
-	buffered := bufio.NewWriterSize(to, 32<<10)
-	err := c.post(ctx, name, params, func(body io.Reader) error {
-		return readPackage(io.TeeReader(body, meter), buffered)
+	return c.post(ctx, name, params, func(body io.Reader) error {
+		return readPackage(io.TeeReader(body, meter), bufio.NewWriterSize(to, 32<<10))
 	})
-	if err != nil {
-		return err
-	}
-	return buffered.Flush()
 }
 
 // readPackage reads a methodResponse whose value is base64, and writes the decoded
 // bytes to a writer. It decodes the text of the first <base64> while that arrives;
 // what stands before and after it is then read as a response of its own.
-func readPackage(r io.Reader, to io.Writer) error {
+func readPackage(r io.Reader, to *bufio.Writer) error {
 	limit := &io.LimitedReader{R: r, N: maxAnswer}
 	in := bufio.NewReader(limit)
 	var piece, head []byte
@@ -1174,7 +1162,7 @@ func readPackage(r io.Reader, to io.Writer) error {
 	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !found {
 		return fmt.Errorf("got %s; want one piece of base64", typeName(v))
 	}
-	return nil
+	return to.Flush()
 }
 
 // opensBase64 reports whether a piece of an answer, which ends at a '>', ends in a tag
