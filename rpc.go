@@ -408,8 +408,7 @@ func decodeResponse(message []byte) (v any, err error) {
 	return v, err
 }
 
-// faultOf returns the value of a <fault> as a fault. It takes any value: peers send
-// codes as strings, or no struct at all.
+// faultOf takes any value of a <fault>: peers send codes as strings, or no struct at all.
 func faultOf(v any) *fault {
 	f := &fault{}
 	members, _ := v.(map[string]any)
@@ -438,8 +437,7 @@ func encodeCall(method string, params ...any) []byte {
 	return b.Bytes()
 }
 
-// encodeResponse returns a methodResponse with the value or, unless err is nil, with
-// a fault.
+// encodeResponse returns a methodResponse with the value or, unless err is nil, a fault.
 func encodeResponse(v any, err error) []byte {
 	var b bytes.Buffer
 	before, behind := "<params><param>", "</param></params>"
@@ -753,8 +751,7 @@ func (h *handler) setWorking(r *http.Request, working bool) bool {
 	return p != nil && p.tls == h.access.Load().tls
 }
 
-// ServeHTTP answers one call, or refuses it with an HTTP status other than 200. It
-// logs what it refuses.
+// ServeHTTP answers one call, or logs that it refuses it with an HTTP status.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	control.SetWriteDeadline(time.Now().Add(writeTimeout)) // for a 100 Continue, before the body
@@ -770,8 +767,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer) // an error means that the peer has gone
 }
 
-// checkRequest checks the head of a request. It returns 200, or the status that
-// refuses it.
+// checkRequest checks the head of a request. It returns 200, or the status of a refusal.
 func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
 	encoding := r.Header.Get("Content-Encoding")
 	switch {
@@ -793,8 +789,7 @@ func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status i
 	return http.StatusOK
 }
 
-// answer reads a call and returns the HTTP status and, with 200, the
-// methodResponse.
+// answer reads a call and returns the HTTP status and, with 200, the methodResponse.
 func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, answer []byte) {
 	if status = h.checkRequest(w, r); status != http.StatusOK {
 		return status, nil
@@ -852,8 +847,7 @@ func (h *handler) encode(peer, name string, v any, err error) []byte {
 	return bytes.Clone(answer) // without spare room, as it is held until the peer has read it
 }
 
-// call runs one method. It logs each error; one that is no *fault, or a panic, is a
-// defect.
+// call runs one method. It logs each error: a *fault, or else a defect, as a panic is.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -879,7 +873,8 @@ func (h *handler) call(r request, name string, params []any) (v any, err error) 
 // introspection returns the methods that every XML-RPC server has under system.
 func (h *handler) introspection() []method {
 	return []method{
-		{"system.listMethods", "array", "The names of all methods.", h.listMethods},
+		{"system.listMethods", "array", "The names of all methods.",
+			func(request, []any) (any, error) { return array(sortedKeys(h.methods)), nil }},
 		{"system.methodHelp", "string string", "What a method does.", h.methodHelp},
 		{"system.methodSignature", "array string",
 			"For each way to call a method: the type that it returns, then those of its parameters.",
@@ -900,8 +895,6 @@ func array(texts []string) []any {
 	}
 	return values
 }
-
-func (h *handler) listMethods(request, []any) (any, error) { return array(sortedKeys(h.methods)), nil }
 
 func (h *handler) methodHelp(_ request, params []any) (any, error) {
 	m, err := h.named(params[0])
@@ -1084,8 +1077,7 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	return err
 }
 
-// dial connects to the first address of the host that can be reached. Each gets an
-// equal share of the time.
+// dial connects to the first address of the host that it reaches, in equal shares of time.
 func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout) // net/http passes on no deadline
 	defer cancel()

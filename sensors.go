@@ -122,8 +122,7 @@ type helpEntry struct {
 	until   time.Time // zero: until the version changes
 }
 
-// newSensors returns the sensors of a directory. They run as user or, where
-// that is nil, as the agent does.
+// newSensors returns the sensors of a directory, which run as user (nil: as the agent).
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
 		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
@@ -222,8 +221,7 @@ func arguments(v any) (args []string, err error) {
 
 // splitWords splits a string at white space, with the quoting of a shell's
 // words and nothing else of a shell: '…' is as it stands; in "…" a backslash
-// escapes $ ` " \ and a newline; elsewhere it escapes anything. An escaped
-// newline disappears.
+// escapes $ ` " \ and a newline, elsewhere anything. An escaped newline is left out.
 func splitWords(s string) ([]string, error) {
 	words, text := []string{}, s+" " // which ends the last word
 	var word []byte                  // nil outside of words
@@ -298,10 +296,9 @@ func (s *sensors) warnings() (lines []string) {
 	return lines
 }
 
-// helpTexts returns the help text of each sensor, or why there is none. It asks
-// one sensor after the other, while readings go on, and only those whose
-// executable has changed since they were asked. Callers wait for each other, so
-// that no sensor is asked twice.
+// helpTexts returns the help text of each sensor, or why there is none. It asks one
+// sensor after the other, while readings go on, and none twice until its executable
+// changes. Callers wait for each other.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	s.listing.Lock()
 	defer s.listing.Unlock()
@@ -409,9 +406,8 @@ func (r reading) String() string {
 	return strings.TrimSuffix(fmt.Sprintf("exit %d: %s", r.code, r.reason), ": ")
 }
 
-// read runs a sensor and makes a reading of it, whatever the sensor does. What
-// it says on standard error is copied to stderr or, where that is nil, ends in
-// the reading's reason.
+// read runs a sensor and makes a reading of it, whatever the sensor does. Its standard
+// error is copied to stderr or, where that is nil, ends in the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	r := s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
@@ -428,8 +424,7 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr i
 	return r
 }
 
-// reason returns in one line why a code is not 0: what the agent knows of it, and what
-// the sensor said.
+// reason says in one line why a code is not 0: what the agent knows, what the sensor said.
 func reason(code int, why string, said []byte) string {
 	words := strings.Join(strings.Fields(string(said)), " ")
 	switch {
@@ -575,8 +570,7 @@ func notStarted(file string, err error) reading {
 	return reading{code: codeNotStarted, reason: fmt.Sprintf("start %s: %v", file, err)}
 }
 
-// whyNotStarted returns an error that names what the kernel does not like about an
-// executable, or the kernel's own.
+// whyNotStarted names what the kernel does not like about an executable, or returns err.
 func whyNotStarted(file string, err error) error {
 	f, errOpen := openRegular(file)
 	if errOpen != nil {
@@ -782,8 +776,7 @@ type command struct {
 	from   string // who asks: they take turns
 }
 
-// String names a command for the log. A sensor's name is quoted where it could
-// be taken for more than a name.
+// String names a command for the log. A sensor's name is quoted unless it is plain.
 func (c command) String() string {
 	const plain = "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	verb, name := c.change, c.sensor
@@ -846,10 +839,7 @@ func (l *lane) push(j *job, size int) bool {
 	}
 	j.turn = max(l.turn, own.turn) + 1
 	l.callers[j.from] = share{own.waiting + 1, j.turn}
-	i := all
-	for i > 0 && l.waiting[i-1].turn > j.turn {
-		i--
-	}
+	i, _ := slices.BinarySearchFunc(l.waiting, j.turn+1, func(other *job, turn int) int { return other.turn - turn })
 	l.waiting = slices.Insert(l.waiting, i, j)
 	return true
 }
@@ -1058,7 +1048,6 @@ func (q *queue) close(ctx context.Context) {
 	q.mu.Unlock()
 	context.AfterFunc(ctx, q.cancel)
 	q.work.Wait()
-	q.cancel()
 }
 
 // A cond is a sync.Cond whose wait ends with a context, or at a time.
@@ -1267,8 +1256,7 @@ func (d *delivery) drop(p *pendingReading, why string) {
 	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
 }
 
-// remove ends the life of a reading that is delivered, dropped or discarded, in
-// the spool as well.
+// remove ends the life of a reading that needs no attempt more, in the spool as well.
 func (d *delivery) remove(p *pendingReading) {
 	if p.done {
 		return
@@ -1283,8 +1271,7 @@ func (d *delivery) remove(p *pendingReading) {
 	}
 }
 
-// discard forgets the pending readings of a ticket that the monitor has given
-// away again.
+// discard forgets the readings of a ticket that the monitor has given away again.
 func (d *delivery) discard(ticket any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1327,8 +1314,7 @@ func (d *delivery) stalledSince() time.Time {
 	return d.totals.latest
 }
 
-// next waits for a reading that may be tried, and returns it, or nil when the
-// delivery closes.
+// next waits for a reading that may be tried and returns it, or nil when d closes.
 func (d *delivery) next(ctx context.Context) *pendingReading {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1343,8 +1329,7 @@ func (d *delivery) next(ctx context.Context) *pendingReading {
 	return nil
 }
 
-// choose returns the reading to try now, or when there may be one (zero: after
-// the next change).
+// choose returns the reading to try now, or when there may be one (zero: after a change).
 func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 	if now.Before(d.retryAt) {
 		return nil, d.retryAt
@@ -1368,8 +1353,7 @@ func (d *delivery) choose(now time.Time) (best *pendingReading, at time.Time) {
 	return best, at
 }
 
-// try makes one attempt to deliver a reading, and returns how many attempts in a
-// row had no answer.
+// try makes one attempt to deliver a reading, and returns d.misses after that.
 func (d *delivery) try(ctx context.Context, p *pendingReading) (misses int) {
 	d.mu.Lock()
 	c, zone, value := d.client, d.zone, p.value
@@ -1454,9 +1438,8 @@ func (d *delivery) putLast() { d.note(&d.ending) }
 // is one. A disk that hangs holds up the end by five seconds at most.
 func (d *delivery) close(ctx context.Context) {
 	d.putLast()
-	grace, cancel := context.WithTimeout(ctx, lastTime) // the attempt under way may have been so for long
-	defer cancel()
-	context.AfterFunc(grace, d.cancel)
+	context.AfterFunc(ctx, d.cancel)
+	time.AfterFunc(lastTime, d.cancel) // the attempt under way may have been so for long
 	d.note(&d.closing)
 	<-d.sent
 	d.sendLast(ctx)
@@ -1482,8 +1465,7 @@ func (d *delivery) note(flag *bool) {
 	d.mu.Broadcast()
 }
 
-// sendLast tries each reading once more, until ctx ends or four attempts in a row
-// have had no answer.
+// sendLast tries each reading once more, until ctx ends or four in a row have no answer.
 func (d *delivery) sendLast(ctx context.Context) {
 	d.mu.Lock()
 	d.misses = 0
