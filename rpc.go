@@ -184,12 +184,11 @@ func parseDecimal(s string) (float64, error) {
 // on; what it returns after that means nothing.
 type decoder struct{ err error }
 
-// An element is one element of a message: its name, its own text and the elements
-// directly in it.
+// An element is an element of a message, with its own text.
 type element struct {
 	name     string // without a prefix: Apache's types have "ex:"
 	text     []byte
-	elements []*element
+	elements []*element // directly in it
 }
 
 // elementSizes are the bytes, more or less, that a decoded element takes besides its
@@ -610,13 +609,11 @@ func newHandler(methods []method) *handler {
 		methods: make(map[string]method),
 		refused: logLimit{burst: 20, perSecond: 0.2},
 		conns:   make(map[net.Conn]*peer),
-		most:    maxConns,
 	}
 	h.access.Store(&access{})
-	var files syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err == nil && files.Cur < 4*maxConns {
-		h.most = max(1, int(files.Cur)/4)
-	}
+	files := syscall.Rlimit{Cur: 4 * maxConns} // unless the kernel says how many
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files)
+	h.most = int(max(1, min(files.Cur/4, maxConns)))
 	h.http = &http.Server{
 		Handler:                      h,
 		ReadTimeout:                  readTimeout,
@@ -795,9 +792,8 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return status, nil
 	}
 	message, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessage))
-	var tooLarge *http.MaxBytesError
 	switch {
-	case errors.As(err, &tooLarge):
+	case errors.As(err, new(*http.MaxBytesError)):
 		return http.StatusRequestEntityTooLarge, nil
 	case err != nil:
 		return http.StatusBadRequest, nil // broken off, broken chunks, out of time
@@ -853,7 +849,7 @@ func (h *handler) call(r request, name string, params []any) (v any, err error) 
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%v\n%s", p, debug.Stack())
 		}
-		if f := (*fault)(nil); errors.As(err, &f) {
+		if errors.As(err, new(*fault)) {
 			h.refuse("%s: %s: %v", r.peer, cut(name), err)
 		} else if err != nil {
 			log.Printf(severe+"%s: %s: defect: %v", r.peer, cut(name), err)
@@ -947,11 +943,11 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 		if size += len(encodeResponse(v, err)); size > maxMessage {
 			return nil, faultf(faultRequest, "results of more than %d bytes: call fewer methods at once", maxMessage)
 		}
+		result := any([]any{v})
 		if err != nil {
-			results = append(results, faultStruct(err))
-		} else {
-			results = append(results, []any{v})
+			result = faultStruct(err)
 		}
+		results = append(results, result)
 	}
 	return results, nil
 }
@@ -1039,8 +1035,7 @@ func readAnswer(r io.Reader) ([]byte, error) {
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
 // is a success. It sends nothing to a URL with a fragment: a # in a password makes one,
-// and the host is then a wrong one. If ctx ended before the answer came, the error is its
-// cause.
+// and a wrong host. If ctx ended before the answer came, the error is its cause.
 func (c *client) post(ctx context.Context, name string, params []any, read func(io.Reader) error) error {
 	if c.url.Fragment != "" {
 		return errors.New("nothing is sent: its URL has a fragment: write # as %23, in client.cfg %%23")
@@ -1157,8 +1152,7 @@ func readPackage(r io.Reader, to *bufio.Writer) error {
 	return to.Flush()
 }
 
-// opensBase64 reports whether a piece of an answer, which ends at a '>', ends in a tag
-// <base64>.
+// opensBase64 reports whether a piece that ends at a '>' ends in a tag <base64>.
 func opensBase64(piece []byte) bool {
 	tag := piece[max(0, bytes.LastIndexByte(piece, '<')):]
 	words := bytes.FieldsFunc(tag, func(r rune) bool { return r == '>' || unicode.IsSpace(r) })

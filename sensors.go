@@ -26,7 +26,6 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"math"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -310,9 +309,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	helps := make(map[string]helpEntry)
 	for _, name := range names {
 		var file syscall.Stat_t
-		if syscall.Stat(filepath.Join(s.path, name, s.executable), &file) != nil {
-			continue // it has just gone
-		}
+		syscall.Stat(filepath.Join(s.path, name, s.executable), &file) // where it has just gone, its text says so
 		version := fmt.Sprint(s.help, file.Dev, file.Ino, file.Size, file.Ctim)
 		h := s.helps[name]
 		if h.version != version || !h.until.IsZero() && time.Now().After(h.until) {
@@ -466,7 +463,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		p.stuck = true
 		s.mu.Unlock()
 		go func() {
-			p.waitEnded(context.Background(), math.MaxInt64)
+			p.waitEnded(context.Background(), 1<<63-1) // however long it takes
 			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
@@ -734,8 +731,7 @@ func (c *capture) begin(pipe io.ReadCloser) {
 	}()
 }
 
-// Write takes what was read. It never fails, and pauses after each 64 KiB: a sensor may
-// write for ever.
+// Write never fails. It pauses after each 64 KiB: a sensor may write for ever.
 func (c *capture) Write(p []byte) (int, error) {
 	if c.copy != nil {
 		c.copy.Write(p) // an error there must not end the sensor
@@ -1050,29 +1046,23 @@ func (q *queue) close(ctx context.Context) {
 	q.work.Wait()
 }
 
-// A cond is a sync.Cond whose wait ends with a context, or at a time.
+// A cond is a sync.Cond with its mutex.
 type cond struct {
 	sync.Mutex
 	sync.Cond
 }
 
-// wait unlocks the mutex until Broadcast is called. It returns an error where ctx
-// ends first, or at is reached, unless that is zero. The mutex is locked again then.
-func (c *cond) wait(ctx context.Context, at time.Time) error {
+// wait unlocks the mutex until Broadcast is called or, unless that is zero, at is reached.
+func (c *cond) wait(at time.Time) {
 	if !at.IsZero() {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, at)
-		defer cancel()
+		defer time.AfterFunc(time.Until(at), func() {
+			c.Lock() // so that it does not come before Wait
+			defer c.Unlock()
+			c.Broadcast()
+		}).Stop()
 	}
-	stop := context.AfterFunc(ctx, func() {
-		c.Lock()
-		defer c.Unlock()
-		c.Broadcast()
-	})
-	defer stop()
 	c.L = c
 	c.Wait()
-	return ctx.Err()
 }
 
 const (
@@ -1156,8 +1146,7 @@ type deliveryTotals struct {
 }
 
 // newDelivery returns a delivery that works until close. What the spool holds
-// (nil: there is none) comes first. The second attempt to reach a monitor comes
-// about the time retry after the first.
+// (nil: there is none) comes first. retry is the first backoff.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(),
@@ -1172,7 +1161,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 	}
 	go func() {
 		defer close(d.sent)
-		for p := d.next(ctx); p != nil; p = d.next(ctx) {
+		for p := d.next(); p != nil; p = d.next() {
 			d.try(ctx, p)
 		}
 	}()
@@ -1291,12 +1280,14 @@ func (d *delivery) full() bool {
 	return d.inMemory >= maxPending-roomForRuns && d.awaySince.IsZero() && !d.ending
 }
 
-// waitRoom waits until a run may begin or ctx ends. So a monitor that is slower
-// than the sensors makes its dispatcher wait, and nothing is dropped.
+// waitRoom waits until a run may begin, as each may after putLast, or a change finds that
+// ctx has ended. So a monitor that is slower than the sensors makes its dispatcher wait,
+// and nothing is dropped.
 func (d *delivery) waitRoom(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for d.full() && d.mu.wait(ctx, time.Time{}) == nil {
+	for d.full() && ctx.Err() == nil {
+		d.mu.wait(time.Time{})
 	}
 }
 
@@ -1315,7 +1306,7 @@ func (d *delivery) stalledSince() time.Time {
 }
 
 // next waits for a reading that may be tried and returns it, or nil when d closes.
-func (d *delivery) next(ctx context.Context) *pendingReading {
+func (d *delivery) next() *pendingReading {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for !d.closing {
@@ -1324,7 +1315,7 @@ func (d *delivery) next(ctx context.Context) *pendingReading {
 			d.newest = !d.newest
 			return p
 		}
-		d.mu.wait(ctx, at)
+		d.mu.wait(at)
 	}
 	return nil
 }
@@ -1370,7 +1361,6 @@ func (d *delivery) try(ctx context.Context, p *pendingReading) (misses int) {
 func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var f *fault
 	switch now := time.Now(); {
 	case err == nil:
 		d.remove(p)
@@ -1378,7 +1368,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 		d.totals.latest = now
 		d.answered(now)
 	case c != d.client, errors.Is(err, context.Canceled): // that says nothing of the monitor
-	case errors.As(err, &f):
+	case errors.As(err, new(*fault)):
 		p.faults++
 		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
 		d.unsaved = true
@@ -1512,7 +1502,7 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 				return false
 			}
 		}
-		d.mu.wait(context.Background(), at)
+		d.mu.wait(at)
 	}
 	return true
 }
@@ -1599,8 +1589,6 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 //
 // The directory and the path to it belong to the agent's user or root, and nobody
 // else can change them: so no file of another user is read or written.
-//
-// A spool belongs to one goroutine.
 type spool struct {
 	dir      string
 	limit    int       // bytes of the file
@@ -1698,14 +1686,12 @@ func (s *spool) close() {
 
 // append adds records at the end of the file.
 func (s *spool) append(records []byte, sync bool) error {
-	if _, err := s.f.WriteAt(records, int64(s.size)); err != nil {
-		return err
+	n, err := s.f.WriteAt(records, int64(s.size))
+	s.size += n
+	if err == nil && sync {
+		err = s.f.Sync()
 	}
-	s.size += len(records)
-	if !sync {
-		return nil
-	}
-	return s.f.Sync()
+	return err
 }
 
 // rewrite replaces the file by one of these readings alone. At every moment the old
