@@ -766,8 +766,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // checkRequest checks the head of a request. It returns 200, or the status of a refusal.
 func (h *handler) checkRequest(w http.ResponseWriter, r *http.Request) (status int) {
-	encoding := r.Header.Get("Content-Encoding")
-	switch {
+	switch encoding := r.Header.Get("Content-Encoding"); {
 	case !h.access.Load().allows(hostOf(r.RemoteAddr)):
 		w.Header().Set("Connection", "close") // so that net/http does not read the body either
 		return http.StatusForbidden
@@ -871,10 +870,10 @@ func (h *handler) introspection() []method {
 	return []method{
 		{"system.listMethods", "array", "The names of all methods.",
 			func(request, []any) (any, error) { return array(sortedKeys(h.methods)), nil }},
-		{"system.methodHelp", "string string", "What a method does.", h.methodHelp},
+		{"system.methodHelp", "string string", "What a method does.", h.about(func(m method) any { return m.help })},
 		{"system.methodSignature", "array string",
 			"For each way to call a method: the type that it returns, then those of its parameters.",
-			h.methodSignature},
+			h.about(method.types)},
 		{"system.multicall", "array array",
 			"Calls several methods, each a struct of methodName and params; " +
 				"for each there is an array of its one result, or the struct of a fault.", h.multicall},
@@ -892,29 +891,25 @@ func array(texts []string) []any {
 	return values
 }
 
-func (h *handler) methodHelp(_ request, params []any) (any, error) {
-	m, err := h.named(params[0])
-	return m.help, err
+// about returns a method that says something of the method that its parameter names.
+func (h *handler) about(say func(method) any) func(request, []any) (any, error) {
+	return func(_ request, params []any) (any, error) {
+		name, _ := params[0].(string)
+		m, ok := h.methods[name]
+		if !ok {
+			return nil, faultf(faultParams, "no such method: %s", cut(name))
+		}
+		return say(m), nil
+	}
 }
 
-// methodSignature returns an array of signatures, each an array of types.
-func (h *handler) methodSignature(_ request, params []any) (any, error) {
-	m, err := h.named(params[0])
+// types returns an array of signatures, each an array of types.
+func (m method) types() any {
 	signatures := []any{}
 	for _, signature := range strings.Split(m.signatures, ", ") {
 		signatures = append(signatures, array(strings.Fields(signature)))
 	}
-	return signatures, err
-}
-
-// named returns the method with a name that a caller gave.
-func (h *handler) named(v any) (method, error) {
-	name, _ := v.(string)
-	m, ok := h.methods[name]
-	if !ok {
-		return m, faultf(faultParams, "no such method: %s", cut(name))
-	}
-	return m, nil
+	return signatures
 }
 
 // capabilities is the answer of system.getCapabilities. All answers share it: a
@@ -977,7 +972,7 @@ type client struct {
 	http    *http.Client
 	lookup  func(ctx context.Context, host string) ([]string, error)
 
-	first atomic.Int32 // the index of the address to begin with
+	first atomic.Uint32 // the index of the address to begin with, modulo how many there are
 }
 
 // newClient returns a client whose calls take at most the timeout, each as a
@@ -1084,15 +1079,14 @@ func (c *client) dial(ctx context.Context, network, hostPort string) (conn net.C
 	slices.Sort(addresses) // a name server may give them in another order each time
 	n := len(addresses)
 	dialer := net.Dialer{Timeout: c.timeout / time.Duration(n)}
-	for i, first := 0, int(c.first.Load()); i < n; i++ {
-		at := (first + i) % n
-		conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(addresses[at], port))
-		if err == nil {
-			c.first.Store(int32(at))
-			return conn, nil
+	for range addresses {
+		at := c.first.Load() % uint32(n)
+		if conn, err = dialer.DialContext(ctx, network, net.JoinHostPort(addresses[at], port)); err == nil {
+			break
 		}
+		c.first.Add(1)
 	}
-	return nil, err
+	return conn, err
 }
 
 // fetch calls a method whose result is base64, and writes the decoded bytes while
@@ -1125,11 +1119,9 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 func readPackage(r io.Reader, to *bufio.Writer) error {
 	limit := &io.LimitedReader{R: r, N: maxAnswer}
 	in := bufio.NewReader(limit)
-	var piece, head []byte
-	var err error
-	for err == nil && !opensBase64(piece) {
+	head, err := []byte{}, error(nil)
+	for piece := head; err == nil && !opensBase64(piece); head = append(head, piece...) {
 		piece, err = in.ReadBytes('>')
-		head = append(head, piece...)
 	}
 	limit.N = math.MaxInt64 // readAnswer and the caller have limits of their own
 	found := err == nil

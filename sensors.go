@@ -408,9 +408,8 @@ func (r reading) String() string {
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	r := s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
-	_, err := parseDecimal(text)
 	r.value = ""
-	switch {
+	switch _, err := parseDecimal(text); {
 	case err == nil && !tooLong && r.code >= 0:
 		r.value = text
 	case r.code == 0 && tooLong:
@@ -1174,6 +1173,7 @@ func (d *delivery) open(s *spool) {
 	found, err := s.open()
 	if err != nil {
 		log.Printf(severe+"spool %s: not used: %v; undelivered readings are in memory alone", s.file(), err)
+		s.close()
 		return
 	}
 	d.spool, d.pending = s, found
@@ -1580,12 +1580,10 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 // r is a reading: its number, the boot it was taken in, when that was by the
 // time since boot and by the clock (both in milliseconds), exit code, value (-
 // where there is none), the ticket's type and the ticket. d marks one as done.
-// Records of type c, which older agents wrote, are passed over. A torn or damaged
-// line costs itself alone.
+// Records of type c, which older agents wrote, and damaged lines are passed over.
 //
 // A write with new readings is synced once; marks are not, so that some readings
-// may be delivered again after a power cut. The file is empty when nothing in it
-// is pending.
+// may come again after a power cut. When nothing is pending, the file is empty.
 //
 // The directory and the path to it belong to the agent's user or root, and nobody
 // else can change them: so no file of another user is read or written.
@@ -1619,7 +1617,8 @@ const (
 
 func (s *spool) file() string { return filepath.Join(s.dir, spoolFile) }
 
-// open locks the directory, opens the file and returns what it holds.
+// open locks the directory, opens the file and returns what it holds. Even after an error
+// the spool is to be closed.
 func (s *spool) open() (found []*pendingReading, err error) {
 	if err = makePrivate(s.dir, false); err != nil {
 		return nil, err
@@ -1636,9 +1635,6 @@ func (s *spool) open() (found []*pendingReading, err error) {
 	}
 	if err == nil {
 		err = syncFile(s.folder) // the file may be new
-	}
-	if err != nil {
-		s.close()
 	}
 	return found, err
 }
