@@ -823,10 +823,9 @@ func (l *lane) mayRun(sensor string) bool {
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
-// push lets a command wait for the next turn, or for the one after its caller's last.
-// It reports false where there is no room. There is room if the command can run at once,
-// if fewer than size wait, or if fewer than twice as many wait and few of them are its
-// caller's.
+// push lets a command wait for the next turn, or for the one after its caller's last, or
+// reports that there is no room. There is some if the command can run at once, if fewer
+// than size wait, or if fewer than twice as many do and few are its caller's.
 func (l *lane) push(j *job, size int) bool {
 	all, own := len(l.waiting), l.callers[j.from]
 	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own.waiting >= max(1, size/4)) {
@@ -1094,8 +1093,7 @@ type pendingReading struct {
 // A delivery hands readings in at the monitor with cmd_store_probe_data, one at
 // a time: old monitors serve one connection after the other. One rule chooses
 // the next reading: the one tried least often, in turn from the oldest and from
-// the newest end. So neither a backlog nor a reading on which the monitor always
-// fails holds up the others.
+// the newest end: neither a backlog nor a reading that always fails holds up others.
 //
 // A reading leaves the delivery when the monitor has taken it, has answered it
 // with three faults or has given its ticket away again. The oldest is dropped
