@@ -1163,7 +1163,7 @@ func runCheck(ctx context.Context, in *invocation) error {
 	if err := checkOnDisk(name); err != nil {
 		return err
 	}
-	s := activate(in.settings).sensors
+	s := activate(in.settings).sensors.of(name)
 	var r reading
 	if asksHelp {
 		r = s.runIn(ctx, filepath.Join(s.path, name), name, args, os.Stderr)
