@@ -584,7 +584,7 @@ func whyNotStarted(file string, err error) error {
 		return errors.New("permission denied: is it mounted noexec, " +
 			"or may the sensors' user not enter a directory above it?")
 	case isScript && strings.HasSuffix(line, "\r"):
-		return errors.New("Windows line ends")
+		return errors.New("it has Windows line ends")
 	case isScript && isAbsent:
 		return fmt.Errorf("no interpreter %s", cut(strings.TrimSpace(interpreter)))
 	case isELF && isAbsent:
