@@ -1824,33 +1824,10 @@ func TestNetworkFaults(t *testing.T) {
 	b := newBox(t, "[sensor]\nbackup = backup\n", files{
 		"packages/demo.tar.bz2": demoPackage(t, 2), "sensors/demo/check": printing(1),
 	})
-	const all = 1 << 30
-	var carry, resets atomic.Int64 // what the next connection carries, in bytes either way
-	carry.Store(all)
-	proxy := listenRaw(t, "127.0.0.1:0", func(agent net.Conn) {
-		var left atomic.Int64
-		left.Store(carry.Swap(all))
-		monitor := dial(t, b.url.Host, "")
-		pass := func(to, from net.Conn) {
-			buffer, err := make([]byte, 4096), error(nil)
-			for n := 0; err == nil && left.Load() > 0; {
-				n, err = from.Read(buffer)
-				n = min(n, int(left.Load()))
-				left.Add(int64(-n))
-				to.Write(buffer[:n])
-			}
-			if left.Load() == 0 {
-				resets.Add(1)
-			}
-			agent.(*net.TCPConn).SetLinger(0)
-			agent.Close()
-			monitor.Close()
-		}
-		go pass(monitor, agent)
-		pass(agent, monitor)
-	})
-	b.configure(t, strings.Replace(b.config, b.url.Host, proxy.Addr().String(), 1))
-	b.next = "http://" + proxy.Addr().String() + "/RPC2"
+	carry, resets := new(atomic.Int64), new(atomic.Int64)
+	proxy := faultyProxy(t, b.url.Host, carry, resets)
+	b.configure(t, strings.Replace(b.config, b.url.Host, proxy, 1))
+	b.next = "http://" + proxy + "/RPC2"
 	log := logged(t)
 	a := b.run(t)
 	wantLog(t, log, ": answers")
@@ -1891,6 +1868,35 @@ func TestNetworkFaults(t *testing.T) {
 	equal(t, "the new monitor", after, strings.Replace(before, "/xmlrpc/", "/RPC2", 1))
 	leavesNothing(t, b.dir)
 	total("network faults survived", failed)
+}
+
+// faultyProxy passes connections on to a host. The next one carries as many bytes, either
+// way, as carry says, and all further ones carry all. resets counts those that could not.
+func faultyProxy(t *testing.T, host string, carry, resets *atomic.Int64) (address string) {
+	const all = 1 << 30
+	carry.Store(all)
+	return listenRaw(t, "127.0.0.1:0", func(agent net.Conn) {
+		var left atomic.Int64
+		left.Store(carry.Swap(all))
+		monitor := dial(t, host, "")
+		pass := func(to, from net.Conn) {
+			buffer, err := make([]byte, 4096), error(nil)
+			for n := 0; err == nil && left.Load() > 0; {
+				n, err = from.Read(buffer)
+				n = min(n, int(left.Load()))
+				left.Add(int64(-n))
+				to.Write(buffer[:n])
+			}
+			if left.Load() == 0 {
+				resets.Add(1)
+			}
+			agent.(*net.TCPConn).SetLinger(0)
+			agent.Close()
+			monitor.Close()
+		}
+		go pass(monitor, agent)
+		pass(agent, monitor)
+	}).Addr().String()
 }
 
 // retryFast makes an agent deliver with waits of milliseconds.
@@ -2696,28 +2702,7 @@ func TestManyCallers(t *testing.T) {
 			if !limited {
 				t.Skip("no memory cgroup on this machine, or no right to make one")
 			}
-			request := requestKinds[c.kind].request(expand(c.text))
-			sent := make(chan struct{}, 60)
-			go parallel(cap(sent), func(i int) {
-				defer func() { sent <- struct{}{} }()
-				conn := dial(t, b.client.url.Host, fmt.Sprint("127.0.1.", i+1))
-				conn.SetReadBuffer(4 << 10)
-				r := bufio.NewReader(conn)
-				for n := 0; n < c.times; n++ {
-					io.WriteString(conn, strings.ReplaceAll(request, "####", strconv.Itoa(1000+c.times*i+n)))
-				}
-				if c.times > 1 {
-					r.Peek(1) // the first answer begins
-				}
-				for n := 0; n < c.reads; n++ {
-					resp, err := http.ReadResponse(r, nil)
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					io.Copy(io.Discard, resp.Body)
-				}
-			})
+			sent := crowd(t, b.client.url.Host, requestKinds[c.kind].request(expand(c.text)), c.times, c.reads)
 			healthy := func() {
 				c := newClient(b.client.url, 10*time.Second, nil)
 				defer c.close()
@@ -2735,6 +2720,33 @@ func TestManyCallers(t *testing.T) {
 			healthy()
 		})
 	}
+}
+
+// crowd has 60 callers send a request so many times, with another ticket in the place of
+// #### each time, and read so many answers. Each reports when he is done.
+func crowd(t *testing.T, host, request string, times, reads int) (sent chan struct{}) {
+	sent = make(chan struct{}, 60)
+	go parallel(cap(sent), func(i int) {
+		defer func() { sent <- struct{}{} }()
+		conn := dial(t, host, fmt.Sprint("127.0.1.", i+1))
+		conn.SetReadBuffer(4 << 10)
+		r := bufio.NewReader(conn)
+		for n := 0; n < times; n++ {
+			io.WriteString(conn, strings.ReplaceAll(request, "####", strconv.Itoa(1000+times*i+n)))
+		}
+		if times > 1 {
+			r.Peek(1) // the first answer begins
+		}
+		for n := 0; n < reads; n++ {
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			io.Copy(io.Discard, resp.Body)
+		}
+	})
+	return sent
 }
 
 // TestAccess: who may call, by address.
@@ -4425,7 +4437,7 @@ func newSoak(t *testing.T) *soak {
 	}
 	s.box = newBox(t, config, files{
 		"sensors/good/check": "#!/bin/sh\necho $1\n", "sensors/fail/check": "#!/bin/sh\necho no >&2; exit 3\n",
-		"sensors/hang/check": "#!/bin/sh\nsleep 60\n",
+		"sensors/text/check": "#!/bin/sh\necho hello\n", "sensors/hang/check": "#!/bin/sh\nsleep 60\n",
 		"sensors/demo/check": printing(1), "packages/demo.tar.bz2": demoPackage(t, 1),
 	})
 	s.other = newRecorder(t)
@@ -4543,6 +4555,8 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 	case dice < 50:
 		s.call(t, "3 nan", submit, "TICKET", "fail")
 	case dice < 100:
+		s.call(t, "65 nan", submit, "TICKET", "text", nil)
+	case dice < 150:
 		s.call(t, "127 nan", submit, "TICKET", "none", "a b")
 	case dice < 160:
 		s.call(t, "", "cmd_update_sensor_code", "demo", "TICKET")
@@ -4562,11 +4576,11 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 		io.WriteString(conn, posted(string(encodeCall(submit, s.tickets.Add(1), "good"))))
 		conn.SetLinger(0)
 		conn.Close()
-	case dice < 208:
+	case dice < 203: // a reload takes a second
 		file, concurrency := filepath.Join(s.dir, "client.cfg"), fmt.Sprint(2+random.Intn(4))
 		equal(t, "config set", picket("-c", file, "config", "set", "sensor", "concurrency", concurrency), "exit 0\n")
 		s.agent.reload(ctx)
-	case dice < 212:
+	case dice < 207:
 		s.locked(func() { s.down = s.random.Intn(10) }) // the last after half a second
 		total("outages of the monitor", 1)
 	default:
