@@ -251,8 +251,8 @@ func (c *ini) set(section, option, value string) error {
 		for text := (&ini{lines: lines[:end]}).text(); text != "" && !strings.HasSuffix(text, above); text += eol {
 			header = eol + header
 		}
-		lines = slices.Insert(lines, end, iniLine{text: header + key.option + " =" + eol})
-		defined = end + 1
+		lines = slices.Insert(lines, end, iniLine{text: header}, iniLine{text: key.option + " =" + eol})
+		defined = end + 2
 	}
 	rest := slices.DeleteFunc(lines[defined:], func(l iniLine) bool { return l.continues && l.key == key })
 	lines = lines[:defined+len(rest)]

@@ -900,16 +900,19 @@ func rereadSettings(ctx context.Context, before *settings) (s *settings, err err
 		text, err = readSmall(before.file, maxConfig)
 		same = bytes.Equal(text, earlier)
 	}
-	var c *ini
-	if err == nil {
-		c, err = parseINI(before.file, string(text))
+	if err != nil {
+		return s, err
 	}
+	c, err := parseINI(before.file, string(text))
 	if err == nil {
 		s, err = checkSettings(c, wrong)
 	}
-	if err == nil && len(before.lost(s)) > 0 {
+	if err != nil {
+		return s, err
+	}
+	if lost := before.lost(s); len(lost) > 0 {
 		err = fmt.Errorf("%s: it lacks %s: a reload gives up no protection that is in force, only a start does",
-			before.file, strings.Join(before.lost(s), ", "))
+			before.file, strings.Join(lost, ", "))
 	}
 	return s, err
 }
@@ -1163,10 +1166,10 @@ func runCheck(ctx context.Context, in *invocation) error {
 	if err := checkOnDisk(name); err != nil {
 		return err
 	}
-	s := activate(in.settings).sensors.of(name)
+	s := activate(in.settings).sensors
 	var r reading
 	if asksHelp {
-		r = s.runIn(ctx, filepath.Join(s.path, name), name, args, os.Stderr)
+		r = s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, os.Stderr)
 	} else if r = s.read(ctx, name, args, os.Stderr); r.value == "" {
 		r.value = in.settings.noValue
 	}
@@ -1598,7 +1601,7 @@ func parseProbe(r *http.Request) (p probe, err error) {
 			return p, fmt.Errorf("read: %w", err)
 		case strings.ContainsFunc(args, notPlain):
 			return p, fmt.Errorf("read: %s is not plain text", cut(args))
-		case slices.ContainsFunc(p.reads, func(other *probeRead) bool { return *other == *read }):
+		case slices.ContainsFunc(p.reads, func(r *probeRead) bool { return r.sensor == read.sensor && r.args == read.args }):
 			return p, fmt.Errorf("read: %s comes twice", cut(text))
 		}
 		p.reads = append(p.reads, read)

@@ -309,7 +309,9 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	helps := make(map[string]helpEntry)
 	for _, name := range names {
 		var file syscall.Stat_t
-		syscall.Stat(filepath.Join(s.path, name, s.executable), &file) // where it has just gone, its text says so
+		if syscall.Stat(filepath.Join(s.path, name, s.executable), &file) != nil {
+			continue // it has just gone
+		}
 		version := fmt.Sprint(s.help, file.Dev, file.Ino, file.Size, file.Ctim)
 		h := s.helps[name]
 		if h.version != version || !h.until.IsZero() && time.Now().After(h.until) {
@@ -535,18 +537,20 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 		}
 		isAbsent := errors.Is(err, syscall.ENOENT)
 		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
-		if err == nil {
+		switch {
+		case err == nil:
 			p.output.begin(stdout)
 			p.said.begin(stderr)
 			s.mu.Lock()
 			p.pid = p.cmd.Process.Pid
 			s.mu.Unlock()
 			return nil
-		}
-		if !isBusy { // it was away a moment ago, or else its interpreter is
+		case try >= startTries:
+			return err
+		case isBusy:
+		case isAbsent && exists(file): // it was away a moment ago, or else its interpreter is
 			try += startTries / 4
-		}
-		if try >= startTries || !isBusy && !(isAbsent && exists(file)) {
+		default:
 			return err
 		}
 		time.Sleep(startPause)
@@ -1212,8 +1216,9 @@ func (d *delivery) monitor() *client {
 func (d *delivery) count() deliveryTotals {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.totals.undelivered = len(d.pending)
-	return d.totals
+	totals := d.totals
+	totals.undelivered = len(d.pending)
+	return totals
 }
 
 // put takes a reading of a run that has just ended. It never blocks.
@@ -1445,7 +1450,7 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// note sets a flag that others wait for.
+// note sets a flag that others wait for, and has the spool written once more.
 func (d *delivery) note(flag *bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1755,10 +1760,12 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 func parseRecord(line string) (p *pendingReading, ok bool) {
 	p, ok = &pendingReading{size: len(line) + 1}, true
 	sum, text, _ := strings.Cut(line, " ")
-	words := append(strings.SplitN(text, " ", 9), make([]string, 8)...) // r number boot age clock code value type ticket
+	words := strings.SplitN(text, " ", 9)       // r number boot age clock code value type ticket
+	words = append(words, make([]string, 8)...) // a word that is missing is no number, no value and no ticket
+	check := func(err error) { ok = ok && err == nil }
 	number := func(i int) int64 {
 		n, err := strconv.ParseInt(words[i], 10, 64)
-		ok = ok && err == nil
+		check(err)
 		return n
 	}
 	kind, value, ticket := words[0], words[6], words[8]
@@ -1771,17 +1778,21 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 	}
 	p.code = int(number(5))
 	p.taken = clocks{time.UnixMilli(number(4)), time.Duration(number(3)) * time.Millisecond, words[2]}
-	var errs [4]error
+	var err error
 	if value != "-" {
 		p.value = value
-		_, errs[0] = parseDecimal(value)
+		_, err = parseDecimal(value)
+		check(err)
 	}
 	if words[7] == "string" {
-		ticket, errs[1] = strconv.Unquote(ticket)
+		ticket, err = strconv.Unquote(ticket)
+		check(err)
 	}
-	p.ticket, errs[2] = scalar(words[7], ticket)
-	p.ticket, errs[3] = ticketOf(p.ticket)
-	return p, ok && p.record > 0 && errors.Join(errs[:]...) == nil
+	p.ticket, err = scalar(words[7], ticket)
+	check(err)
+	p.ticket, err = ticketOf(p.ticket)
+	check(err)
+	return p, ok && p.record > 0
 }
 
 // readingRecord returns the record of a reading, with its time corrected.
