@@ -591,8 +591,10 @@ func (d dir) do(what, name string, change func(path string) error) error {
 
 // rename renames a file or directory. When it returns nil, the new name is on the disk.
 func (d dir) rename(name string, to dir, newName string) error {
-	err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) })
-	return errors.Join(err, syncFile(to.File))
+	if err := d.do("rename", name, func(path string) error { return os.Rename(path, to.at(newName)) }); err != nil {
+		return err
+	}
+	return syncFile(to.File)
 }
 
 // mkdir makes a directory, with this mode whatever the umask, and opens it. It fails if the owner of
@@ -626,8 +628,10 @@ func (d dir) write(name string, from io.Reader, mode fs.FileMode, owner *syscall
 		return err
 	}
 	defer f.Close()
-	_, err = io.Copy(f, from)
-	return errors.Join(err, chown(f.File, owner), f.Chmod(mode), f.Sync())
+	if _, err := io.Copy(f, from); err != nil {
+		return err
+	}
+	return errors.Join(chown(f.File, owner), f.Chmod(mode), f.Sync())
 }
 
 // remove removes a name with all that is in it, and follows no link. A name that does not exist is no error.
