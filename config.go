@@ -50,7 +50,7 @@ const (
 	maxExpanded  = 64 << 10         // bytes and references of one value: ten levels could make 10^10
 	maxReference = 10               // levels of %(name)s, as in Python
 	maxBadLines  = 20               // reported one by one: a file that is no INI at all has thousands
-	maxTimeout   = time.Hour        // of a sensor: so long it may take the place of others
+	maxTimeout   = time.Hour        // of a sensor, which takes the place of others for so long
 	editTime     = 10 * time.Second // for which a change of client.cfg waits for others
 	iniSpace     = " \t\n\r\v\f"
 	byteMark     = "\xef\xbb\xbf"
@@ -67,7 +67,7 @@ type iniLine struct {
 	continues bool   // it continues the value of the line above
 }
 
-// An ini is an INI text. A change of it keeps every byte of all other lines.
+// An ini is an INI text. A change keeps every byte of the lines that it does not concern.
 type ini struct {
 	name   string // of the file, for errors
 	lines  []iniLine
@@ -133,8 +133,8 @@ func (c *ini) add(text string) error {
 	return nil
 }
 
-// splitLine finds the value in a line. It begins after the first n bytes and the blanks
-// there, and ends before a comment. Where it is empty, the blanks are behind it.
+// splitLine finds the value in a line. The value begins after the first n bytes and the
+// blanks there, and ends before a comment. If it is empty, the blanks come behind it.
 func splitLine(text string, n int) (before, value, behind string) {
 	from, end := len(text)-len(strings.TrimLeft(text[n:], " \t\v\f")), len(text)
 	for i := from; i < end; i++ {
@@ -191,8 +191,8 @@ func (c *ini) get(section, option string) (string, error) {
 	return b.String(), err
 }
 
-// expand appends a value to b, with its references filled in. Left is how many bytes
-// and references may still come, depth how many references led here.
+// expand appends a value to b, with its references filled in. left is how many bytes and
+// references may still come, and depth how many references led here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
 	key, ok := c.locate(section, option)
 	raw := c.values[key]
@@ -294,7 +294,7 @@ func (c *ini) remove(section string, option ...string) error {
 	return err
 }
 
-// Settings are what client.cfg says, checked and typed. Paths are absolute.
+// settings holds what client.cfg says, checked and typed. Paths are absolute.
 type settings struct {
 	file                           string // client.cfg itself; "" where there is none
 	executable, help, path, backup string
@@ -361,7 +361,7 @@ func (s *settings) longest() time.Duration {
 	return d
 }
 
-// TLSFiles are the files that a section names for TLS, and what is in them.
+// tlsFiles holds the files that a section names for TLS, and what is in them.
 type tlsFiles struct {
 	certificate, key, ca string // "" where there is none
 	name                 string // that the peer's certificate must bear; "": any
@@ -369,7 +369,7 @@ type tlsFiles struct {
 	pool                 *x509.CertPool
 }
 
-// load reads the files. An error comes with the option that is to blame.
+// load reads the files. With an error it returns the option that is to blame.
 func (t *tlsFiles) load() (option string, err error) {
 	switch {
 	case t.certificate != "" && t.key == "":
@@ -408,8 +408,8 @@ type option struct {
 	set                  func(string) error // checks a value and stores it
 }
 
-// options lists every option of client.cfg, also those of each [sensor NAME], to be stored in s.
-// Relative paths start from dir. An option that has a default must not be empty.
+// options lists every option of client.cfg, those of each [sensor NAME] included. Their values
+// are stored in s. Relative paths start from dir. An option with a default must not be empty.
 func (c *ini) options(s *settings, dir string) []option {
 	path := func(v string) (string, error) {
 		if v != "" && !filepath.IsAbs(v) {
@@ -462,10 +462,10 @@ func (c *ini) options(s *settings, dir string) []option {
 	return list
 }
 
-// known lists the options for whoever needs their names and defaults only.
+// known lists the options for those who need only their names and defaults.
 var known = new(ini).options(new(settings), "")
 
-// OwnSettings are those of one sensor, from its section [sensor NAME] or from [sensor].
+// ownSettings holds the settings of one sensor, from its section [sensor NAME] or from [sensor].
 type ownSettings struct {
 	timeout time.Duration
 	user    *sensorUser
@@ -481,7 +481,7 @@ func sensorOf(section string) string {
 	return name
 }
 
-// optionsOf lists the options that a section can have: DEFAULT all, an unknown one nil.
+// optionsOf lists the options that a section can have. DEFAULT can have all, an unknown section none.
 func optionsOf(section string) (names []string) {
 	if sensorOf(section) != "" {
 		return []string{"timeout", "user"}
@@ -541,7 +541,7 @@ func (f finding) String() string {
 // A tolerated error is a mistake: it comes with a value that the agent can use.
 type tolerated struct{ error }
 
-// finding returns what an error says about an option, at the place where that stands.
+// finding makes a finding of an error in an option, at the line where the option stands.
 func (c *ini) finding(section, name string, err error) finding {
 	key, _ := c.locate(section, name)
 	grave := wrong
@@ -551,8 +551,8 @@ func (c *ini) finding(section, name string, err error) finding {
 	return finding{key, c.name, c.line(key), masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err)), grave}
 }
 
-// settings checks all options. The findings are in the order of the file, one for
-// each option. The settings can be used if none of them is wrong.
+// settings checks all options. The findings are in the order of the file, at most one of
+// each option. The settings can be used if no finding is wrong.
 func (c *ini) settings(dir string) (s *settings, found []finding) {
 	s = &settings{}
 	report := func(section, name string, err error) {
@@ -600,8 +600,8 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 	return s, found
 }
 
-// strangers finds the sections and options that picket does not know. Options of DEFAULT,
-// and those that some value refers to, are the user's own, unless near a known name.
+// strangers finds the sections and options that picket does not know. An option of DEFAULT,
+// or one that a value refers to, is the user's own unless its name is near a known one.
 func (c *ini) strangers() (found []finding) {
 	all := strings.ToLower(c.text())
 	for key := range c.values {
@@ -614,8 +614,8 @@ func (c *ini) strangers() (found []finding) {
 	return found
 }
 
-// unknown returns what to say of an option that picket does not know or, without a
-// name, of such a section; "" if picket knows it. It is a mistake if a known name is near.
+// unknown returns what is to be said of an option that picket does not know or, without a name,
+// of such a section. It returns "" for a known one. Near a known name it is a mistake.
 func unknown(section, name string) (text string, grave int) {
 	names := optionsOf(section)
 	switch {
@@ -690,7 +690,7 @@ func networks(v string) (list []netip.Prefix, err error) {
 	return list, nil
 }
 
-// secondOf takes a word of two lists, in capitals or not, and reports if it is of the second.
+// secondOf takes a word of two lists, in capitals or not, and reports whether it is in the second.
 func secondOf(firsts, seconds string) func(string) (bool, error) {
 	return func(v string) (bool, error) {
 		word, first, second := strings.ToLower(v), strings.Fields(firsts), strings.Fields(seconds)
@@ -717,8 +717,8 @@ func number[T int | int64](low, high T) func(string) (T, error) {
 	}
 }
 
-// duration takes 30 (seconds), 30s, 5m or 1h30m, more than zero. In place of what is longer
-// than most, most is used: earlier versions took it, so the agent must start all the same.
+// duration takes 30 (seconds), 30s, 5m or 1h30m, more than zero. A time longer than most
+// becomes most: earlier versions took it, so the agent must start all the same.
 func duration(most time.Duration) func(string) (time.Duration, error) {
 	return func(v string) (time.Duration, error) {
 		text := v
@@ -779,7 +779,7 @@ func httpURL(v string) (*url.URL, error) {
 	case u.Hostname() == "":
 		return nil, errors.New("this URL names no host")
 	case strings.ContainsFunc(u.Host, func(r rune) bool { return r >= 0x80 }):
-		return nil, errors.New("a host is written in ASCII, as xn--... where its name is not")
+		return nil, errors.New("write the host in ASCII, as xn--... if its name has other letters")
 	case u.Port() != "" && (errPort != nil || port == 0):
 		return nil, errors.New("this URL has a port that does not exist")
 	case hasFragment:
@@ -792,8 +792,8 @@ func httpURL(v string) (*url.URL, error) {
 	return u, err
 }
 
-// masked returns a text that shows no password: in each line everything between
-// :// and the last @ becomes xxxxx. (A URL that was taken for a path has :/ only.)
+// masked hides passwords: in each line everything between :// and the last @ becomes
+// xxxxx. (A URL that was taken for a path has only :/.)
 func masked(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
@@ -805,7 +805,7 @@ func masked(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// redacted returns a value of client.cfg without the password of a URL, even a broken one.
+// redacted hides the password in a value of client.cfg, even in a URL that is broken.
 func redacted(value string) string {
 	at := strings.LastIndex(value, "@")
 	if at < 0 || !strings.Contains(value[:at], ":") {
@@ -945,8 +945,8 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	return nil
 }
 
-// recoverINI removes what editINI left at a power cut. It does not wait: while
-// another process holds the lock, it returns context.DeadlineExceeded.
+// recoverINI removes what editINI left at a power cut. It does not wait: if another
+// process holds the lock, its error wraps context.DeadlineExceeded.
 func recoverINI(file string) error {
 	if target, err := filepath.EvalSymlinks(file); err != nil || !exists(nextFile(target)) {
 		return err

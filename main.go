@@ -18,21 +18,21 @@
 //
 // The agent runs what is in its directory of sensors and nothing else; only its monitor
 // can change that, or, with [sensor] public_key, whoever has the secret key. A command only
-// chooses a sensor and gives it arguments, which no shell ever sees. What it measured goes
-// to the monitor of client.cfg or nowhere. Whoever can reach its port, and passes [agent]
-// allow and client_ca, can have sensors run, at most [sensor] concurrency at once, but
-// cannot see what they print.
+// chooses a sensor and gives it arguments, which no shell ever sees. Readings go to the
+// monitor of client.cfg or nowhere. Whoever can reach its port, and passes [agent] allow
+// and client_ca, can make it run sensors, at most [sensor] concurrency at once, but cannot
+// see what they print.
 //
 // # What lasts
 //
-// A reading of an acknowledged command is in memory until the monitor has
-// answered, and with [monitor] spool on the disk as well once an attempt has failed
-// or some seconds have passed. Limits, and what happens at each, are with the constants.
+// The reading of an acknowledged command is in memory until the monitor has answered.
+// With [monitor] spool it is on the disk as well, once an attempt has failed or some
+// seconds have passed. The limits, and what happens at each, stand with the constants.
 //
 // # Files
 //
-// They depend downwards: main, update, sensors, rpc. The settings of config are
-// used by main alone; its functions that read, lock and replace files, by all.
+// They depend downwards: main, update, sensors, rpc. Only main uses the settings of
+// config; all use its functions that read, lock and replace files.
 //
 // # The way of a reading
 //
@@ -167,7 +167,7 @@ func main() {
 	os.Exit(code)
 }
 
-// closeOnExec has inherited files closed when a sensor starts: one may be a lock or a secret.
+// closeOnExec keeps the files that picket inherited from sensors: one may be a lock or a secret.
 func closeOnExec() {
 	var limit syscall.Rlimit
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
@@ -198,7 +198,7 @@ func leaveTerminal() {
 	syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCNOTTY, 0)
 }
 
-// An exitError ends the process with its code. Its error is nil if nothing is to be said.
+// An exitError ends the process with its code. Its error is nil if there is nothing to say.
 type exitError struct {
 	code int
 	error
@@ -225,7 +225,7 @@ type subcommand struct {
 const (
 	needsNothing  = iota
 	needsINI      // client.cfg
-	needsSettings // its settings alone; as it runs sensors, the terminal is given up
+	needsSettings // its settings, for a subcommand that runs sensors: the terminal is given up
 )
 
 const (
@@ -233,7 +233,7 @@ const (
 	exitCodes = "Exit codes: 0; 1 it went wrong; 2 usage or configuration"
 )
 
-// Subcommands are all that picket can be told, each with its page of the help.
+// subcommands lists what picket can be told to do, each with its page of the help.
 var subcommands = []subcommand{
 	{"", "help", "", 0, 0, needsNothing, runAgent, "run the agent until SIGTERM or SIGINT"},
 	{"check", "SENSOR [ARG...]", "", 1, -1, needsSettings, runCheck, `run one sensor as the agent would
@@ -278,7 +278,7 @@ It prints the result. A whole number is sent as int, anything else as string.
 		"listen=127.0.0.1:8081 packages next probe ca cert key agent-ca agent-cert agent-key", 0, 0, needsNothing, runMonitor,
 		`print readings, answer Prometheus
   -listen ADDRESS    where it serves agents, else 127.0.0.1:8081
-  -probe ADDRESS    where it serves Prometheus; who asks can command any agent
+  -probe ADDRESS    where it serves Prometheus: whoever asks commands agents
   -packages DIR    the directory of SENSOR.tar.bz2 that it serves
   -next URL    where agents move to
   -cert FILE -key FILE    it serves https
@@ -323,8 +323,8 @@ func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 	return coded.code, err
 }
 
-// waitUnderInit waits before an agent that process 1 has started ends with an error,
-// say for a wrong client.cfg: process 1 starts it again without a pause.
+// waitUnderInit delays the end of an agent that process 1 has started and that cannot
+// run, say for a wrong client.cfg: process 1 starts it again without a pause.
 func waitUnderInit(ctx context.Context, err error) {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGHUP, syscall.SIGUSR1)
 	defer stop()
@@ -409,7 +409,7 @@ func (in *invocation) usageError(format string, args ...any) error {
 	return usagef(format+"; type: %s", append(args, in.command.usage())...)
 }
 
-// usage returns the line to type; where no subcommand is named, it asks for help.
+// usage returns the line to type. For the agent itself that is "picket help".
 func (c *subcommand) usage() string {
 	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
 }
@@ -460,7 +460,7 @@ func readConfig(named string) (*ini, error) {
 		errNoConfig, strings.Join(slices.Compact(files), ", then "))
 }
 
-// readSettings returns the settings of client.cfg, so named or found.
+// readSettings returns the settings of the client.cfg that is named or found.
 func readSettings(named string) (*settings, error) {
 	c, err := readConfig(named)
 	if err != nil {
@@ -469,7 +469,8 @@ func readSettings(named string) (*settings, error) {
 	return checkSettings(c, wrong)
 }
 
-// checkSettings returns the settings. Findings at least so grave are an error, others logged.
+// checkSettings returns the settings. Findings of this gravity or a higher one are an
+// error, and the others are logged.
 func checkSettings(c *ini, grave int) (*settings, error) {
 	s, found := checkAll(c)
 	var errs []error
@@ -497,7 +498,7 @@ func checkAll(c *ini) (*settings, []finding) {
 	return s, found
 }
 
-// runAgent runs the agent until ctx ends. It answers once the signals are caught.
+// runAgent runs the agent until ctx ends. It answers no call before the signals are caught.
 func runAgent(ctx context.Context, in *invocation) error {
 	leaveTerminal()
 	signals, caught := make(chan os.Signal, 8), make(chan struct{})
@@ -601,8 +602,8 @@ func (w *logWriter) close() {
 
 func (w *logWriter) run() {
 	defer close(w.done)
-	// Caught and dropped: a reader of the log that ends, or a file that may not
-	// grow, must not end the agent. Ignored, they would be ignored in sensors too.
+	// These are caught and dropped: a reader of the log that ends, or a file that may not
+	// grow, must not end the agent. If they were ignored, sensors would ignore them too.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGXFSZ)
 	for line := range w.lines {
 		if n := w.lost.Swap(0); n > 0 {
@@ -707,7 +708,7 @@ func clientTLS(t tlsFiles) *tls.Config {
 	return c
 }
 
-// serverTLS returns the rules for being called over TLS; nil means without TLS.
+// serverTLS returns the rules for those who call over TLS, or nil without a certificate.
 func serverTLS(t tlsFiles) *tls.Config {
 	if t.pair == nil {
 		return nil
@@ -1078,8 +1079,8 @@ func (a *agent) makeChange(ctx context.Context, c command) reading {
 	return reading{value: "1"}
 }
 
-// noteChange keeps, for cmd_list_sensors, why the latest change of a sensor failed, as long
-// as that is installed. A failed move is noted under "", which is no sensor.
+// noteChange notes for cmd_list_sensors why the latest change of a sensor failed, as long as
+// the sensor is installed. A failed move is noted under "", which is no sensor.
 func (a *agent) noteChange(c command, err error) {
 	a.failedMu.Lock()
 	defer a.failedMu.Unlock()
@@ -1207,7 +1208,7 @@ func runList(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// checkOnDisk checks the name of a sensor that is to be a directory.
+// checkOnDisk refuses a name that cannot be that of a sensor's directory.
 func checkOnDisk(name string) error {
 	if name == ownSensor {
 		return usagef("the sensor %s is the agent itself: the monitor asks the running one for its health "+
@@ -1313,7 +1314,8 @@ func runConfigEdit(ctx context.Context, in *invocation) error {
 	})
 }
 
-// loadTLS reads the certificates that flags with a prefix name. Its error names the flag.
+// loadTLS reads the files that the flags -ca, -cert and -key name, with this prefix. Its
+// error names the flag.
 func (in *invocation) loadTLS(prefix string) (t tlsFiles, err error) {
 	t.ca, t.certificate, t.key = *in.flags[prefix+"ca"], *in.flags[prefix+"cert"], *in.flags[prefix+"key"]
 	option, err := t.load()
@@ -1424,14 +1426,14 @@ func (r storedReading) String() string {
 	return fmt.Sprintf("%s %s %s: exit %d, value %s", r.time, r.peer, ticketText(r.ticket), r.code, oneLine(r.value))
 }
 
-// A monitor stands in for the real one, in labs and tests, and for Prometheus.
+// A monitor stands in for the real one in labs, in tests and beside Prometheus.
 type monitor struct {
 	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string                    // the URL that agents move to; "" is none
 	stored   func(storedReading) error // is called for each reading, perhaps for several at once
 }
 
-// serveUntil serves a handler until ctx ends, to more callers than an agent has.
+// serveUntil serves a handler until ctx ends, with more connections at once than an agent has.
 func serveUntil(ctx context.Context, h *handler, listener net.Listener) error {
 	if h.most == maxConns { // else the process may have few files open
 		h.most = monitorConns
@@ -1522,9 +1524,9 @@ func (p *prober) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
-		status, text = http.StatusMethodNotAllowed, "GET is what this takes.\n"
+		status, text = http.StatusMethodNotAllowed, "Use GET.\n"
 	case r.Header.Get("Sec-Fetch-Site") == "cross-site", !p.isOwnHost(r.Host): // a web page in a browser here
-		status, text = http.StatusForbidden, "Ask by address or by the name that -probe has, and from no other site.\n"
+		status, text = http.StatusForbidden, "Use an address or the host of -probe, and no page of another site.\n"
 	case r.URL.Path == "/probe":
 		status, text = p.answer(r)
 	case r.URL.Path == "/metrics":
@@ -1667,7 +1669,7 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
 }
 
-// take has a box take the readings, and waits for them. The error says why some do not come.
+// take asks a box for the readings and waits for them. Its error says why some do not come.
 func (p *prober) take(ctx context.Context, probe probe) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
 	defer cancel()
@@ -1711,7 +1713,8 @@ func (p *prober) newTicket(read *probeRead) string {
 	return read.ticket
 }
 
-// forget ends the wait for readings. Those that come later are late, until too many are.
+// forget ends the wait for readings. Those that come later are late or, where there are too
+// many of them, unknown.
 func (p *prober) forget(reads []*probeRead) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -1863,8 +1866,8 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	return nil
 }
 
-// testAgent gives the commands of selfSteps to an agent with selfFiles. A stand-in is its
-// monitor, both on loopback. If something is installed, the sensors run as its user.
+// testAgent starts an agent with selfFiles and a stand-in for its monitor, both on loopback,
+// and gives the agent the commands of selfSteps. Its sensors run as the user of the installed ones.
 func (t *selftest) testAgent(ctx context.Context, dir string, installed *settings) error {
 	defer syscall.Umask(syscall.Umask(0o022)) // [sensor] user must be able to run the files
 	err := os.Chmod(dir, 0o755)
@@ -1925,8 +1928,8 @@ func (t *selftest) step(ctx context.Context, c *client, call, want string, store
 	}
 }
 
-// testInstalled takes a reading from every sensor: the first thing that its help
-// says it can be asked. Where the sensor says why not, the box has no such thing.
+// testInstalled takes a reading from every sensor, for the first option in its help text.
+// A sensor that fails and says why is skipped: the box has no such thing.
 func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
 	texts, err := s.helpTexts(ctx)
 	if err != nil || len(texts) == 0 {

@@ -44,8 +44,8 @@ import (
 	"unicode/utf8"
 )
 
-// The limits of a message. In a box of 16 MiB each of 64 callers may make the agent
-// hold one message: as it is read, as it is decoded or as it is answered.
+// The limits of a message. Each of 64 callers may make the agent hold one message, as it
+// is read, decoded or answered, and a box may have 16 MiB.
 const (
 	maxMessage   = 64 << 10  // bytes of a command, and of its answer; a command has a few hundred
 	smallMessage = 1 << 10   // bytes: commands are smaller, and do not wait for larger messages
@@ -158,8 +158,8 @@ type dateTime string
 
 const dateTimeLayout = "20060102T15:04:05"
 
-// parseDateTime returns s if it is a date and a time that exist. The date may be split
-// by '-', the time by ':', and a fraction and a zone may follow.
+// parseDateTime returns s if it is a date and a time that exist. There may be '-' in the
+// date and ':' in the time, and a fraction and a zone may follow.
 func parseDateTime(s string) (dateTime, error) {
 	date, clock, _ := strings.Cut(s, "T")
 	plain := strings.ReplaceAll(date, "-", "") + "T" + strings.ReplaceAll(clock, ":", "")
@@ -180,8 +180,8 @@ func parseDecimal(s string) (float64, error) {
 	return strconv.ParseFloat(s, 64)
 }
 
-// A decoder reads one XML-RPC message. It keeps the first error, a *fault, and goes
-// on; what it returns after that means nothing.
+// A decoder reads one XML-RPC message. It keeps the first error, a *fault, and goes on.
+// What its methods return after an error means nothing.
 type decoder struct{ err error }
 
 // An element is an element of a message, with its own text.
@@ -191,8 +191,8 @@ type element struct {
 	elements []*element // directly in it
 }
 
-// elementSizes are the bytes, more or less, that a decoded element takes besides its
-// text. Those that are not listed take 16.
+// elementSizes holds about how many bytes a decoded element takes besides its text.
+// An element that is not listed takes 16.
 var elementSizes = map[string]int{"value": 48, "struct": 288}
 
 // fail notes that the message is XML, but not XML-RPC. Only the first error counts.
@@ -257,7 +257,7 @@ func malformed(what any) error { return faultf(faultSyntax, "not well-formed XML
 // charsetReader decodes the encodings, besides UTF-8, that old peers declare.
 func charsetReader(label string, r io.Reader) (io.Reader, error) {
 	switch strings.ToLower(label) {
-	case "us-ascii", "ascii", "utf8": // parts or names of UTF-8
+	case "us-ascii", "ascii", "utf8": // a part or another name of UTF-8
 		return r, nil
 	case "iso-8859-1", "iso8859-1", "latin1", "latin-1":
 		latin1, err := io.ReadAll(r)
@@ -333,8 +333,8 @@ func (d *decoder) value(e *element) any {
 	return v
 }
 
-// scalar reads a text as a value of the type with that name. An array or a struct is
-// no scalar. Types that are not in the specification are Apache's.
+// scalar reads a text as a value of the named type. An array or a struct is no scalar.
+// The types that are not in the specification are Apache's.
 func scalar(name, text string) (v any, err error) {
 	trimmed := strings.TrimSpace(text)
 	switch name {
@@ -407,7 +407,7 @@ func decodeResponse(message []byte) (v any, err error) {
 	return v, err
 }
 
-// faultOf takes any value of a <fault>: peers send codes as strings, or no struct at all.
+// faultOf makes a fault of any value of a <fault>: peers send codes as strings, or no struct.
 func faultOf(v any) *fault {
 	f := &fault{}
 	members, _ := v.(map[string]any)
@@ -503,7 +503,7 @@ func sortedKeys[V any](m map[string]V) []string {
 }
 
 // A method is one name on the wire. Its call gets as many parameters as one of the
-// signatures has, of any type. It returns a value of an XML-RPC type, or a *fault; any
+// signatures has, of any type. It returns a value of an XML-RPC type or a *fault. Any
 // other error is a defect.
 type method struct {
 	name       string
@@ -551,9 +551,9 @@ func limitKey(host string) string {
 	return prefix.String()
 }
 
-// newTLS returns the rules that hold for every connection over TLS. Certificates are
-// checked by the clock, but never by a time before the program was built: a box may
-// boot in 1970.
+// newTLS returns the rules for every connection over TLS. Certificates are checked at
+// the time of the clock, but never at one before the program was built: a box may boot in
+// 1970.
 func newTLS(built time.Time) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time {
 		if now := time.Now(); now.After(built) {
@@ -578,7 +578,7 @@ func bearsName(c *x509.Certificate, name string) bool {
 }
 
 // A handler answers XML-RPC calls over HTTP: its own methods and those of
-// introspection. Whatever callers send or leave unread, 16 MiB of memory are enough.
+// introspection. 16 MiB of memory are enough, whatever callers send or leave unread.
 type handler struct {
 	net.Listener // that it accepts connections from
 	methods      map[string]method
@@ -598,7 +598,7 @@ type peer struct {
 	raw     net.Conn // the connection without TLS
 	host    string
 	key     string      // limitKey of that
-	tls     *tls.Config // the rules for TLS that were in force when it came
+	tls     *tls.Config // the rules for TLS in force when it came
 	working bool        // a call is being answered
 	since   time.Time   // when it came, or its latest call began or ended
 }
@@ -641,7 +641,7 @@ func newHandler(methods []method) *handler {
 	return h
 }
 
-// refuse counts and logs what was not done.
+// refuse counts and logs a refusal.
 func (h *handler) refuse(format string, args ...any) {
 	h.count.Add(1)
 	h.refused.printf(warning+format, args...)
@@ -691,9 +691,9 @@ func (h *handler) close(c net.Conn) {
 }
 
 // connToClose returns the connection that gives way to the newest one: one whose host
-// may not call, else one of the caller that holds most. So nobody keeps the monitor
-// out by holding many. Among those it prefers the one that has been idle longest;
-// if all have calls, it takes the one with the latest call.
+// may not call, else one of the caller that holds most, so that nobody keeps the monitor
+// out by holding many. Among those it takes the one that has been idle longest or, if all
+// have calls, the one with the latest call.
 func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 	rules, held := h.access.Load(), make(map[string]int)
 	for _, p := range h.conns {
@@ -723,8 +723,8 @@ func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 }
 
 // setAccess changes who may call, and how. If the rules for TLS change, it closes
-// the connections that came under the old ones. A call that is being answered is
-// finished, as the last one on its connection.
+// the connections that came under the old ones. A call under way is finished, as the
+// last one on its connection.
 func (h *handler) setAccess(a *access) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -736,7 +736,7 @@ func (h *handler) setAccess(a *access) {
 	}
 }
 
-// setWorking notes that a call begins or ends. It reports false if its connection is
+// setWorking notes that a call begins or ends. It reports false if the connection is
 // closed, or came under rules for TLS that are no longer in force.
 func (h *handler) setWorking(r *http.Request, working bool) bool {
 	h.mu.Lock()
@@ -820,8 +820,8 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 	return http.StatusOK, answer
 }
 
-// inTurn calls f, which decodes a message or encodes an answer. It does so for one large
-// message at a time, because one of 64 KiB may take 4 MiB for a moment. Others do not wait.
+// inTurn calls f, which decodes a message or encodes an answer. Large ones take turns,
+// because one of 64 KiB may take 4 MiB for a moment. Small ones do not wait.
 func (h *handler) inTurn(large bool, f func()) {
 	if large {
 		h.turn.Lock()
@@ -842,7 +842,7 @@ func (h *handler) encode(peer, name string, v any, err error) []byte {
 	return bytes.Clone(answer) // without spare room, as it is held until the peer has read it
 }
 
-// call runs one method. It logs each error: a *fault, or else a defect, as a panic is.
+// call runs one method. It logs each error. One that is no *fault is a defect, and so is a panic.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -877,7 +877,7 @@ func (h *handler) introspection() []method {
 		{"system.multicall", "array array",
 			"Calls several methods, each a struct of methodName and params; " +
 				"for each there is an array of its one result, or the struct of a fault.", h.multicall},
-		{"system.getCapabilities", "struct", "The specifications that are followed.",
+		{"system.getCapabilities", "struct", "The specifications that it follows.",
 			func(request, []any) (any, error) { return capabilities, nil }},
 	}
 }
@@ -891,7 +891,7 @@ func array(texts []string) []any {
 	return values
 }
 
-// about returns a method that says something of the method that its parameter names.
+// about returns a method that says something about the method that its parameter names.
 func (h *handler) about(say func(method) any) func(request, []any) (any, error) {
 	return func(_ request, params []any) (any, error) {
 		name, _ := params[0].(string)
@@ -963,7 +963,7 @@ func (h *handler) oneOfMany(r request, c any) (any, error) {
 
 // A client calls the XML-RPC methods of one URL. It follows no redirect and
 // uses no proxy: what it sends goes to that URL or nowhere. If the name of the host
-// has several addresses, it begins with the one that it called last or, if that gave
+// has several addresses, it begins with the one that it called last or, if there was
 // no answer, with the next.
 type client struct {
 	url     *url.URL
@@ -975,8 +975,8 @@ type client struct {
 	first atomic.Uint32 // the index of the address to begin with, modulo how many there are
 }
 
-// newClient returns a client whose calls take at most the timeout, each as a
-// whole, with the rules for https (nil: those of crypto/tls).
+// newClient returns a client. Each of its calls takes at most the timeout as a whole. The
+// rules are for https (nil: those of crypto/tls).
 func newClient(u *url.URL, timeout time.Duration, config *tls.Config) *client {
 	c := &client{url: u, timeout: timeout, tls: config, lookup: net.DefaultResolver.LookupHost}
 	if host, _, hasZone := strings.Cut(u.Hostname(), "%"); hasZone && config != nil && config.ServerName == "" {
@@ -1184,16 +1184,16 @@ func plural(n int, noun string) string {
 	return fmt.Sprint(n, " ", noun)
 }
 
-// What a line of the log may begin with: how severe it is, as syslog counts.
-// The writer of the log takes it away again; without it a line is information.
+// A line of the log may begin with its severity, as syslog counts. The writer of the log
+// takes it away again. A line without it is information.
 const (
 	severe  = "<3>"
 	warning = "<4>"
 	notice  = "<5>"
 )
 
-// A logLimit logs lines that outsiders cause: a burst of them, then so many a second.
-// It says how many it left out before the next line.
+// A logLimit logs lines that outsiders cause: at most a burst of them, then so many a
+// second. Before the next line it says how many it left out.
 type logLimit struct {
 	burst, perSecond float64
 

@@ -89,7 +89,7 @@ type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
 	own                    map[string]*ownSettings // by sensor
-	env                    []string                // as ownSettings.user has it
+	env                    []string                // for ownSettings.user
 	*runState
 }
 
@@ -101,7 +101,7 @@ type runState struct {
 
 	mu        sync.Mutex // guards what is below
 	processes map[*process]bool
-	idle      []chan os.Signal // each has been a process's children, and will be again
+	idle      []chan os.Signal // for the children of the next processes
 }
 
 // A process runs a sensor.
@@ -121,7 +121,7 @@ type helpEntry struct {
 	until   time.Time // zero: until the version changes
 }
 
-// newSensors returns the sensors of a directory, which run as user (nil: as the agent).
+// newSensors returns the sensors of a directory. They run as user (nil: as the agent's).
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
 		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
@@ -129,7 +129,7 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 	}
 }
 
-// of returns the sensors, to be run with the settings of one of them.
+// of returns the sensors with the settings of one of them.
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
@@ -181,7 +181,7 @@ func sensorName(v any) (string, error) {
 
 // arguments returns v as the arguments of a run: none for nil, an array's scalars
 // as they stand (numbers in decimal, booleans as 1 and 0), or the words of a string.
-// They have 4 KiB at most, and each counts 32 bytes more than its text.
+// They have at most 4 KiB, where each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
 	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
@@ -218,9 +218,9 @@ func arguments(v any) (args []string, err error) {
 	return args, err
 }
 
-// splitWords splits a string at white space, with the quoting of a shell's
-// words and nothing else of a shell: '…' is as it stands; in "…" a backslash
-// escapes $ ` " \ and a newline, elsewhere anything. An escaped newline is left out.
+// splitWords splits a string at white space, with the quoting of a shell's words and
+// nothing else of a shell: '…' stays as it stands, a backslash in "…" escapes $ ` " \ and
+// a newline, and elsewhere anything. An escaped newline is left out.
 func splitWords(s string) ([]string, error) {
 	words, text := []string{}, s+" " // which ends the last word
 	var word []byte                  // nil outside of words
@@ -277,8 +277,8 @@ func (s *sensors) names() (names, missing []string, err error) {
 	return names, missing, nil
 }
 
-// warnings returns lines about what is allowed, but most often a mistake: that there is no
-// sensor (one may still be installed), or a section of client.cfg for one that is not there.
+// warnings returns lines about what is allowed, but most often a mistake: there is no sensor
+// (one may still be installed), or client.cfg has a section for one that is not there.
 func (s *sensors) warnings() (lines []string) {
 	names, _, err := s.names()
 	switch {
@@ -296,7 +296,7 @@ func (s *sensors) warnings() (lines []string) {
 }
 
 // helpTexts returns the help text of each sensor, or why there is none. It asks one
-// sensor after the other, while readings go on, and none twice until its executable
+// sensor after the other, while readings go on, and asks none again until its executable
 // changes. Callers wait for each other.
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	s.listing.Lock()
@@ -329,7 +329,7 @@ func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	return texts, nil
 }
 
-// helpText asks a sensor what it can be asked.
+// helpText asks a sensor for its help text.
 func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
 	quick := s.of(name)
 	quick.timeout = min(quick.timeout, helpTime)
@@ -405,8 +405,8 @@ func (r reading) String() string {
 	return strings.TrimSuffix(fmt.Sprintf("exit %d: %s", r.code, r.reason), ": ")
 }
 
-// read runs a sensor and makes a reading of it, whatever the sensor does. Its standard
-// error is copied to stderr or, where that is nil, ends in the reading's reason.
+// read runs a sensor and makes a reading of the run, whatever the sensor does. Its standard
+// error is copied to stderr or, if that is nil, becomes part of the reading's reason.
 func (s *sensors) read(ctx context.Context, name string, args []string, stderr io.Writer) reading {
 	r := s.of(name).runIn(ctx, filepath.Join(s.path, name), name, args, stderr)
 	tooLong, text := len(r.value) > maxOutput, strings.TrimSpace(r.value)
@@ -422,7 +422,7 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr i
 	return r
 }
 
-// reason says in one line why a code is not 0: what the agent knows, what the sensor said.
+// reason says in one line why a code is not 0: what the agent knows and what the sensor said.
 func reason(code int, why string, said []byte) string {
 	words := strings.Join(strings.Fields(string(said)), " ")
 	switch {
@@ -475,7 +475,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	return reading{code: code, value: string(p.output.kept), reason: reason(code, why, p.said.kept)}
 }
 
-// add notes that a sensor runs, or returns nil where a process of it is stuck.
+// add notes that a sensor runs. It returns nil if a process of the sensor is stuck.
 func (r *runState) add(name string) *process {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -509,12 +509,12 @@ func (r *runState) running() int {
 	return len(r.processes)
 }
 
-// start starts the executable in dir. It is named relative to dir, so that it
-// and its interpreter see one version even while the directory is replaced.
+// start starts the executable in dir. Its name is relative to dir, so that it and its
+// interpreter see one version even while the directory is replaced.
 //
-// A sensor that is just being replaced is tried again, for a second at most. So is a
-// file that is open for writing: one that was just written is still open, for a moment,
-// in a process that another goroutine is starting.
+// It tries again, for a second at most, while the sensor is being replaced or its file is
+// open for writing: one that was just written is still open, for a moment, in a process
+// that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string) error {
 	file := filepath.Join(dir, s.executable)
 	as := &syscall.SysProcAttr{Setpgid: true}
@@ -570,7 +570,7 @@ func notStarted(file string, err error) reading {
 	return reading{code: codeNotStarted, reason: fmt.Sprintf("start %s: %v", file, err)}
 }
 
-// whyNotStarted names what the kernel does not like about an executable, or returns err.
+// whyNotStarted says why the kernel does not start an executable. If it cannot tell, it returns err.
 func whyNotStarted(file string, err error) error {
 	f, errOpen := openRegular(file)
 	if errOpen != nil {
@@ -601,9 +601,9 @@ func whyNotStarted(file string, err error) error {
 	return err
 }
 
-// await waits until a process ends, and ends it at the time-out or when ctx does:
-// then it also returns the code and the reason. It reports whether the process has
-// ended: not even SIGKILL ends one that waits in the kernel.
+// await waits until a process ends. At the time-out, or when ctx ends, it ends the process
+// and returns the code and the reason. It reports whether the process has ended: not even
+// SIGKILL ends one that waits in the kernel.
 func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool, code int, why string) {
 	if p.waitEnded(ctx, timeout) {
 		return true, 0, ""
@@ -642,8 +642,8 @@ func (r *runState) reap(p *process) (code int) {
 	return status.ExitStatus()
 }
 
-// waitEnded waits until a process has ended, and leaves it to be reaped. It reports
-// false where ctx ends first, or the time is over. It blocks no thread.
+// waitEnded waits until a process has ended, and does not reap it. It reports false if
+// ctx ends first, or the time is over. It blocks no thread.
 func (p *process) waitEnded(ctx context.Context, limit time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -651,14 +651,14 @@ func (p *process) waitEnded(ctx context.Context, limit time.Duration) bool {
 		select {
 		case <-p.children:
 		case <-ctx.Done():
-			return endedChild(p.pid) == p.pid // both may be so after the agent stood still
+			return endedChild(p.pid) == p.pid // it may have, while the agent stood still
 		}
 	}
 	return true
 }
 
-// endedChild looks at one child or, for 0, at all of them, and returns the number of
-// one that has ended and is not reaped yet, or 0. A child that is not there has ended.
+// endedChild looks at one child or, for 0, at all of them. It returns the number of one
+// that has ended and is not reaped yet, or 0. A child that is not there has ended.
 func endedChild(pid int) int {
 	which := min(pid, 1)                 // P_ALL or P_PID of <sys/wait.h>
 	var info [32]int32                   // siginfo_t
@@ -678,7 +678,7 @@ func (r *runState) reapOrphans(ctx context.Context) {
 		r.mu.Lock()
 		pid := endedChild(0)
 		for p := range r.processes {
-			if p.pid == pid || p.pid == 0 { // a run's, or perhaps that of one that starts
+			if p.pid == pid || p.pid == 0 { // it is that of a run, perhaps of one that starts
 				pid = 0
 			}
 		}
@@ -712,12 +712,12 @@ func reserveThreads() {
 	all.Wait()
 }
 
-// A capture keeps the last bytes of what a process writes to a pipe. os/exec would
-// close the pipe some time after the process ended, read or not: an agent that had
+// A capture keeps the last bytes that a process writes to a pipe. os/exec would close the
+// pipe some time after the process ended, even with something left in it: an agent that
 // stood still for so long would lose a number, or half of one.
 type capture struct {
 	limit int
-	copy  io.Writer // gets all that is written, and nothing is kept; may be nil
+	copy  io.Writer // unless nil, gets all that is written, and nothing is kept
 	kept  []byte    // once finish has returned
 	total int
 	pipe  *os.File      // the end to read from
@@ -749,10 +749,10 @@ func (c *capture) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish reads what a process that has ended left in the pipe, and does not wait for
-// those that keep it open.
+// finish reads what a process left in the pipe when it ended. It does not wait for others
+// that keep the pipe open.
 func (c *capture) finish() {
-	c.pipe.SetReadDeadline(time.Now()) // for whoever reads, which may wait
+	c.pipe.SetReadDeadline(time.Now()) // ends the goroutine that reads, which may wait
 	<-c.ended
 	pipe, err := c.pipe.SyscallConn()
 	if err != nil {
@@ -803,7 +803,7 @@ type job struct {
 }
 
 // A lane is one of the two parts of the queue. Callers take turns. The commands of
-// one caller run in the order they came, but for those of a sensor at its limit.
+// one caller run in the order they came, except those for a sensor at its limit.
 type lane struct {
 	limit   int // of running
 	running []*job
@@ -815,8 +815,8 @@ type lane struct {
 // A share is what one caller has in a lane.
 type share struct{ waiting, turn int } // the turn of its latest command
 
-// mayRun reports whether a command for a sensor can run now. One slot of several
-// is kept from each sensor, so that one that hangs does not stop the others.
+// mayRun reports whether a command for a sensor can run now. A sensor never takes all of
+// several slots, so that one that hangs does not stop the others.
 func (l *lane) mayRun(sensor string) bool {
 	runs := 0
 	for _, j := range l.running {
@@ -827,9 +827,9 @@ func (l *lane) mayRun(sensor string) bool {
 	return len(l.running) < l.limit && (l.limit == 1 || runs < l.limit-1)
 }
 
-// push lets a command wait for the next turn, or for the one after its caller's last, or
-// reports that there is no room. There is some if the command can run at once, if fewer
-// than size wait, or if fewer than twice as many do and few are its caller's.
+// push lets a command wait for the next turn, or for the one after its caller's last. It
+// reports whether there is room: if the command can run at once, if fewer than size wait, or
+// if fewer than twice as many do and few are its caller's.
 func (l *lane) push(j *job, size int) bool {
 	all, own := len(l.waiting), l.callers[j.from]
 	if all >= size && !l.mayRun(j.sensor) && (all >= 2*size || own.waiting >= max(1, size/4)) {
@@ -842,8 +842,8 @@ func (l *lane) push(j *job, size int) bool {
 	return true
 }
 
-// next takes the command that is to run next out of the lane: the first one that
-// may run. It returns nil if there is none.
+// next starts the first command that may run, with the changes that join it. It returns
+// nil if there is none.
 func (l *lane) next() *job {
 	i := slices.IndexFunc(l.waiting, func(j *job) bool { return l.mayRun(j.sensor) })
 	if i < 0 {
@@ -879,8 +879,8 @@ func (l *lane) take(i int) *job {
 
 // A queue runs commands and delivers one reading for each ticket. Readings and
 // changes have a lane each, so that an update over a bad link does not hold up
-// readings. No caller can keep others out by filling it: a caller who has less than a
-// quarter of it finds room up to twice its size.
+// readings. No caller can keep others out by filling it: one with less than a quarter
+// of its size in it finds room up to twice that size.
 type queue struct {
 	run     func(context.Context, command) reading
 	deliver func(ticket any, r reading)
@@ -899,8 +899,8 @@ type queue struct {
 	closed   bool
 }
 
-// newQueue returns a queue that runs concurrency readings at once, and one change.
-// In each of the two lanes size commands may wait.
+// newQueue returns a queue that runs concurrency readings and one change at once. In
+// each of the two lanes size commands may wait.
 func newQueue(concurrency, size int, run func(context.Context, command) reading,
 	deliver func(any, reading), discard func(any)) *queue {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -969,7 +969,7 @@ func (q *queue) accept(ctx context.Context, c command, deadline time.Time) error
 func (q *queue) admit() { q.outside = slices.DeleteFunc(q.outside, q.decide) }
 
 // decide gives a command a place in the queue or refuses it with a fault. It reports
-// false where the command has to wait for room.
+// false if the command has to wait for room.
 func (q *queue) decide(j *job) bool {
 	var refusal error
 	l := &q.readings
@@ -1119,7 +1119,7 @@ type delivery struct {
 	sent    chan struct{} // closed when the goroutine that sends has ended
 	saved   chan struct{} // closed when the goroutine that writes the spool has ended
 
-	mu        cond // guards what is below, and is broadcast at each change
+	mu        cond // guards what is below; each change is broadcast
 	client    *client
 	zone      *time.Location
 	noValue   string            // sent where there is no number
@@ -1146,8 +1146,8 @@ type deliveryTotals struct {
 	spoolBytes         int64     // at present
 }
 
-// newDelivery returns a delivery that works until close. What the spool holds
-// (nil: there is none) comes first. retry is the first backoff.
+// newDelivery returns a delivery that works until close. It starts with what the spool
+// holds (nil: there is none). retry is the first backoff.
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(),
@@ -1248,7 +1248,7 @@ func (d *delivery) drop(p *pendingReading, why string) {
 	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
 }
 
-// remove ends the life of a reading that needs no attempt more, in the spool as well.
+// remove removes a reading that needs no further attempt, from the spool as well.
 func (d *delivery) remove(p *pendingReading) {
 	if p.done {
 		return
@@ -1283,9 +1283,9 @@ func (d *delivery) full() bool {
 	return d.inMemory >= maxPending-roomForRuns && d.awaySince.IsZero() && !d.ending
 }
 
-// waitRoom waits until a run may begin, as each may after putLast, or a change finds that
-// ctx has ended. So a monitor that is slower than the sensors makes its dispatcher wait,
-// and nothing is dropped.
+// waitRoom waits until a run may begin. After putLast every run may, and once ctx has ended
+// the next change of d ends the wait. So a monitor that is slower than the sensors makes its
+// dispatcher wait, and nothing is dropped.
 func (d *delivery) waitRoom(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1413,9 +1413,9 @@ func (d *delivery) missed(p *pendingReading, now time.Time, err error) {
 	d.unsaved = true
 }
 
-// backoff returns how long to wait after n failures in a row: first, doubled
-// with each of them up to 5 minutes. Of that it is 50 to 150 %, by chance, so
-// that a thousand boxes do not all call when their monitor is back.
+// backoff returns how long to wait after n failures in a row: first, doubled with each
+// further one up to 5 minutes, and 50 to 150 % of that by chance, so that a thousand boxes
+// do not all call at the moment when their monitor is back.
 func backoff(first time.Duration, n int) time.Duration {
 	d := min(first<<min(n-1, 20), maxBackoff)
 	return d/2 + time.Duration(rand.Int63n(int64(d)+1))
@@ -1427,8 +1427,8 @@ func backoff(first time.Duration, n int) time.Duration {
 func (d *delivery) putLast() { d.note(&d.ending) }
 
 // close tries each pending reading once more, as long as ctx and the monitor
-// allow, and ends the delivery. What is left is logged, and in the spool if there
-// is one. A disk that hangs holds up the end by five seconds at most.
+// allow, and ends the delivery. It logs how many are left, and the spool, if there is
+// one, holds them. A disk that hangs delays the end by at most five seconds.
 func (d *delivery) close(ctx context.Context) {
 	d.putLast()
 	context.AfterFunc(ctx, d.cancel)
@@ -1450,7 +1450,7 @@ func (d *delivery) close(ctx context.Context) {
 	}
 }
 
-// note sets a flag that others wait for, and has the spool written once more.
+// note sets a flag that others wait for. The spool is written once more.
 func (d *delivery) note(flag *bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1510,8 +1510,8 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 	return true
 }
 
-// updateSpool writes what is to be written now. A file that would become too large is
-// written anew and, a minute later, so is one after an error.
+// updateSpool writes what is to be written now. It writes the file anew if that would become
+// too large and, a minute later, after an error.
 func (d *delivery) updateSpool() {
 	s, now := d.spool, d.clocks()
 	d.mu.Lock()
@@ -1545,8 +1545,8 @@ func (d *delivery) updateSpool() {
 	}
 }
 
-// newRecords returns what is to be added to the spool. Where that is more than it
-// may hold, the oldest readings go: a quarter of the file is left for marks, so that
+// newRecords returns what is to be added to the spool. If that is more than the spool may
+// hold, the oldest readings are dropped: a quarter of the file is left for marks, so that
 // it need not be written anew for each reading.
 func (d *delivery) newRecords(now clocks) (records []byte) {
 	held := 0 // bytes of the records that are not done
@@ -1588,8 +1588,8 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 // A write with new readings is synced once; marks are not, so that some readings
 // may come again after a power cut. When nothing is pending, the file is empty.
 //
-// The directory and the path to it belong to the agent's user or root, and nobody
-// else can change them: so no file of another user is read or written.
+// The directory and the path to it belong to the agent's user or root, and nobody else
+// can change them, so that no file of another user is read or written.
 type spool struct {
 	dir      string
 	limit    int       // bytes of the file
@@ -1838,9 +1838,9 @@ type clocks struct {
 // be the correction of a clock that runs slow.
 const clockStep = 2 * time.Second
 
-// corrected returns what a clock that is right now would have shown at c: what it
-// shows now, less the time that passed. A box without a battery clock boots in
-// 1970. Of another boot nothing is known, and c.wall counts.
+// corrected returns what the clock would have shown at c if it had been as right as it is
+// now: what it shows now, less the time that passed. A box without a battery clock boots
+// in 1970. If c is of another boot, nothing is known, and c.wall counts.
 func (c clocks) corrected(now clocks) time.Time {
 	t := now.wall.Add(c.age - now.age)
 	if c.boot != now.boot || c.age > now.age || t.Sub(c.wall).Abs() < clockStep {
@@ -1876,8 +1876,8 @@ const maxZone = 64 << 10 // bytes of a zone's file: the largest have 4 KiB
 
 // localZone returns the zone that the box's own date shows: TZ, if it is set (the name or
 // path of a zone's file, or a POSIX string such as CET-1CEST,M3.5.0,M10.5.0/3), else
-// /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. What
-// can't be read there counts as UTC, as it does for date, and is logged.
+// /etc/localtime, else the POSIX string in /etc/TZ (OpenWrt), else UTC. A zone that
+// cannot be read is logged and counts as UTC, as it does for date.
 func localZone(tz string, ok bool, etc string) *time.Location {
 	if !ok {
 		if zone, err := zoneFile(filepath.Join(etc, "localtime")); err == nil {

@@ -26,10 +26,10 @@ package main
 //	sensors_backup/disk_2010-03-07T21:24:33   the installed version, a backup from here on
 //	sensors/.picket-gone-disk                 the installed version, for the runs that are still in it
 //
-// The last one stays until the next change of the sensor or the next start. recover puts the installed
-// version back if the new one is not in its place, else it does the rest, and it removes every other hidden
-// name. It does the same with what older versions of picket left: .picket-lock, .picket-new-disk,
-// .picket-next-disk and .picket-old-disk.
+// The last one stays until the next change of the sensor or the next start. If the new version is not in
+// its place, recover puts the installed one back, else it does what is left to do. It removes every other
+// hidden name. It treats what older versions of picket left in the same way: .picket-lock,
+// .picket-new-disk, .picket-next-disk and .picket-old-disk.
 //
 // Root may change sensors in a directory of another user, who can put links in the way at any moment.
 // So everything is done in open directories, and no link is followed (see dir).
@@ -73,18 +73,18 @@ const (
 	stagingPrefix = ".picket-staging-"       // the package, unpacked
 	gonePrefix    = ".picket-gone-"          // the version that was replaced: runs may be in it
 	backupPrefix  = ".picket-backup-"        // a backup that is being made
-	olderPrefix   = ".picket-new-"           // of older versions: the new version of a sensor
-	nextPrefix    = ".picket-next-"          // the same, of versions after those
-	oldPrefix     = ".picket-old-"           // of older versions: the replaced version, not yet a backup
-	olderBackups  = ".*_????-??-??T??:??:??" // of older versions: half made or half removed
+	olderPrefix   = ".picket-new-"           // older pickets: the new version of a sensor
+	nextPrefix    = ".picket-next-"          // the same, in pickets after those
+	oldPrefix     = ".picket-old-"           // older pickets: the replaced version, not yet a backup
+	olderBackups  = ".*_????-??-??T??:??:??" // older pickets: a backup half made or half removed
 	backupLayout  = "2006-01-02T15:04:05"
 )
 
 // An updater replaces sensors by packages, and by their backups.
 //
-// Whatever fails, power included, at every moment the old version or the new one is complete on the
-// disk, and after recover it is in its place and nothing else is left. After a change only the version
-// that it replaced is left, for runs that are under way.
+// Whatever fails, power included, the old version or the new one is complete on the disk at every moment.
+// After recover it is in its place, and nothing else is left. After a change only the version that it
+// replaced is left, for runs that are under way.
 type updater struct {
 	sensors     *sensors
 	backup      string // the directory of backups
@@ -93,13 +93,13 @@ type updater struct {
 	maxUnpacked int64  // bytes
 	keep        int    // backups of a sensor; 0 keeps all
 
-	step func(what string) error // a test's: is asked before each change of the file system
+	step func(what string) error // for tests: it is called before each change of the file system
 }
 
 // A source writes a package or, if the suffix is ".sig", its signature.
 type source func(ctx context.Context, suffix string, to io.Writer) error
 
-// fromMonitor returns the source of a sensor's package that the monitor has, up to a limit of bytes.
+// fromMonitor returns the source of the package that the monitor has for a sensor, of at most limit bytes.
 func fromMonitor(c *client, name string, limit int64) source {
 	return func(ctx context.Context, suffix string, to io.Writer) error {
 		if suffix == "" {
@@ -158,9 +158,9 @@ func (u *updater) rollback(ctx context.Context, name string) error {
 	})
 }
 
-// recover finishes or undoes what a power cut interrupted, and removes what is left. It may be
-// interrupted itself and called again. It does not wait for the lock: the process that holds it has
-// recovered already. If nothing was interrupted, it writes nothing.
+// recover finishes or undoes what a power cut interrupted, and removes what is left. It may itself be
+// interrupted and called again. It does not wait for the lock: the process that holds it has recovered
+// already. If nothing was interrupted, it writes nothing.
 func (u *updater) recover(ctx context.Context) error {
 	left, _ := fs.Glob(os.DirFS(u.sensors.path), hidden+"*")
 	if !exists(u.sensors.path) || len(left) == 0 && !exists(u.backup) {
@@ -172,14 +172,14 @@ func (u *updater) recover(ctx context.Context) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil
 	}
-	for i := 0; i < 2 && err == nil; i++ { // the second call removes the versions that the first one moved
+	for i := 0; i < 2 && err == nil; i++ { // the second settle removes the versions that the first one moved
 		err = c.settle()
 	}
 	return err
 }
 
-// ownerWarning returns a line for the log, or "". It warns root if the sensors belong to another user, but
-// the backups to root: tar leaves them so when it keeps the user number of whoever packed the sensors.
+// ownerWarning returns a line for the log, or "". It warns root if the sensors belong to another user and
+// the backups to root: so it is after tar has kept the user number of whoever packed the sensors.
 func (u *updater) ownerWarning() string {
 	sensors, err := os.Stat(u.sensors.path)
 	backups, err2 := os.Stat(u.backup)
@@ -205,8 +205,8 @@ type change struct {
 }
 
 // make runs the steps of a change, up to the first one that fails, while no other process changes
-// sensors. Before, it settles what earlier changes left. Afterwards it removes what is left of this
-// one, but not the version that was replaced.
+// sensors. Before the first step it settles what earlier changes left. After the last one it removes
+// what is left of this change, except the version that was replaced.
 func (c *change) make(steps ...func() error) error {
 	defer c.close()
 	if err := c.begin(lockTime); err != nil {
@@ -236,9 +236,9 @@ func (c *change) tidy(err error) {
 	}
 }
 
-// begin opens the directories of sensors and of backups, and makes those that are missing. It locks
-// the backups, because no other user can do that: none can read them. If another process that changes
-// sensors holds the lock for longer than wait, the error wraps context.DeadlineExceeded.
+// begin opens the directories of sensors and of backups, and makes them if they are missing. It locks
+// the backups: no other user can hold that lock, as none can read them. If another process that changes
+// sensors holds it for longer than wait, the error wraps context.DeadlineExceeded.
 func (c *change) begin(wait time.Duration) (err error) {
 	if c.installed, err = c.openBase(c.sensors.path, 0o755); err != nil {
 		return err
@@ -267,16 +267,16 @@ func (c *change) begin(wait time.Duration) (err error) {
 	return nil
 }
 
-// close closes the directories, which unlocks the backups, and the package, as far as they are open.
+// close closes what is open of the directories and the package, and so unlocks the backups.
 func (c *change) close() {
 	for _, f := range []*os.File{c.installed.File, c.backups.File, c.staging.File, c.archive} {
 		f.Close()
 	}
 }
 
-// openBase opens the directory of sensors or of backups. If it is missing, openBase makes it, with
-// this mode whatever the umask, and the directories above it with mode 755. Root follows no link that
-// another user could have made.
+// openBase opens the directory of sensors or of backups. If it is missing, openBase makes it with this
+// mode, whatever the umask, and the directories above it with mode 755. Root follows no link that another
+// user could have made.
 func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	flags := syscall.O_DIRECTORY
 	if info, err := os.Stat(filepath.Dir(path)); err == nil && os.Geteuid() == 0 &&
@@ -295,10 +295,10 @@ func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	return parent.mkdir(filepath.Base(path), mode)
 }
 
-// ownerOf returns the user and the group that a file belongs to, among what else the system knows.
+// ownerOf returns the system's record of a file, for the user and the group that it belongs to.
 func ownerOf(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }
 
-// chown gives an open file to an owner, unless that is nil. Only root can; others own what they change.
+// chown gives an open file to an owner, unless that is nil. Only root can do so; others own what they make.
 func chown(f *os.File, owner *syscall.Stat_t) error {
 	if owner == nil || os.Geteuid() != 0 {
 		return nil
@@ -306,8 +306,8 @@ func chown(f *os.File, owner *syscall.Stat_t) error {
 	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
-// try runs the staged version with the help argument. It must exit 0 within the sensors' time-out. What is
-// there then is given to the owner of the sensors.
+// try runs the staged version with the help argument. It must exit 0 within the sensor's time-out. Then
+// try gives all that is there to the owner of the sensors.
 func (c *change) try() error {
 	s, dir := c.sensors.of(c.name), c.staging.path(c.name)
 	switch o := s.runIn(c.ctx, dir, stagingPrefix+c.name, []string{s.help}, nil); o.code {
@@ -321,9 +321,9 @@ func (c *change) try() error {
 }
 
 // give gives a file, or a directory with all that is in it, to the owner of the directory of sensors, so
-// that an agent that runs as him can replace it, and syncs it. It works from the inside out: what the
-// owner could already exchange is not touched any more. A trial may have made links, sockets and files
-// that cannot be read; they stay as they are.
+// that an agent that runs as him can replace it, and syncs it. It works from the inside out, so that it
+// touches nothing any more that the owner can already exchange. A trial may have made links, sockets and
+// files that cannot be read; they stay as they are.
 func (c *change) give(in dir, name string) error {
 	f, err := in.open(name, 0)
 	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) || errors.Is(err, fs.ErrPermission) {
@@ -367,7 +367,7 @@ func (c *change) replace() error {
 	return nil
 }
 
-// moveLower moves the installed version out of the way where it cannot be renamed: it copies and removes it.
+// moveLower moves the installed version out of the way if it cannot be renamed: it copies and removes it.
 func (c *change) moveLower() error {
 	err := c.copy(c.installed, c.name, c.staging, swapPrefix)
 	if err == nil {
@@ -383,15 +383,15 @@ func (c *change) moveLower() error {
 	return c.installed.remove(c.name)
 }
 
-// settle finishes or undoes what changes left, and removes what nobody needs; unless this is recovery,
-// versions that were replaced stay. If that fails for one sensor, settle goes on with the next.
+// settle finishes or undoes what changes left, and removes what nobody needs. Versions that were replaced
+// stay, unless this is recovery. If settle fails for one sensor, it goes on with the next.
 func (c *change) settle() error {
 	files, err := c.installed.names()
 	errs := []error{err}
-	for _, file := range files { // in order: an older picket's new version of a sensor before the old one
+	for _, file := range files { // in order: an older picket's new version of a sensor comes before the old one
 		switch prefix, name := versionOf(file); {
 		case prefix == olderPrefix && c.installed.has(oldPrefix+name), prefix != "" && !c.isWhole(name):
-			// On what cannot be removed, nothing is renamed: a directory that is not empty is in the way.
+			// If the remove fails, so does the rename: a directory that is not empty is in the way.
 			errs = append(errs, c.installed.remove(name), c.installed.rename(file, c.installed, name))
 		case prefix == swapPrefix || prefix == oldPrefix:
 			errs = append(errs, c.keepOld(file, name))
@@ -421,9 +421,9 @@ func (c *change) isWhole(name string) bool {
 	return d.has(c.sensors.executable)
 }
 
-// keepOld makes a backup of the version that was replaced, and renames it to .picket-gone-NAME: runs may be
-// in it. The name of the backup holds the local time or, to keep the order of age where the clock is behind,
-// the second after that of the newest backup.
+// keepOld makes a backup of the version that was replaced, and renames that version to .picket-gone-NAME, as
+// runs may be in it. The name of the backup holds the local time. If the clock is behind, it holds the
+// second after that of the newest backup, so that the names keep the order of age.
 func (c *change) keepOld(file, name string) error {
 	if strings.HasPrefix(file, oldPrefix) { // an older picket made no backup yet
 		err := c.backups.remove(backupPrefix + name) // half made
@@ -445,7 +445,7 @@ func (c *change) keepOld(file, name string) error {
 			return err
 		}
 	}
-	gone := gonePrefix + name // where that cannot be removed, it is in the way, too
+	gone := gonePrefix + name // if the remove fails, so does the rename
 	return errors.Join(c.installed.remove(gone), c.installed.rename(file, c.installed, gone))
 }
 
@@ -484,7 +484,7 @@ func (c *change) prune() error {
 }
 
 // copy copies a sensor, or part of one, with its owner. When it returns nil, the copy is on the disk.
-// It links what can be linked, which takes no space, and copies links as they are.
+// It links what it can, which takes no space, and copies symbolic links as links.
 func (c *change) copy(from dir, name string, to dir, as string) error {
 	if to.do("link", as, func(path string) error { return os.Link(from.at(name), path) }) == nil {
 		return nil
@@ -524,14 +524,14 @@ func (c *change) copy(from dir, name string, to dir, as string) error {
 
 // A dir is an open directory. All its methods work in that directory and nowhere else, whatever its
 // owner exchanges meanwhile: names are single path elements, and no link is followed. Before each
-// change they ask updater.step.
+// change they call updater.step.
 type dir struct {
 	*os.File
 	step func(what string) error
 }
 
-// at returns a path that leads to a name in this very directory, wherever that was moved to. Only
-// calls that do not follow a link at its end may use it. Without /proc it is the usual path.
+// at returns a path that leads to a name in this very directory, wherever somebody has moved that. Only
+// calls that do not follow a link at its end may use it. Without a /proc it is the usual path.
 func (d dir) at(name string) string {
 	if open := fmt.Sprintf("/proc/self/fd/%d", d.Fd()); exists(open) {
 		return filepath.Join(open, name)
@@ -544,7 +544,7 @@ func (d dir) has(name string) bool { return exists(d.at(name)) }
 
 // names lists the directory, in the order of bytes.
 func (d dir) names() ([]string, error) {
-	d.Seek(0, io.SeekStart) // it may have been listed before
+	d.Seek(0, io.SeekStart) // the directory may have been listed before
 	names, err := d.Readdirnames(-1)
 	slices.Sort(names)
 	return names, err
@@ -575,7 +575,7 @@ func (d dir) create(name string) (f dir, err error) {
 	return f, err
 }
 
-// do asks step, then makes a change at the path of a name. Its error shows the usual path, not that in /proc.
+// do calls step, then makes a change at the path of a name. Its error shows the usual path, not that in /proc.
 func (d dir) do(what, name string, change func(path string) error) error {
 	if d.step != nil {
 		if err := d.step(what + " " + d.path(name)); err != nil {
@@ -661,8 +661,8 @@ func (d dir) remove(name string) error {
 	return d.do("remove", name, os.Remove)
 }
 
-// enoughSpace returns an error if size more bytes would not leave spaceReserve of the file system
-// free, or if hardly another file can be made.
+// enoughSpace returns an error if size more bytes would leave less than spaceReserve of the file system
+// free, or if it can hold only a few more files.
 func (d dir) enoughSpace(size int64) error {
 	var s syscall.Statfs_t
 	syscall.Fstatfs(int(d.Fd()), &s) // where that fails, only writing tells
@@ -785,8 +785,8 @@ func parseSignify(text []byte, size int) (number string, data []byte, err error)
 }
 
 // unpack unpacks the package into the staging directory. An archive that is cut off, even between two
-// entries, is an error; what follows the end of an archive is ignored. It fails when more comes than may
-// be unpacked: a package of 785 bytes can unpack to 1 GiB.
+// entries, is an error. What follows the end of an archive is ignored. unpack fails when more comes than
+// may be unpacked: a package of 785 bytes can unpack to 1 GiB.
 func (c *change) unpack() error {
 	packed := bufio.NewReader(io.NewSectionReader(c.archive, 0, c.maxPackage))
 	var contents io.Reader = packed
@@ -973,7 +973,7 @@ func (d dir) version(name string) (version []uint64, err error) {
 }
 
 // nextMonitor asks the monitor where to move to, and returns that URL if a monitor answers there.
-// The check turns the answer into a URL, or refuses it. A move from https to http is refused.
+// check makes a URL of the answer, or refuses it. A move from https to http is refused.
 func nextMonitor(ctx context.Context, c *client, check func(string) (*url.URL, error)) (*url.URL, error) {
 	host, err := os.Hostname()
 	if err != nil {
