@@ -4579,7 +4579,7 @@ func (s *soak) ask(t *testing.T, random *mathrand.Rand, n int) {
 	case dice < 203: // a reload takes a second
 		file, concurrency := filepath.Join(s.dir, "client.cfg"), fmt.Sprint(2+random.Intn(4))
 		equal(t, "config set", picket("-c", file, "config", "set", "sensor", "concurrency", concurrency), "exit 0\n")
-		s.agent.reload(ctx)
+		s.agent.reload()
 	case dice < 207:
 		s.locked(func() { s.down = s.random.Intn(10) }) // the last after half a second
 		total("outages of the monitor", 1)

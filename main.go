@@ -742,36 +742,48 @@ func (a *agent) recover(ctx context.Context) {
 
 // run answers commands until ctx ends. Then it gives running sensors five seconds and
 // undelivered readings another five, and leaves no goroutine and no process behind.
-func (a *agent) run(ctx context.Context) (err error) {
+func (a *agent) run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, a.cancel)()
-	ctx = a.ctx
 	s := a.active.Load().settings
 	log.Printf(notice+"%s on %s, sensors in %s, monitor %s",
 		version, a.listener.Addr(), s.path, masked(s.monitor.String()))
 	a.logWarnings()
 	if os.Getpid() == 1 {
-		a.goBeside(func() { a.active.Load().sensors.reapOrphans(ctx) })
+		a.goBeside(func() { a.active.Load().sensors.reapOrphans(a.ctx) })
 	}
-	served := make(chan error, 1)
-	go func() { served <- a.handler.serve(a.listener) }()
-	for pause := time.After(greetPause); ctx.Err() == nil; {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		a.handleSignals()
+		a.end()
+	}()
+	// The caller's stack is large already. That of a new goroutine would grow while it waits
+	// for a connection, and so make 300 KiB of the binary resident.
+	err := a.handler.serve(a.listener)
+	a.cancel()
+	<-ended
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
+}
+
+// handleSignals does what signals ask for, and greets the monitor, until the agent is to end.
+func (a *agent) handleSignals() {
+	for pause := time.After(greetPause); ; {
 		select {
-		case <-ctx.Done():
-		case err = <-served:
-			err = fmt.Errorf("serve %s: %w", a.listener.Addr(), err)
-			a.cancel()
+		case <-a.ctx.Done():
+			return
 		case <-pause:
-			a.goBeside(func() { a.greet(ctx) })
+			a.goBeside(a.greet)
 		case s := <-a.signals:
 			if s == syscall.SIGHUP {
-				a.reload(ctx)
+				a.reload()
 			} else {
 				log.Print(notice + a.healthLine())
 			}
 		}
 	}
-	a.end()
-	return err
 }
 
 // end ends the agent, as run says.
@@ -807,10 +819,10 @@ func (a *agent) goBeside(f func()) {
 
 // greet calls the monitor's healthcheck and logs what comes of it. Nothing else
 // follows: whether readings arrive is seen when there are some.
-func (a *agent) greet(ctx context.Context) {
+func (a *agent) greet() {
 	monitor := a.delivery.monitor()
-	switch err := wrongScheme(ctx, monitor.url, checkHealth(ctx, monitor)); {
-	case ctx.Err() != nil: // the agent ends
+	switch err := wrongScheme(a.ctx, monitor.url, checkHealth(a.ctx, monitor)); {
+	case a.ctx.Err() != nil: // the agent ends
 	case err != nil:
 		log.Printf(warning+"monitor %s: healthcheck: %s", masked(monitor.url.String()), oneLine(err.Error()))
 	default:
@@ -858,12 +870,12 @@ func (a *agent) logWarnings() {
 
 // reload reads client.cfg again. If all is valid it comes into force, else nothing changes.
 // Commands that wait, sensors that run and undelivered readings are not touched.
-func (a *agent) reload(ctx context.Context) {
+func (a *agent) reload() {
 	a.changing.Lock()
 	defer a.changing.Unlock()
 	before := a.active.Load()
-	s, err := rereadSettings(ctx, before.settings)
-	if ctx.Err() != nil {
+	s, err := rereadSettings(a.ctx, before.settings)
+	if a.ctx.Err() != nil {
 		return // the agent ends
 	}
 	if err != nil {
@@ -884,7 +896,7 @@ func (a *agent) reload(ctx context.Context) {
 	a.applied(s)
 	log.Printf(notice+"reload: %s is in force; monitor %s", s.file, masked(s.monitor.String()))
 	a.logWarnings()
-	a.goBeside(func() { a.greet(ctx) })
+	a.goBeside(a.greet)
 }
 
 // rereadSettings returns the settings of client.cfg when two reads, a second apart, are equal:
