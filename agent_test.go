@@ -3746,18 +3746,21 @@ func TestProbeTarget(t *testing.T) {
 	}
 }
 
-// TestProbeForgets: tickets of readings that never come do not pile up.
+// TestProbeForgets: tickets of readings that never come do not pile up. A reading that
+// comes when its probe is over, or once more, is late.
 func TestProbeForgets(t *testing.T) {
 	p := newProber(nil, io.Discard)
-	waiting := p.newTicket(&probeRead{})
-	for i := 0; i <= maxTickets+10; i++ {
-		late := &probeRead{}
-		p.newTicket(late)
-		p.forget([]*probeRead{late})
-		expect(t, len(p.tickets) <= maxTickets+1, "got %d tickets; want %d at most", len(p.tickets), maxTickets)
+	waiting, late := &probeRead{}, &probeRead{}
+	p.expect([]*probeRead{waiting, late})
+	p.forget([]*probeRead{late})
+	for _, read := range []*probeRead{late, waiting, waiting} {
+		must(t, p.stored(storedReading{ticket: read.ticket}))
 	}
-	must(t, p.stored(storedReading{ticket: waiting}))
-	equal(t, "counts", p.counts, map[string]int{"stored": 1})
+	receive(t, "the reading", waiting.arrived)
+	_, came := <-late.arrived
+	expect(t, !came, "got a reading of a probe that is over")
+	equal(t, "tickets", len(p.waiting), 0)
+	equal(t, "counts", p.counts, map[string]int{"stored": 1, "late": 2})
 }
 
 // TestManyBoxes: none of the probes of many boxes is lost, neither at once nor, with

@@ -114,7 +114,6 @@ const (
 	maxServed    = 4 << 20          // bytes of a package that it serves
 	monitorConns = 256              // connections of agents, and as many that ask for probes
 	maxReads     = 32               // readings of a probe
-	maxTickets   = 10000            // of probes; where there are more, those of late readings are forgotten
 	probeWait    = 10 * time.Second // for the readings of a probe, where a scrape names no time
 	maxScrape    = time.Hour        // the longest time that a scrape may name
 	probeTicket  = "probe-"         // begins the ticket of a probe
@@ -1513,15 +1512,17 @@ type prober struct {
 	tls     *tls.Config // the rules for calls of agents
 	out     io.Writer   // gets the readings that no probe waits for
 	host    string      // of -probe
+	prefix  string      // of its tickets; those of a monitor that was started before have another
 
 	mu      sync.Mutex            // guards what is below
-	tickets map[string]*probeRead // of readings that have not come; nil: the probe is over
+	waiting map[string]*probeRead // by ticket
 	counts  map[string]int        // of readings and probes, by result
 }
 
 func newProber(tls *tls.Config, out io.Writer) *prober {
-	p := &prober{tls: tls, out: out, tickets: make(map[string]*probeRead), counts: make(map[string]int)}
-	p.handler = newHandler(nil)
+	p := &prober{handler: newHandler(nil), tls: tls, out: out,
+		prefix:  fmt.Sprintf("%s%x-", probeTicket, time.Now().UnixNano()),
+		waiting: make(map[string]*probeRead), counts: make(map[string]int)}
 	p.handler.http.Handler = p
 	return p
 }
@@ -1584,8 +1585,7 @@ type probe struct {
 // A probeRead is one reading that a probe asks for.
 type probeRead struct {
 	sensor, args, ticket string
-	reading              *storedReading
-	arrived              chan struct{} // is closed when the reading has come
+	arrived              chan storedReading // gets the reading, or is closed when nobody waits for it
 }
 
 // parseProbe returns the probe that a request describes.
@@ -1654,19 +1654,7 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		p.count("bad_request")
 		return http.StatusBadRequest, oneLine(masked(err.Error())) + "\n"
 	}
-	err = p.take(r.Context(), probe)
-	var codes, values []string
-	for _, read := range probe.reads {
-		if read.reading == nil {
-			continue
-		}
-		labels := fmt.Sprintf("{sensor=%q,args=%q} ", read.sensor, read.args)
-		codes = append(codes, fmt.Sprint(labels, read.reading.code))
-		value := strings.TrimSpace(read.reading.value)
-		if _, err := parseDecimal(value); err == nil {
-			values = append(values, labels+value)
-		}
-	}
+	codes, values, err := p.take(r.Context(), probe)
 	success, result := " 1", "ok"
 	if err != nil {
 		success, result = " 0", "failed"
@@ -1681,85 +1669,82 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
 }
 
-// take asks a box for the readings and waits for them. Its error says why some do not come.
-func (p *prober) take(ctx context.Context, probe probe) (err error) {
+// take has a box take the readings, and waits for them. It returns samples of their exit
+// codes and of their numbers. The error says why some readings do not come.
+func (p *prober) take(ctx context.Context, probe probe) (codes, values []string, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
 	defer cancel()
 	c := newClient(probe.target, probe.wait, p.tls)
 	defer c.close()
-	acknowledged := 0
-	for _, read := range probe.reads {
-		ticket := p.newTicket(read) // before its reading can come
-		if _, err = c.call(ctx, "cmd_submit_reading", ticket, read.sensor, read.args); err != nil {
+	p.expect(probe.reads) // before they can come
+	defer context.AfterFunc(ctx, func() { p.forget(probe.reads) })()
+	for i, read := range probe.reads {
+		if _, err = c.call(ctx, "cmd_submit_reading", read.ticket, read.sensor, read.args); err != nil {
 			err = wrongScheme(ctx, probe.target, err)
-			break // the box is away or busy
-		}
-		acknowledged++
-	}
-	for _, read := range probe.reads[:acknowledged] {
-		select {
-		case <-read.arrived:
-		case <-ctx.Done():
+			p.forget(probe.reads[i:]) // the box is away or busy
+			break
 		}
 	}
-	p.forget(probe.reads)
 	for _, read := range probe.reads {
-		if read.reading == nil && err == nil {
+		if r, came := <-read.arrived; came {
+			labels, value := fmt.Sprintf("{sensor=%q,args=%q} ", read.sensor, read.args), strings.TrimSpace(r.value)
+			codes = append(codes, fmt.Sprint(labels, r.code))
+			if _, err := parseDecimal(value); err == nil {
+				values = append(values, labels+value)
+			}
+		} else if err == nil {
 			what := cut(strings.TrimSpace(read.sensor + " " + read.args))
 			err = fmt.Errorf("no reading of %s in %v: does the [monitor] url of the box lead here?", what, probe.wait)
 		}
 	}
-	return err
+	return codes, values, err
 }
 
-// newTicket returns a ticket that nobody can guess, for a reading that is to come.
-func (p *prober) newTicket(read *probeRead) string {
-	secret := make([]byte, 16)
-	if _, err := rand.Read(secret); err != nil {
-		panic(err) // no ticket is better than one that can be guessed
-	}
+// expect gives tickets that nobody can guess to readings that are to come.
+func (p *prober) expect(reads []*probeRead) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	read.ticket, read.arrived = fmt.Sprintf("%s%x", probeTicket, secret), make(chan struct{})
-	p.tickets[read.ticket] = read
-	return read.ticket
+	for _, read := range reads {
+		secret := make([]byte, 16)
+		if _, err := rand.Read(secret); err != nil {
+			panic(err) // no ticket is better than one that can be guessed
+		}
+		read.ticket, read.arrived = fmt.Sprintf("%s%x", p.prefix, secret), make(chan storedReading, 1)
+		p.waiting[read.ticket] = read
+	}
 }
 
-// forget ends the wait for readings. Those that come later are late or, where there are too
-// many of them, unknown.
+// forget ends the wait for readings. Those that come later are late.
 func (p *prober) forget(reads []*probeRead) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, read := range reads {
-		if p.tickets[read.ticket] != nil {
-			p.tickets[read.ticket] = nil
+		if p.waiting[read.ticket] != nil {
+			delete(p.waiting, read.ticket)
+			close(read.arrived)
 		}
-	}
-	if len(p.tickets) > maxTickets {
-		maps.DeleteFunc(p.tickets, func(_ string, read *probeRead) bool { return read == nil })
 	}
 }
 
 // stored passes a reading on to the probe that waits for it. It prints any other.
-func (p *prober) stored(r storedReading) error {
+func (p *prober) stored(r storedReading) (err error) {
 	ticket, _ := r.ticket.(string)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	read, known := p.tickets[ticket]
-	delete(p.tickets, ticket)
-	result, remark := "stored", ""
-	if known && read == nil {
+	read, result, remark := p.waiting[ticket], "stored", ""
+	switch {
+	case read != nil:
+		delete(p.waiting, ticket)
+		read.arrived <- r // which has room for it
+	case strings.HasPrefix(ticket, p.prefix):
 		result, remark = "late", ", late"
-	} else if !known && strings.HasPrefix(ticket, probeTicket) {
+	case strings.HasPrefix(ticket, probeTicket):
 		result, remark = "unknown", ", unknown"
 	}
 	p.counts[result]++
-	if read != nil {
-		read.reading = &r
-		close(read.arrived)
-		return nil
+	if read == nil {
+		_, err = fmt.Fprintf(p.out, "%s%s\n", r, remark)
 	}
-	_, err := fmt.Fprintf(p.out, "%s%s\n", r, remark)
 	return err
 }
 
