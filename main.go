@@ -1400,28 +1400,33 @@ func runMonitor(ctx context.Context, in *invocation) error {
 		h.setAccess(&access{tls: rules})
 		scheme = "https"
 	}
-	listener, err := net.Listen("tcp", *in.flags["listen"])
-	if err != nil {
-		return fmt.Errorf("-listen: %w", err)
-	}
-	defer listener.Close()
-	log.Printf("monitor on %s://%s/xmlrpc/", scheme, listener.Addr())
 	p, probe := newProber(clientTLS(agentFiles), in.out), *in.flags["probe"]
 	p.host, _, _ = net.SplitHostPort(probe) // Listen says what is wrong with it
-	if m.stored = p.stored; probe == "" {
-		return serveUntil(ctx, h, listener)
+	m.stored = p.stored
+	ended := make(chan error, 2)
+	serve := func(h *handler, flag, line string) {
+		listener, err := net.Listen("tcp", *in.flags[flag])
+		if err != nil {
+			ended <- fmt.Errorf("-%s: %w", flag, err)
+			return
+		}
+		if h.most == maxConns { // else the process may have few files open
+			h.most = monitorConns
+		}
+		log.Printf(line, listener.Addr())
+		go func() { ended <- h.serve(listener) }()
 	}
-	probes, err := net.Listen("tcp", probe)
-	if err != nil {
-		return fmt.Errorf("-probe: %w", err)
+	defer h.http.Close()
+	defer p.handler.http.Close()
+	serve(h, "listen", "monitor on "+scheme+"://%s/xmlrpc/")
+	if probe != "" {
+		serve(p.handler, "probe", "probes on http://%s/")
 	}
-	log.Printf("probes on http://%s/", probes.Addr())
-	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan error, 1)
-	go func() { defer cancel(); ended <- serveUntil(ctx, p.handler, probes) }()
-	err = serveUntil(ctx, h, listener)
-	cancel()
-	return errors.Join(err, <-ended)
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
+	}
+	return err
 }
 
 // A storedReading is a reading that the stand-in monitor received.
@@ -1442,18 +1447,6 @@ type monitor struct {
 	packages string                    // the directory that holds SENSOR.tar.bz2; "" serves none
 	next     string                    // the URL that agents move to; "" is none
 	stored   func(storedReading) error // is called for each reading, perhaps for several at once
-}
-
-// serveUntil serves a handler until ctx ends, with more connections at once than an agent has.
-func serveUntil(ctx context.Context, h *handler, listener net.Listener) error {
-	if h.most == maxConns { // else the process may have few files open
-		h.most = monitorConns
-	}
-	defer context.AfterFunc(ctx, func() { h.http.Close() })()
-	if err := h.serve(listener); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
 }
 
 func (m *monitor) methods() []method {
@@ -1894,15 +1887,17 @@ func (t *selftest) testAgent(ctx context.Context, dir string, installed *setting
 	}
 	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String()}, time.Minute, nil)
 	defer c.close()
-	ended := make(chan error, 2)
+	h := newHandler(m.methods())
+	defer h.http.Close()
+	go h.serve(listener)
+	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(ctx, selfTime)
-	go func() { ended <- serveUntil(ctx, newHandler(m.methods()), listener) }()
 	go func() { ended <- a.run(ctx) }()
 	for i := 0; i < len(selfSteps) && err == nil; i++ {
 		err = t.step(ctx, c, selfSteps[i].call, selfSteps[i].want, stored)
 	}
 	cancel()
-	return errors.Join(err, <-ended, <-ended)
+	return errors.Join(err, <-ended)
 }
 
 // step makes a call and waits for what the monitor gets.
