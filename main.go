@@ -1953,15 +1953,14 @@ func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
 // firstOption returns the arguments that ask a sensor for the first thing in its help.
 func firstOption(help string) (args []string) {
 	// Every box can answer for these.
-	words := map[string]string{"<vol>": "/", "<dir>": "/", "<if>": "lo", "<host>": "127.0.0.1", "<name>": "picket"}
+	examples := strings.NewReplacer("<vol>", "/", "<dir>", "/", "<if>", "lo", "<host>", "127.0.0.1", "<name>", "picket")
 	line, _, _ := strings.Cut(help, "\n")
 	for i, word := range strings.Fields(line) {
-		if words[word] != "" {
-			word = words[word]
-		} else if i > 0 {
+		example := examples.Replace(word)
+		if i > 0 && example == word {
 			break
 		}
-		args = append(args, word)
+		args = append(args, example)
 	}
 	return args
 }
