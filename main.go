@@ -1478,11 +1478,11 @@ func (m *monitor) store(r request, params []any) (any, error) {
 // file returns the content of the file that a sensor's name and a suffix make.
 func (m *monitor) file(params []any, suffix string) (any, error) {
 	name, err := sensorName(params[0])
-	if err == nil && m.packages == "" {
-		err = errors.New("this monitor serves no packages")
-	}
 	var data []byte
-	if err == nil {
+	switch {
+	case m.packages == "":
+		err = errors.New("this monitor serves no packages")
+	case err == nil:
 		data, err = readSmall(filepath.Join(m.packages, name+suffix), maxServed)
 	}
 	if err != nil {
@@ -1513,9 +1513,9 @@ type prober struct {
 }
 
 func newProber(tls *tls.Config, out io.Writer) *prober {
-	p := &prober{handler: newHandler(nil), tls: tls, out: out,
-		prefix:  fmt.Sprintf("%s%x-", probeTicket, time.Now().UnixNano()),
-		waiting: make(map[string]*probeRead), counts: make(map[string]int)}
+	p := &prober{handler: newHandler(nil), tls: tls, out: out}
+	p.prefix = fmt.Sprintf("%s%x-", probeTicket, time.Now().UnixNano())
+	p.waiting, p.counts = make(map[string]*probeRead), make(map[string]int)
 	p.handler.http.Handler = p
 	return p
 }
@@ -1615,11 +1615,11 @@ func parseProbe(r *http.Request) (p probe, err error) {
 	}
 	p.wait = probeWait
 	if timeout := r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"); timeout != "" {
-		s, err := parseDecimal(timeout)
-		if err != nil || s <= 0 || s > maxScrape.Seconds() {
+		t, err := time.ParseDuration(timeout + "s")
+		if err != nil || t <= 0 || t > maxScrape {
 			return p, fmt.Errorf("scrape timeout: %s is not a number of seconds, %v at most", cut(timeout), maxScrape)
 		}
-		p.wait = time.Duration(max(s/2, s-0.5) * float64(time.Second)) // the answer comes before that
+		p.wait = max(t/2, t-time.Second/2) // the answer comes before that
 	}
 	return p, nil
 }
@@ -1870,7 +1870,6 @@ func (t *selftest) testAgent(ctx context.Context, dir string, installed *setting
 	if err = errors.Join(err, errRead, errListen); err != nil {
 		return err
 	}
-	defer listener.Close()
 	if installed != nil {
 		s.user = installed.user
 	}
@@ -1881,15 +1880,15 @@ func (t *selftest) testAgent(ctx context.Context, dir string, installed *setting
 		next:     s.monitor.JoinPath("../RPC2").String(), // the same monitor by another URL
 		stored:   func(r storedReading) error { stored <- r; return nil },
 	}
+	h := newHandler(m.methods())
+	defer h.http.Close()
+	go h.serve(listener)
 	a, err := newAgent(s)
 	if err != nil {
 		return err
 	}
 	c := newClient(&url.URL{Scheme: "http", Host: a.listener.Addr().String()}, time.Minute, nil)
 	defer c.close()
-	h := newHandler(m.methods())
-	defer h.http.Close()
-	go h.serve(listener)
 	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(ctx, selfTime)
 	go func() { ended <- a.run(ctx) }()
