@@ -1505,10 +1505,10 @@ type prober struct {
 	tls     *tls.Config // the rules for calls of agents
 	out     io.Writer   // gets the readings that no probe waits for
 	host    string      // of -probe
-	prefix  string      // of its tickets; those of a monitor that was started before have another
+	prefix  string      // begins its tickets, and none of an earlier start
 
 	mu      sync.Mutex            // guards what is below
-	waiting map[string]*probeRead // by ticket
+	waiting map[string]*probeRead // those whose readings have not come, by ticket
 	counts  map[string]int        // of readings and probes, by result
 }
 
