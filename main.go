@@ -1662,8 +1662,8 @@ func (p *prober) answer(r *http.Request) (status int, text string) {
 		family("picket_reading", "gauge", "The number that the sensor printed.", values...)
 }
 
-// take has a box take the readings, and waits for them. It returns samples of their exit
-// codes and of their numbers. The error says why some readings do not come.
+// take asks a box for the readings and waits for them. It returns samples of their exit
+// codes and of their numbers. Its error says why some readings do not come.
 func (p *prober) take(ctx context.Context, probe probe) (codes, values []string, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probe.wait, fmt.Errorf("no answer in %v", probe.wait))
 	defer cancel()
