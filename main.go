@@ -1205,7 +1205,7 @@ func runList(ctx context.Context, in *invocation) error {
 	if err != nil {
 		return err
 	}
-	_, missing, _ := sensors.names()
+	_, missing, _ := sensors.found()
 	for _, line := range missing {
 		log.Print(warning + line)
 	}

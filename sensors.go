@@ -26,6 +26,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"math"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -96,7 +97,7 @@ type sensors struct {
 // A runState knows the runs that are under way. It stays when the settings change.
 type runState struct {
 	listing sync.Mutex           // is held while help texts are asked for
-	helps   map[string]helpEntry // by sensor
+	helps   map[string]helpEntry // by sensor, version of its executable and how it is asked
 	threads sync.Once            // are reserved before the first run
 
 	mu        sync.Mutex // guards what is below
@@ -114,18 +115,17 @@ type process struct {
 	stuck        bool // SIGKILL did not end it
 }
 
-// A helpEntry is a help text that was asked for.
+// A helpEntry is a help text that was asked for, or why there is none.
 type helpEntry struct {
-	version string // of the executable that gave it, and how it was asked
-	text    string
-	until   time.Time // zero: until the version changes
+	text  string
+	until time.Time // when it is asked for again
 }
 
 // newSensors returns the sensors of a directory. They run as user (nil: as the agent's).
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
 		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
-		runState: &runState{helps: make(map[string]helpEntry), processes: make(map[*process]bool)},
+		runState: &runState{processes: make(map[*process]bool)},
 	}
 }
 
@@ -253,13 +253,14 @@ func splitWords(s string) ([]string, error) {
 	return words, nil
 }
 
-// names lists the sensors: the directories with the executable in them. For each other
-// directory it returns a line that says what is missing.
-func (s *sensors) names() (names, missing []string, err error) {
+// found returns the executables of the sensors, by name: a sensor is a directory with one in
+// it. For each other directory found returns a line that says what is missing.
+func (s *sensors) found() (executables map[string]fs.FileInfo, missing []string, err error) {
 	entries, err := os.ReadDir(s.path)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list sensors: %w", err)
 	}
+	executables = make(map[string]fs.FileInfo)
 	for _, e := range entries {
 		name, bad := sensorName(e.Name())
 		info, err := os.Stat(filepath.Join(s.path, e.Name(), s.executable))
@@ -271,24 +272,24 @@ func (s *sensors) names() (names, missing []string, err error) {
 		case err != nil || info.IsDir():
 			missing = append(missing, fmt.Sprintf("sensor %s: there is no file %s in its directory", cut(name), s.executable))
 		default: // if it cannot be started, its help text says why
-			names = append(names, name)
+			executables[name] = info
 		}
 	}
-	return names, missing, nil
+	return executables, missing, nil
 }
 
 // warnings returns lines about what is allowed, but most often a mistake: there is no sensor
 // (one may still be installed), or client.cfg has a section for one that is not there.
 func (s *sensors) warnings() (lines []string) {
-	names, _, err := s.names()
+	found, _, err := s.found()
 	switch {
 	case err != nil:
 		return []string{err.Error()}
-	case len(names) == 0:
+	case len(found) == 0:
 		return []string{"no sensors in " + s.path}
 	}
 	for _, name := range sortedKeys(s.own) {
-		if name != ownSensor && !slices.Contains(names, name) {
+		if name != ownSensor && found[name] == nil {
 			lines = append(lines, fmt.Sprintf("[sensor %s]: there is no such sensor in %s", name, s.path))
 		}
 	}
@@ -301,49 +302,43 @@ func (s *sensors) warnings() (lines []string) {
 func (s *sensors) helpTexts(ctx context.Context) (map[string]string, error) {
 	s.listing.Lock()
 	defer s.listing.Unlock()
-	names, _, err := s.names()
+	found, _, err := s.found()
 	if err != nil {
 		return nil, err
 	}
 	texts := make(map[string]string)
 	helps := make(map[string]helpEntry)
-	for _, name := range names {
-		var file syscall.Stat_t
-		if syscall.Stat(filepath.Join(s.path, name, s.executable), &file) != nil {
-			continue // it has just gone
+	for _, name := range sortedKeys(found) {
+		file := found[name].Sys().(*syscall.Stat_t)
+		version := fmt.Sprint(name, "/", s.help, file.Dev, file.Ino, file.Size, file.Ctim)
+		h := s.helps[version] // where it is not there, its time is over
+		if time.Now().After(h.until) {
+			h = s.askHelp(ctx, name)
 		}
-		version := fmt.Sprint(s.help, file.Dev, file.Ino, file.Size, file.Ctim)
-		h := s.helps[name]
-		if h.version != version || !h.until.IsZero() && time.Now().After(h.until) {
-			h = helpEntry{version: version}
-			if h.text, err = s.helpText(ctx, name); err != nil {
-				h.text, h.until = noHelp+err.Error(), time.Now().Add(badHelpTime)
-			}
-			if ctx.Err() != nil { // the sensor was interrupted
-				return nil, ctx.Err()
-			}
+		if ctx.Err() != nil { // the sensor was interrupted
+			return nil, ctx.Err()
 		}
-		texts[name], helps[name] = h.text, h
+		texts[name], helps[version] = h.text, h
 	}
 	s.helps = helps
 	return texts, nil
 }
 
-// helpText asks a sensor for its help text.
-func (s *sensors) helpText(ctx context.Context, name string) (string, error) {
+// askHelp asks a sensor what it can be asked.
+func (s *sensors) askHelp(ctx context.Context, name string) helpEntry {
 	quick := s.of(name)
 	quick.timeout = min(quick.timeout, helpTime)
 	r := quick.runIn(ctx, filepath.Join(s.path, name), name, []string{s.help}, nil)
-	text := strings.TrimSpace(r.value)
+	text, why := strings.TrimSpace(r.value), "nothing said"
 	switch {
 	case r.code != 0:
-		return "", fmt.Errorf("%s %s: %s", name, s.help, r)
+		why = r.String()
 	case len(r.value) > maxOutput:
-		return "", fmt.Errorf("%s %s: more than %d bytes", name, s.help, maxOutput)
-	case text == "":
-		return "", fmt.Errorf("%s %s: nothing said", name, s.help)
+		why = fmt.Sprintf("more than %d bytes", maxOutput)
+	case text != "":
+		return helpEntry{text, time.Now().Add(math.MaxInt64)}
 	}
-	return text, nil
+	return helpEntry{fmt.Sprintf("%s%s %s: %s", noHelp, name, s.help, why), time.Now().Add(badHelpTime)}
 }
 
 // fitHelps returns help texts, by the names of their sensors, that fit into one
@@ -464,7 +459,7 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 		p.stuck = true
 		s.mu.Unlock()
 		go func() {
-			p.waitEnded(context.Background(), 1<<63-1) // however long it takes
+			p.waitEnded(context.Background(), math.MaxInt64) // however long it takes
 			s.reap(p)
 		}()
 		return reading{code: code, reason: why}
