@@ -821,7 +821,7 @@ func redacted(value string) string {
 // A sensorUser is another user that sensors run as.
 type sensorUser struct {
 	credential *syscall.Credential
-	name, home string // for the environment of a sensor
+	env        []string // what his sensors have in their environment
 }
 
 // otherUser finds the user, by name or number, that sensors run as, and his
@@ -860,7 +860,7 @@ func otherUser(v string) (*sensorUser, error) {
 		return nil, errors.New("only root can run sensors as another user")
 	}
 	credential := &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}
-	return &sensorUser{credential, u.Username, u.HomeDir}, nil
+	return &sensorUser{credential, []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}}, nil
 }
 
 // readINI reads and parses a file of at most 1 MiB.

@@ -90,7 +90,7 @@ type sensors struct {
 	path, executable, help string
 	ownSettings                                    // of the sensors that are not in own
 	own                    map[string]*ownSettings // by sensor
-	env                    []string                // for ownSettings.user
+	env                    []string                // beside what a sensorUser adds
 	*runState
 }
 
@@ -124,7 +124,7 @@ type helpEntry struct {
 // newSensors returns the sensors of a directory. They run as user (nil: as the agent's).
 func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
 	return &sensors{
-		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(user),
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(),
 		runState: &runState{processes: make(map[*process]bool)},
 	}
 }
@@ -133,25 +133,20 @@ func newSensors(path, executable, help string, timeout time.Duration, user *sens
 func (s *sensors) of(name string) *sensors {
 	with := *s
 	if own := s.own[name]; own != nil {
-		with.ownSettings, with.env = *own, sensorEnv(own.user)
+		with.ownSettings = *own
 	}
 	return &with
 }
 
 // sensorEnv returns the environment of sensors: the agent's own, but with the
-// decimal point of the C locale and, where they run as another user, with the
-// home and the name of that user. os/exec uses the last value of a variable.
-func sensorEnv(user *sensorUser) []string {
+// decimal point of the C locale. os/exec uses the last value of a variable.
+func sensorEnv() []string {
 	env := os.Environ()
 	if all := os.Getenv("LC_ALL"); all != "" { // it would override LC_NUMERIC
 		env = slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "LC_") })
 		env = append(env, "LANG="+all)
 	}
-	env = append(env, "LC_NUMERIC=C")
-	if user != nil {
-		env = append(env, "HOME="+user.home, "USER="+user.name, "LOGNAME="+user.name)
-	}
-	return env
+	return append(env, "LC_NUMERIC=C")
 }
 
 // ticketOf returns v as a ticket: an int, an i8 or a string of at most 1 KiB.
@@ -512,16 +507,16 @@ func (r *runState) running() int {
 // that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string) error {
 	file := filepath.Join(dir, s.executable)
-	as := &syscall.SysProcAttr{Setpgid: true}
+	as, env := &syscall.SysProcAttr{Setpgid: true}, s.env
 	if s.user != nil {
-		as.Credential = s.user.credential
+		as.Credential, env = s.user.credential, append(slices.Clip(env), s.user.env...)
 	}
 	for try := 1; ; try++ {
 		p.cmd = &exec.Cmd{
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         s.env,
+			Env:         env,
 			Stdin:       nil, // /dev/null
 			SysProcAttr: as,
 		}
