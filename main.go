@@ -1158,9 +1158,9 @@ func (a *agent) listSensors(request, []any) (any, error) {
 	}
 	texts[ownSensor] = ownHelp()
 	a.failedMu.Lock()
-	listed, left := fitHelps(texts, a.failed)
+	listed := fitHelps(texts, a.failed)
 	a.failedMu.Unlock()
-	if left > 0 {
+	if left := len(texts) - len(listed); left > 0 {
 		a.handler.refused.printf(warning+"cmd_list_sensors: %s left out: the answer is full", plural(left, "sensor"))
 	}
 	return listed, nil

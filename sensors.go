@@ -52,8 +52,8 @@ const (
 	argumentCost = 32                    // bytes of memory that an argument takes beside its text
 	maxOutput    = 4 << 10               // bytes of standard output: a number has 20, a help text a few hundred
 	maxReason    = 1 << 10               // bytes of standard error that are kept, the last ones
-	freeOutput   = 64 << 10              // bytes that are read at full speed, before each pause
-	outputPause  = 2 * time.Millisecond  // then
+	pipeSize     = 64 << 10              // bytes that a pipe holds
+	outputPause  = 2 * time.Millisecond  // after each pipeSize bytes of output: a sensor may write for ever
 	helpTime     = 10 * time.Second      // that a sensor has for its help text
 	maxHelp      = 1 << 10               // bytes of one help text in an answer to cmd_list_sensors, as encoded
 	maxFailed    = 200                   // bytes of the line that says why a change failed, as encoded
@@ -61,20 +61,17 @@ const (
 	maxHelps     = 48 << 10              // bytes of all of them with their names: an answer holds 64 KiB
 	badHelpTime  = time.Minute           // before a sensor that gave none is asked again
 	killTime     = 2 * time.Second       // from SIGTERM to SIGKILL, and from SIGKILL to giving up
-	pipeSize     = 64 << 10              // bytes that a pipe holds
 	startTries   = 100                   // of a sensor that is just being written or replaced
 	startPause   = 10 * time.Millisecond // between two of them
 	orphanTime   = time.Second           // between two looks for orphans
 	spareThreads = 6                     // beside those that run Go code: for files, names and signals
 )
 
-// swapPrefix begins the name of a version of a sensor while the next one takes its place.
-const swapPrefix = ".picket-swap-"
-
 const (
-	ownSensor   = "picket"      // the name of the sensor that is the agent itself
-	noHelp      = "no help: "   // begins the text of a sensor that did not give one
-	interrupted = "interrupted" // why a run ended that was under way when picket was ended
+	ownSensor   = "picket"        // the name of the sensor that is the agent itself
+	swapPrefix  = ".picket-swap-" // begins the name of a version of a sensor while the next one takes its place
+	noHelp      = "no help: "     // begins the text of a sensor that did not give one
+	interrupted = "interrupted"   // why a run ended that was under way when picket was ended
 )
 
 // Exit codes that the agent itself stores for a run, beside the sensor's own
@@ -339,10 +336,9 @@ func (s *sensors) askHelp(ctx context.Context, name string) helpEntry {
 // fitHelps returns help texts, by the names of their sensors, that fit into one
 // answer: first all names for which there is room, then of each text an equal share
 // of what is left, 1 KiB at most. The text of a sensor whose change failed is cut
-// further for a last line that says why. fitHelps counts the names left out.
-func fitHelps(texts, failed map[string]string) (listed map[string]any, left int) {
-	listed = make(map[string]any)
-	room := maxHelps
+// further for a last line that says why.
+func fitHelps(texts, failed map[string]string) map[string]any {
+	listed, room := make(map[string]any), maxHelps
 	var names []string
 	for _, name := range sortedKeys(texts) {
 		if size := nameCost + encodedLen(name); size <= room {
@@ -359,7 +355,7 @@ func fitHelps(texts, failed map[string]string) (listed map[string]any, left int)
 		listed[name] = text
 		room -= encodedLen(text)
 	}
-	return listed, len(texts) - len(names)
+	return listed
 }
 
 // fit cuts a text to at most this many bytes, as encoded.
@@ -707,9 +703,9 @@ func reserveThreads() {
 // stood still for so long would lose a number, or half of one.
 type capture struct {
 	limit int
-	copy  io.Writer // unless nil, gets all that is written, and nothing is kept
-	kept  []byte    // once finish has returned
-	total int
+	copy  io.Writer     // gets all that is written, and nothing is kept; may be nil
+	kept  []byte        // once finish has returned
+	fast  int           // bytes since the last pause
 	pipe  *os.File      // the end to read from
 	part  [1 << 10]byte // what was read last: most sensors write one number
 	ended chan struct{} // closed when nothing reads from the pipe any more
@@ -720,11 +716,11 @@ func (c *capture) begin(pipe io.ReadCloser) {
 	c.pipe, c.ended = pipe.(*os.File), make(chan struct{})
 	go func() {
 		defer close(c.ended)
-		io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{pipe}, c.part[:])
+		io.CopyBuffer(c, struct{ io.Reader }{pipe}, c.part[:])
 	}()
 }
 
-// Write never fails. It pauses after each 64 KiB: a sensor may write for ever.
+// Write never fails.
 func (c *capture) Write(p []byte) (int, error) {
 	if c.copy != nil {
 		c.copy.Write(p) // an error there must not end the sensor
@@ -732,8 +728,8 @@ func (c *capture) Write(p []byte) (int, error) {
 		c.kept = append(c.kept, p...)
 		c.kept = c.kept[max(0, len(c.kept)-c.limit):]
 	}
-	before := c.total
-	if c.total += len(p); c.total/freeOutput > before/freeOutput {
+	if c.fast += len(p); c.fast >= pipeSize {
+		c.fast = 0
 		time.Sleep(outputPause)
 	}
 	return len(p), nil
