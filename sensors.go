@@ -408,25 +408,12 @@ func (s *sensors) read(ctx context.Context, name string, args []string, stderr i
 	return r
 }
 
-// reason says in one line why a code is not 0: what the agent knows and what the sensor said.
-func reason(code int, why string, said []byte) string {
-	words := strings.Join(strings.Fields(string(said)), " ")
-	switch {
-	case code == 0:
-		return ""
-	case words != "":
-		return strings.TrimPrefix(why+": "+strconv.Quote(words), ": ")
-	case why == "" && code < 0:
-		return fmt.Sprintf("ended by signal %d (%v)", -code, syscall.Signal(-code))
-	}
-	return why
-}
-
 // runIn runs the sensor in dir. It always returns: at the time-out, or when ctx
 // ends, the process group gets SIGTERM and two seconds later SIGKILL. What is
 // left of the group after a normal end is killed as well. A process that has
 // left the group is not waited for. The value of the reading is what the sensor
-// printed until then, the last maxOutput + 1 bytes.
+// printed until then, the last maxOutput + 1 bytes. The reason is what the agent
+// knows and what the sensor said, in one line.
 func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, stderr io.Writer) reading {
 	if ctx.Err() != nil {
 		return reading{code: -int(syscall.SIGTERM), reason: interrupted}
@@ -458,7 +445,13 @@ func (s *sensors) runIn(ctx context.Context, dir, name string, args []string, st
 	if own := s.reap(p); code == 0 {
 		code = own
 	}
-	return reading{code: code, value: string(p.output.kept), reason: reason(code, why, p.said.kept)}
+	switch said := strings.Join(strings.Fields(string(p.said.kept)), " "); {
+	case code != 0 && said != "":
+		why = strings.TrimPrefix(why+": "+strconv.Quote(said), ": ")
+	case code < 0 && why == "":
+		why = fmt.Sprintf("ended by signal %d (%v)", -code, syscall.Signal(-code))
+	}
+	return reading{code, string(p.output.kept), why}
 }
 
 // add notes that a sensor runs. It returns nil if a process of the sensor is stuck.
@@ -521,19 +514,18 @@ func (s *sensors) start(p *process, dir string, args []string) error {
 		if err = errors.Join(err, err2); err == nil {
 			err = p.cmd.Start()
 		}
-		isAbsent := errors.Is(err, syscall.ENOENT)
-		isBusy := errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor))
-		switch {
-		case err == nil:
+		if err == nil {
 			p.output.begin(stdout)
 			p.said.begin(stderr)
 			s.mu.Lock()
+			defer s.mu.Unlock()
 			p.pid = p.cmd.Process.Pid
-			s.mu.Unlock()
 			return nil
+		}
+		switch isAbsent := errors.Is(err, syscall.ENOENT); {
 		case try >= startTries:
 			return err
-		case isBusy:
+		case errors.Is(err, syscall.ETXTBSY) || isAbsent && exists(filepath.Join(s.path, swapPrefix+p.sensor)):
 		case isAbsent && exists(file): // it was away a moment ago, or else its interpreter is
 			try += startTries / 4
 		default:
