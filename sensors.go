@@ -175,7 +175,6 @@ func sensorName(v any) (string, error) {
 // as they stand (numbers in decimal, booleans as 1 and 0), or the words of a string.
 // They have at most 4 KiB, where each counts 32 bytes more than its text.
 func arguments(v any) (args []string, err error) {
-	tooLong := fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	switch v := v.(type) {
 	case nil:
 	case []any:
@@ -190,10 +189,9 @@ func arguments(v any) (args []string, err error) {
 			args = append(args, text)
 		}
 	case string:
-		if len(v) > maxArguments { // before it is split
-			return nil, tooLong
+		if args = []string{v}; len(v) <= maxArguments { // else it is too much, split or not
+			args, err = splitWords(v)
 		}
-		args, err = splitWords(v)
 	default:
 		err = fmt.Errorf("arguments are an array or a string, not %s", typeName(v))
 	}
@@ -205,7 +203,7 @@ func arguments(v any) (args []string, err error) {
 		size += len(arg) + argumentCost
 	}
 	if size > maxArguments {
-		return nil, tooLong
+		return nil, fmt.Errorf("more than %d bytes of arguments", maxArguments)
 	}
 	return args, err
 }
@@ -604,20 +602,17 @@ func (p *process) await(ctx context.Context, timeout time.Duration) (ended bool,
 // they wrote, reaps the child and returns its exit code, or minus the signal that ended
 // it. In this order: until the child is reaped, nobody else can get the number of its
 // group, and then os/exec closes the pipes.
-func (r *runState) reap(p *process) (code int) {
+func (r *runState) reap(p *process) int {
 	defer r.remove(p)
 	syscall.Kill(-p.pid, syscall.SIGKILL)
 	p.output.finish()
 	p.said.finish()
 	p.cmd.Wait() // its error is in the state
-	if p.cmd.ProcessState == nil {
-		return -int(syscall.SIGKILL) // nobody knows: not a success
+	state := p.cmd.ProcessState
+	if code := state.ExitCode(); code >= 0 || state == nil {
+		return code // -1 where nobody knows, which is no success either
 	}
-	status := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
-	if status.Signaled() {
-		return -int(status.Signal())
-	}
-	return status.ExitStatus()
+	return -int(state.Sys().(syscall.WaitStatus).Signal())
 }
 
 // waitEnded waits until a process has ended, and does not reap it. It reports false if
@@ -732,10 +727,7 @@ func (c *capture) Write(p []byte) (int, error) {
 func (c *capture) finish() {
 	c.pipe.SetReadDeadline(time.Now()) // ends the goroutine that reads, which may wait
 	<-c.ended
-	pipe, err := c.pipe.SyscallConn()
-	if err != nil {
-		return
-	}
+	pipe, _ := c.pipe.SyscallConn() // no error: it is a file
 	pipe.Control(func(fd uintptr) {
 		for left, n := pipeSize, 1; left > 0 && n > 0; left -= n {
 			n, _ = syscall.Read(int(fd), c.part[:])
