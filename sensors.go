@@ -462,12 +462,12 @@ func (r *runState) add(name string) *process {
 		}
 	}
 	p := &process{sensor: name, output: capture{limit: maxOutput + 1}, said: capture{limit: maxReason}}
-	if len(r.idle) == 0 { // Notify is for good, as Stop would cost more than all else that a run needs
-		r.idle = append(r.idle, make(chan os.Signal, 1))
-		signal.Notify(r.idle[0], syscall.SIGCHLD)
+	if last := len(r.idle) - 1; last >= 0 {
+		p.children, r.idle = r.idle[last], r.idle[:last]
+	} else { // Notify is for good, as Stop would cost more than all else that a run needs
+		p.children = make(chan os.Signal, 1)
+		signal.Notify(p.children, syscall.SIGCHLD)
 	}
-	last := len(r.idle) - 1
-	p.children, r.idle = r.idle[last], r.idle[:last]
 	r.processes[p] = true
 	return p
 }
