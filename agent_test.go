@@ -673,7 +673,7 @@ func fromText(archive, signature string) source {
 func testUpdater(t testing.TB, dir string, before files) *updater {
 	writeTree(t, dir, before)
 	writeTree(t, dir, files{"sensors/": "", "backup/": ""})
-	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience, nil)
+	s := newSensors(filepath.Join(dir, "sensors"), "check", "options", patience)
 	backup := filepath.Join(dir, "backup")
 	return &updater{sensors: s, backup: backup, maxPackage: 1 << 20, maxUnpacked: 2 << 20, keep: 3}
 }
@@ -1195,7 +1195,7 @@ func TestSplitWords(t *testing.T) {
 func testSensors(t testing.TB, script string) *sensors {
 	dir := t.TempDir()
 	writeTree(t, dir, files{"s/check": "#!/bin/sh\n" + script})
-	return newSensors(dir, "check", "options", patience, nil)
+	return newSensors(dir, "check", "options", patience)
 }
 
 // summaryOf runs a sensor, and returns what the reading says: its code, its value and its reason.
@@ -1410,7 +1410,7 @@ func TestShippedSensorsHere(t *testing.T) {
 			writeTree(t, dir, files{file: "#!" + shell + "\n" + prelude + scripts[file]})
 			equal(t, "the common part of "+file, common.FindString(scripts[file]), example)
 		}
-		s := newSensors(dir+"/sensors", "check", "options", patience, nil)
+		s := newSensors(dir+"/sensors", "check", "options", patience)
 		helps := get(s.helpTexts(ctx))
 		equal(t, "sensors", len(helps), len(scripts))
 		for _, name := range sortedKeys(helps) {
@@ -3150,7 +3150,7 @@ func TestOwner(t *testing.T) {
 	for name, to := range links {
 		must(t, os.Symlink(filepath.Join(elsewhere, to), u.at(name)))
 	}
-	u.sensors.user = &sensorUser{credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}
+	u.sensors.user = sensorUser{credential: &syscall.Credential{Uid: otherUID, Gid: otherUID}}
 	tried := "#!/bin/sh\n[ $(id -u) = 1234 ] || exit 8\n" +
 		"{ echo >new || echo >>check || mv lib new; } 2>/dev/null && exit 9\necho 2\n"
 	for _, name := range []string{"demo", "x", "y"} {
@@ -3163,7 +3163,7 @@ func TestOwner(t *testing.T) {
 	his := describeTree(t, u.sensors.path) + describeTree(t, u.backup)
 	his = regexp.MustCompile(`.* L.*\n`).ReplaceAllString(his, "") // links are nobody's
 	equal(t, "files of root", regexp.MustCompile(`(?m)^\S+ \S+ 0 `).FindAllString(his, -1), []string(nil))
-	u.sensors.user = nil
+	u.sensors.user = sensorUser{}
 	receive(t, "his own changes", asUser(t, otherUID, func() {
 		err := errors.Join(u.plainInstall(demo(t, 3)), u.rollback(ctx, "demo"))
 		expect(t, err == nil, "got %v; want no error", err)

@@ -300,7 +300,7 @@ type settings struct {
 	executable, help, path, backup string
 	timeout                        time.Duration
 	concurrency                    int
-	user                           *sensorUser // nil: the user who runs the agent
+	user                           sensorUser
 	update                         bool
 	maxPackage, maxUnpacked        int64  // bytes
 	publicKey                      string // a file or directory, which need not be there
@@ -327,7 +327,7 @@ type settings struct {
 // names the users of the sensors that have own settings in s or in other.
 func (s *settings) protections(other *settings) map[string]bool {
 	inForce := map[string]bool{
-		"[sensor] user":        s.user != nil,
+		"[sensor] user":        s.user.credential != nil,
 		"[sensor] update = no": !s.update,
 		"[sensor] public_key":  s.publicKey != "",
 		"[monitor] ca":         s.monitorTLS.ca != "",
@@ -337,10 +337,10 @@ func (s *settings) protections(other *settings) map[string]bool {
 		"[agent] client_name":  s.agentTLS.name != "",
 	}
 	for name := range other.own {
-		inForce["[sensor "+name+"] user"] = s.user != nil
+		inForce["[sensor "+name+"] user"] = s.user.credential != nil
 	}
 	for name, own := range s.own {
-		inForce["[sensor "+name+"] user"] = own.user != nil
+		inForce["[sensor "+name+"] user"] = own.user.credential != nil
 	}
 	return inForce
 }
@@ -468,7 +468,7 @@ var known = new(ini).options(new(settings), "")
 // ownSettings holds the settings of one sensor, from its section [sensor NAME] or from [sensor].
 type ownSettings struct {
 	timeout time.Duration
-	user    *sensorUser
+	user    sensorUser
 }
 
 // sensorOf returns the NAME of a section [sensor NAME], "" for any other section.
@@ -818,19 +818,19 @@ func redacted(value string) string {
 	return scheme + "://xxxxx" + value[at:]
 }
 
-// A sensorUser is another user that sensors run as.
+// A sensorUser is the user that sensors run as.
 type sensorUser struct {
-	credential *syscall.Credential
-	env        []string // what his sensors have in their environment
+	credential *syscall.Credential // nil: the user who runs the agent
+	env        []string            // what his sensors have in their environment
 }
 
 // otherUser finds the user, by name or number, that sensors run as, and his
-// groups. It returns nil for the user who runs the agent, unless that is root:
+// groups. It returns no credential for the user who runs the agent, unless that is root:
 // only root can run sensors as another user. A number that /etc/passwd does not
 // know is taken as it is, with a group of the same number and / as home.
-func otherUser(v string) (*sensorUser, error) {
+func otherUser(v string) (none sensorUser, err error) {
 	if v == "" {
-		return nil, nil
+		return none, nil
 	}
 	u, err := user.Lookup(v)
 	if _, notNumber := strconv.ParseUint(v, 10, 32); err != nil && notNumber == nil {
@@ -839,28 +839,28 @@ func otherUser(v string) (*sensorUser, error) {
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("no user %q: %w", v, err)
+		return none, fmt.Errorf("no user %q: %w", v, err)
 	}
 	groups, err := u.GroupIds()
 	if err != nil && !errors.Is(err, os.ErrNotExist) { // a box need not have /etc/group
-		return nil, fmt.Errorf("groups of user %q: %w", v, err)
+		return none, fmt.Errorf("groups of user %q: %w", v, err)
 	}
 	var ids []uint32
 	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
 		id, err := strconv.ParseUint(text, 10, 32)
 		if err != nil {
-			return nil, fmt.Errorf("user %q: %w", v, err)
+			return none, fmt.Errorf("user %q: %w", v, err)
 		}
 		ids = append(ids, uint32(id))
 	}
 	switch euid := os.Geteuid(); {
 	case euid != 0 && int(ids[0]) == euid:
-		return nil, nil
+		return none, nil
 	case euid != 0:
-		return nil, errors.New("only root can run sensors as another user")
+		return none, errors.New("only root can run sensors as another user")
 	}
 	credential := &syscall.Credential{Uid: ids[0], Gid: ids[1], Groups: ids[2:]}
-	return &sensorUser{credential, []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}}, nil
+	return sensorUser{credential, []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}}, nil
 }
 
 // readINI reads and parses a file of at most 1 MiB.

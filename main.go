@@ -679,8 +679,8 @@ func newAgent(s *settings) (*agent, error) {
 
 // activate builds what settings describe.
 func activate(s *settings) *active {
-	sensors := newSensors(s.path, s.executable, s.help, s.timeout, s.user)
-	sensors.own = s.own
+	sensors := newSensors(s.path, s.executable, s.help, s.timeout)
+	sensors.user, sensors.own = s.user, s.own
 	return &active{s, sensors, &updater{
 		sensors: sensors, backup: s.backup, keys: s.publicKey,
 		maxPackage: s.maxPackage, maxUnpacked: s.maxUnpacked, keep: s.keep,

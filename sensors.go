@@ -118,10 +118,10 @@ type helpEntry struct {
 	until time.Time // when it is asked for again
 }
 
-// newSensors returns the sensors of a directory. They run as user (nil: as the agent's).
-func newSensors(path, executable, help string, timeout time.Duration, user *sensorUser) *sensors {
+// newSensors returns the sensors of a directory, which run as the agent's user.
+func newSensors(path, executable, help string, timeout time.Duration) *sensors {
 	return &sensors{
-		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout, user}, env: sensorEnv(),
+		path: path, executable: executable, help: help, ownSettings: ownSettings{timeout: timeout}, env: sensorEnv(),
 		runState: &runState{processes: make(map[*process]bool)},
 	}
 }
@@ -494,18 +494,14 @@ func (r *runState) running() int {
 // that another goroutine is starting.
 func (s *sensors) start(p *process, dir string, args []string) error {
 	file := filepath.Join(dir, s.executable)
-	as, env := &syscall.SysProcAttr{Setpgid: true}, s.env
-	if s.user != nil {
-		as.Credential, env = s.user.credential, append(slices.Clip(env), s.user.env...)
-	}
 	for try := 1; ; try++ {
 		p.cmd = &exec.Cmd{
 			Path:        "./" + s.executable,
 			Args:        append([]string{file}, args...),
 			Dir:         dir,
-			Env:         env,
+			Env:         append(slices.Clip(s.env), s.user.env...),
 			Stdin:       nil, // /dev/null
-			SysProcAttr: as,
+			SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Credential: s.user.credential},
 		}
 		stdout, err := p.cmd.StdoutPipe()
 		stderr, err2 := p.cmd.StderrPipe()
