@@ -60,76 +60,65 @@ const (
 // An iniKey names an option or, without one, a section.
 type iniKey struct{ section, option string }
 
-// An iniLine is one line of the text, with its line end.
-type iniLine struct {
-	text      string
-	key       iniKey // of the section or option that it belongs to; a comment has none
-	continues bool   // it continues the value of the line above
-}
-
-// An ini is an INI text. A change keeps every byte of the lines that it does not concern.
+// An ini is an INI text. A change of it keeps every byte of all other lines.
 type ini struct {
 	name   string // of the file, for errors
-	lines  []iniLine
-	key    iniKey            // of the last line that is no comment
-	values map[iniKey]string // before interpolation; sections have "" here
+	text   string
+	keys   []iniKey          // the section or option that each line belongs to; a comment has none
+	last   iniKey            // of the last line that is no comment
+	line   map[iniKey]int    // the number of the line at which a section or option stands
+	values map[iniKey]string // of the options, before interpolation
 }
 
 // parseINI reads an INI text. Its error lists the first twenty bad lines, each as
 // "name:line: what is wrong". It quotes none: there may be a password in it.
 func parseINI(name, text string) (*ini, error) {
-	c := &ini{name: name, values: make(map[iniKey]string)}
+	c := &ini{name: name, text: text, line: make(map[iniKey]int), values: make(map[iniKey]string)}
 	if before, _, found := strings.Cut(text, "\x00"); found {
 		line := 1 + strings.Count(before, "\n")
 		return c, fmt.Errorf("%s:%d: a NUL byte: the text, or a part of it, is UTF-16; save it as UTF-8", name, line)
 	}
 	var errs []error
-	for i, line := range strings.SplitAfter(text, "\n") {
-		if err := c.add(line); err != nil && len(errs) < maxBadLines {
+	for i, line := range strings.SplitAfter(strings.TrimPrefix(text, byteMark), "\n") {
+		if err := c.add(i+1, line); err != nil && len(errs) < maxBadLines {
 			errs = append(errs, fmt.Errorf("%s:%d: %w", name, i+1, err))
 		}
 	}
 	return c, errors.Join(errs...)
 }
 
-// add appends a line, which belongs to the section and, if indented, to the option above it.
-func (c *ini) add(text string) error {
-	line, body := iniLine{text: text}, text
-	if len(c.lines) == 0 {
-		body = strings.TrimPrefix(text, byteMark)
-	}
-	trimmed := strings.Trim(body, iniSpace)
+// add reads line n, which belongs to the section and, if indented, to the option above it.
+func (c *ini) add(n int, line string) error {
+	trimmed := strings.Trim(line, iniSpace)
 	word := trimmed[:strings.IndexAny(trimmed+" ", iniSpace)]
-	indented := trimmed != "" && body[0] != trimmed[0]
-	comment := trimmed == "" || strings.IndexByte("#;", trimmed[0]) >= 0 || !indented && strings.EqualFold(word, "rem")
-	bracket, separator := strings.Index(body, "]"), strings.IndexAny(body, ":=")
+	indented := trimmed != "" && line[0] != trimmed[0]
+	if trimmed == "" || strings.IndexByte("#;", trimmed[0]) >= 0 || !indented && strings.EqualFold(word, "rem") {
+		c.keys = append(c.keys, iniKey{})
+		return nil
+	}
+	bracket, separator := strings.Index(line, "]"), strings.IndexAny(line, ":=")
 	switch {
-	case comment:
-	case indented && c.key.option != "":
-		line.continues = true
-		_, value, _ := splitLine(text, strings.Index(text, trimmed))
-		c.values[c.key] += "\n" + value
-	case strings.HasPrefix(body, "[") && bracket > 1:
-		c.key = iniKey{section: body[1:bracket]}
-		c.values[c.key] = ""
-	case c.key.section == "":
+	case indented && c.last.option != "":
+		_, value, _ := splitLine(line, strings.Index(line, trimmed))
+		c.values[c.last] += "\n" + value
+	case strings.HasPrefix(line, "[") && bracket > 1:
+		c.last = iniKey{section: line[1:bracket]}
+		c.line[c.last] = n
+	case c.last.section == "":
 		return errors.New("no section header yet")
 	case indented:
 		return errors.New("an indented line with no option to continue")
 	case separator < 1:
 		return errors.New("neither a section, an option nor a comment")
 	default:
-		c.key.option = strings.ToLower(strings.TrimRight(body[:separator], iniSpace))
-		_, value, _ := splitLine(body, separator+1)
+		c.last.option = strings.ToLower(strings.TrimRight(line[:separator], iniSpace))
+		_, value, _ := splitLine(line, separator+1)
 		if value == `""` {
 			value = "" // how the old files write an empty value
 		}
-		c.values[c.key] = value
+		c.line[c.last], c.values[c.last] = n, value
 	}
-	if !comment {
-		line.key = c.key
-	}
-	c.lines = append(c.lines, line)
+	c.keys = append(c.keys, c.last)
 	return nil
 }
 
@@ -148,25 +137,6 @@ func splitLine(text string, n int) (before, value, behind string) {
 	return text[:from], value, text[from+len(value):]
 }
 
-// text returns the INI text.
-func (c *ini) text() string {
-	var b strings.Builder
-	for _, line := range c.lines {
-		b.WriteString(line.text)
-	}
-	return b.String()
-}
-
-// line returns the number of the line at which an option or section stands, or 0.
-func (c *ini) line(key iniKey) (n int) {
-	for i, l := range c.lines {
-		if l.key == key && !l.continues {
-			n = i + 1
-		}
-	}
-	return n
-}
-
 // locate returns where an option of a section stands: there, in [sensor] for a
 // section [sensor NAME], or in DEFAULT.
 func (c *ini) locate(section, option string) (key iniKey, ok bool) {
@@ -176,7 +146,7 @@ func (c *ini) locate(section, option string) (key iniKey, ok bool) {
 	}
 	for _, place := range []string{section, kind, defaults} {
 		key = iniKey{place, strings.ToLower(option)}
-		if _, ok = c.values[key]; ok && option != "" {
+		if _, ok = c.values[key]; ok {
 			return key, true
 		}
 	}
@@ -236,40 +206,39 @@ func (c *ini) expand(b *strings.Builder, left *int, section, option string, dept
 func (c *ini) set(section, option, value string) error {
 	key := iniKey{section, strings.ToLower(option)}
 	raw := strings.ReplaceAll(value, "%", "%%")
-	eol := "\n"
-	if firstLine, _, _ := strings.Cut(c.text(), "\n"); strings.HasSuffix(firstLine, "\r") {
+	lines, eol := strings.SplitAfter(c.text, "\n"), "\n"
+	if strings.Contains(c.text, "\r\n") {
 		eol = "\r\n"
 	}
-	lines, defined := slices.Clone(c.lines), c.line(key)
-	if defined == 0 {
+	first, _, _ := strings.Cut(raw, "\n")
+	more := strings.ReplaceAll(raw[len(first):], "\n", eol+"\t") + eol
+	if n := c.line[key]; n > 0 {
+		text := strings.TrimRight(lines[n-1], "\r\n")
+		before, old, comment := splitLine(text, strings.IndexAny(text, ":=")+1)
+		if old == "" {
+			before += " " // "key =" becomes "key = value"
+		}
+		lines[n-1] = before + first + comment + more
+		for i := n; i < len(lines); i++ {
+			if c.keys[i] == key { // it continues the old value
+				lines[i] = ""
+			}
+		}
+	} else {
 		end, header, above := len(lines), "["+section+"]"+eol, "\n"+eol // a new section has a blank line above it
-		for i, line := range lines {
-			if line.key.section == section {
+		for i := range lines {
+			if c.keys[i].section == section {
 				end, header, above = i+1, "", "\n"
 			}
 		}
-		for text := (&ini{lines: lines[:end]}).text(); text != "" && !strings.HasSuffix(text, above); text += eol {
+		for text := strings.Join(lines[:end], ""); text != "" && !strings.HasSuffix(text, above); text += eol {
 			header = eol + header
 		}
-		lines = slices.Insert(lines, end, iniLine{text: header}, iniLine{text: key.option + " =" + eol})
-		defined = end + 2
+		lines = slices.Insert(lines, end, header+key.option+" = "+first+more)
 	}
-	rest := slices.DeleteFunc(lines[defined:], func(l iniLine) bool { return l.continues && l.key == key })
-	lines = lines[:defined+len(rest)]
-	text := lines[defined-1].text
-	before, old, behind := splitLine(text, strings.IndexAny(text, ":=")+1)
-	if old == "" {
-		before += " " // "key =" becomes "key = value"
-	}
-	first, more, found := strings.Cut(raw, "\n")
-	if found {
-		more = strings.TrimRight(behind, "\r\n") + "\n\t" + strings.ReplaceAll(more, "\n", "\n\t") + "\n"
-		behind = strings.ReplaceAll(more, "\n", eol)
-	}
-	lines[defined-1].text = before + first + behind
 	want := maps.Clone(c.values)
-	want[iniKey{section: section}], want[key] = "", raw
-	next, err := parseINI(c.name, (&ini{lines: lines}).text())
+	want[key] = raw
+	next, err := parseINI(c.name, strings.Join(lines, ""))
 	if err != nil || !maps.Equal(next.values, want) {
 		return fmt.Errorf("set %.80q of [%.80s]: it cannot be written so that it reads back the same", option, section)
 	}
@@ -280,14 +249,17 @@ func (c *ini) set(section, option, value string) error {
 // remove removes an option from its section or, without one, the whole section.
 // Comments stay. A value in DEFAULT shows through again.
 func (c *ini) remove(section string, option ...string) error {
-	lines := slices.DeleteFunc(slices.Clone(c.lines), func(l iniLine) bool {
-		return l.key.section == section && (len(option) == 0 || l.key.option == strings.ToLower(option[0]))
-	})
-	if len(lines) == len(c.lines) || section == "" { // comments have no section
+	lines, found := strings.SplitAfter(c.text, "\n"), false
+	for i, key := range c.keys {
+		if key.section == section && (len(option) == 0 || key.option == strings.ToLower(option[0])) {
+			lines[i], found = "", true
+		}
+	}
+	if !found || section == "" { // comments have no section
 		what := strings.TrimSpace("[" + section + "] " + strings.Join(option, ""))
 		return fmt.Errorf("%s: there is no %s in it", c.name, what)
 	}
-	next, err := parseINI(c.name, (&ini{lines: lines}).text())
+	next, err := parseINI(c.name, strings.Join(lines, ""))
 	if err == nil {
 		*c = *next
 	}
@@ -451,12 +423,12 @@ func (c *ini) options(s *settings, dir string) []option {
 		{"agent", "verbose", "no", store(&s.verbose, yesOrNo)},
 	}
 	s.own = make(map[string]*ownSettings)
-	for _, line := range c.lines {
-		if name := sensorOf(line.key.section); name != "" && s.own[name] == nil {
+	for _, key := range c.keys {
+		if name := sensorOf(key.section); name != "" && s.own[name] == nil {
 			own := &ownSettings{}
 			s.own[name] = own
-			list = append(list, option{line.key.section, "timeout", "30s", store(&own.timeout, duration(maxTimeout))},
-				option{line.key.section, "user", "", store(&own.user, otherUser)})
+			list = append(list, option{key.section, "timeout", "30s", store(&own.timeout, duration(maxTimeout))},
+				option{key.section, "user", "", store(&own.user, otherUser)})
 		}
 	}
 	return list
@@ -548,7 +520,7 @@ func (c *ini) finding(section, name string, err error) finding {
 	if errors.As(err, new(tolerated)) {
 		grave = mistake
 	}
-	return finding{key, c.name, c.line(key), masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err)), grave}
+	return finding{key, c.name, c.line[key], masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err)), grave}
 }
 
 // settings checks all options. The findings are in the order of the file, at most one of
@@ -603,12 +575,12 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 // strangers finds the sections and options that picket does not know. An option of DEFAULT,
 // or one that a value refers to, is the user's own unless its name is near a known one.
 func (c *ini) strangers() (found []finding) {
-	all := strings.ToLower(c.text())
-	for key := range c.values {
+	all := strings.ToLower(c.text)
+	for key := range c.line {
 		text, grave := unknown(key.section, key.option)
 		isOwn := grave == remark && (key.section == defaults || strings.Contains(all, "%("+key.option+")"))
 		if text != "" && (key.option == "" || !isOwn && optionsOf(key.section) != nil) {
-			found = append(found, finding{key, c.name, c.line(key), masked(text), grave})
+			found = append(found, finding{key, c.name, c.line[key], masked(text), grave})
 		}
 	}
 	return found
@@ -934,12 +906,12 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 	if err != nil {
 		return err
 	}
-	before := c.text()
+	before := c.text
 	c.name = file
-	if err := change(c); err != nil || c.text() == before {
+	if err := change(c); err != nil || c.text == before {
 		return err
 	}
-	if err := replaceFile(target, []byte(c.text())); err != nil {
+	if err := replaceFile(target, []byte(c.text)); err != nil {
 		return fmt.Errorf("write %s: %w", target, err)
 	}
 	return nil

@@ -1276,7 +1276,7 @@ func runConfig(_ context.Context, in *invocation) error {
 			return err
 		}
 	}
-	fmt.Fprintf(in.out, "# %s; paths start from its directory\n%s", c.name, effective.text())
+	fmt.Fprintf(in.out, "# %s; paths start from its directory\n%s", c.name, effective.text)
 	return nil
 }
 
