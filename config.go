@@ -153,11 +153,20 @@ func (c *ini) locate(section, option string) (key iniKey, ok bool) {
 	return iniKey{section, strings.ToLower(option)}, false
 }
 
-// get returns an option's value with every %(name)s filled in.
+// get returns an option's value with every %(name)s filled in, or the default of one that is not set.
 func (c *ini) get(section, option string) (string, error) {
+	option = strings.ToLower(option)
+	if _, isSet := c.locate(section, option); !isSet {
+		for _, o := range known {
+			inherits := o.section == "sensor" && sensorOf(section) != ""
+			if (o.section == section || inherits) && o.name == option {
+				return o.value, nil
+			}
+		}
+	}
 	var b strings.Builder
 	left := maxExpanded
-	err := c.expand(&b, &left, section, strings.ToLower(option), 0)
+	err := c.expand(&b, &left, section, option, 0)
 	return b.String(), err
 }
 
@@ -474,19 +483,6 @@ func store[T any](to *T, check func(string) (T, error)) func(string) error {
 	}
 }
 
-// value returns the value of an option, or the default of one that is not set.
-func (c *ini) value(section, name string) (string, error) {
-	if _, isSet := c.locate(section, name); !isSet {
-		for _, o := range known {
-			inherits := o.section == "sensor" && sensorOf(section) != ""
-			if (o.section == section || inherits) && o.name == strings.ToLower(name) {
-				return o.value, nil
-			}
-		}
-	}
-	return c.get(section, name)
-}
-
 // A finding is something in client.cfg that is not as it should be.
 type finding struct {
 	at    iniKey // the option or section
@@ -535,7 +531,7 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 		}
 	}
 	for _, o := range c.options(s, dir) {
-		value, err := c.value(o.section, o.name)
+		value, err := c.get(o.section, o.name)
 		switch {
 		case err != nil:
 		case value == "" && o.value != "":

@@ -1271,7 +1271,7 @@ func runConfig(_ context.Context, in *invocation) error {
 	}
 	effective, _ := parseINI(c.name, "") // no error: there is no line
 	for _, o := range c.options(s, "") {
-		value, _ := c.value(o.section, o.name) // no error: it was checked
+		value, _ := c.get(o.section, o.name) // no error: it was checked
 		if err := effective.set(o.section, o.name, redacted(value)); err != nil {
 			return err
 		}
@@ -1285,7 +1285,7 @@ func runConfigGet(_ context.Context, in *invocation) error {
 	if text, _ := unknown(section, name); text != "" {
 		return usagef("%s", text)
 	}
-	value, err := in.ini.value(section, name)
+	value, err := in.ini.get(section, name)
 	if err != nil {
 		return usagef("%v", in.ini.finding(section, name, err))
 	}
