@@ -658,19 +658,19 @@ func networks(v string) (list []netip.Prefix, err error) {
 	return list, nil
 }
 
-// secondOf takes a word of two lists, in capitals or not, and reports whether it is in the second.
-func secondOf(firsts, seconds string) func(string) (bool, error) {
+// secondOf takes a word of some pairs, in capitals or not, and reports if it is the second of its pair.
+func secondOf(pairs ...string) func(string) (bool, error) {
 	return func(v string) (bool, error) {
-		word, first, second := strings.ToLower(v), strings.Fields(firsts), strings.Fields(seconds)
-		if slices.Contains(second, word) || slices.Contains(first, word) {
-			return slices.Contains(second, word), nil
+		i := slices.Index(pairs, strings.ToLower(v))
+		if i < 0 {
+			return false, fmt.Errorf("%q is neither %s nor %s", v, pairs[0], pairs[1])
 		}
-		return false, fmt.Errorf("%q is neither %s nor %s", v, first[0], second[0])
+		return i%2 == 1, nil
 	}
 }
 
 // yesOrNo takes yes, no and the other words that Python takes for them.
-var yesOrNo = secondOf("no false off 0", "yes true on 1")
+var yesOrNo = secondOf("no", "yes", "false", "true", "off", "on", "0", "1")
 
 // number takes a whole number from low to high. A size may be written as 64K, 4M or 1G.
 func number[T int | int64](low, high T) func(string) (T, error) {
