@@ -891,7 +891,7 @@ func editINI(ctx context.Context, file string, change func(*ini) error) error {
 		return err
 	}
 	defer dir.Close() // and so unlock it
-	if err := flockWithin(ctx, dir, syscall.LOCK_EX, editTime); err != nil {
+	if err := flockWithin(ctx, dir, editTime); err != nil {
 		return fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
 	os.Remove(nextFile(target)) // left by a power cut, or planted; where it stays, replaceFile fails
@@ -923,11 +923,11 @@ func recoverINI(file string) error {
 
 // flockWithin locks an open file or directory until it is closed. It waits for other
 // processes until ctx ends or the time is over. A file system without locks is no error.
-func flockWithin(ctx context.Context, f *os.File, how int, wait time.Duration) error {
+func flockWithin(ctx context.Context, f *os.File, wait time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	for {
-		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		switch err {
 		case nil, syscall.ENOLCK, syscall.ENOTSUP, syscall.ENOSYS:
 			return nil

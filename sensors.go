@@ -1593,7 +1593,7 @@ func (s *spool) open() (found []*pendingReading, err error) {
 		return nil, err
 	}
 	s.folder, err = os.Open(s.dir)
-	if err == nil && flockWithin(context.Background(), s.folder, syscall.LOCK_EX, 0) != nil {
+	if err == nil && flockWithin(context.Background(), s.folder, 0) != nil {
 		err = errors.New("another process uses it")
 	}
 	if err == nil {

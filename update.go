@@ -261,7 +261,7 @@ func (c *change) begin(wait time.Duration) (err error) {
 	} else if c.name != "" {
 		c.backups.Chmod(0o700) // older versions made it open; only its owner can close it
 	}
-	if err := flockWithin(c.ctx, c.backups.File, syscall.LOCK_EX, wait); err != nil {
+	if err := flockWithin(c.ctx, c.backups.File, wait); err != nil {
 		return fmt.Errorf("lock %s: another process is changing the sensors: %w", c.backup, err)
 	}
 	return nil
