@@ -1024,7 +1024,7 @@ func TestSettings(t *testing.T) {
 	for _, test := range cases(t, "testdata/settings.txt") {
 		text, want, _ := strings.Cut(strings.ReplaceAll(test.text, "EUID", strconv.Itoa(os.Geteuid())), "=>\n")
 		c := get(parseINI("c.cfg", text))
-		_, found := c.settings("/dir")
+		_, found := c.settings()
 		got := ""
 		for _, f := range found {
 			got += []string{"remark: ", "mistake: ", ""}[f.grave] + f.String() + "\n"
@@ -1032,7 +1032,7 @@ func TestSettings(t *testing.T) {
 		equal(t, test.name, got, want)
 	}
 	c := get(parseINI("c.cfg", "[sensor]\ntimeout = 2h\n[agent]\nallow = 10.0.0.5/8,::ffff:10.1.2.3\n"))
-	s, _ := c.settings("")
+	s, _ := c.settings()
 	equal(t, "at most an hour, and IPv4", fmt.Sprint(s.timeout, s.allow), "1h0m0s [10.0.0.0/8 10.1.2.3/32]")
 }
 
@@ -1040,7 +1040,7 @@ func TestSettings(t *testing.T) {
 func TestLost(t *testing.T) {
 	needsRoot(t) // who alone can have other users
 	read := func(text string) *settings {
-		s, _ := get(parseINI("", text)).settings("")
+		s, _ := get(parseINI("", text)).settings()
 		return s
 	}
 	const all = "[sensor]\nuser = 0\nupdate = no\npublic_key = k\n[sensor reach]\nuser = 0\n[sensor x]\nuser = 0\n" +
@@ -1073,8 +1073,8 @@ func TestShippedConfig(t *testing.T) {
 	all := regexp.MustCompile(`(?m)^#([a-z_]+ =)`).ReplaceAllString(text, "$1")
 	for name, text := range map[string]string{"as it is": text, "with every default": all} {
 		c := get(parseINI("client.cfg", text))
-		got, found := c.settings("")
-		want, _ := (&ini{}).settings("")
+		got, found := c.settings()
+		want, _ := (&ini{name: "client.cfg"}).settings()
 		equal(t, name, got, want)
 		equal(t, name+": findings", len(found), 0)
 	}

@@ -389,12 +389,12 @@ type option struct {
 	set                  func(string) error // checks a value and stores it
 }
 
-// options lists every option of client.cfg, those of each [sensor NAME] included. Their values
-// are stored in s. Relative paths start from dir. An option with a default must not be empty.
-func (c *ini) options(s *settings, dir string) []option {
+// options lists every option of client.cfg, also those of each [sensor NAME], to be stored in s.
+// Relative paths start from its directory. An option that has a default must not be empty.
+func (c *ini) options(s *settings) []option {
 	path := func(v string) (string, error) {
 		if v != "" && !filepath.IsAbs(v) {
-			v = filepath.Join(dir, v)
+			v = filepath.Join(filepath.Dir(c.name), v)
 		}
 		return filepath.Join(v), nil // cleaned, and "" where there is none
 	}
@@ -443,8 +443,8 @@ func (c *ini) options(s *settings, dir string) []option {
 	return list
 }
 
-// known lists the options for those who need only their names and defaults.
-var known = new(ini).options(new(settings), "")
+// known lists the options for whoever needs their names and defaults only.
+var known = new(ini).options(new(settings))
 
 // ownSettings holds the settings of one sensor, from its section [sensor NAME] or from [sensor].
 type ownSettings struct {
@@ -519,10 +519,10 @@ func (c *ini) finding(section, name string, err error) finding {
 	return finding{key, c.name, c.line[key], masked(fmt.Sprintf("[%s] %s: %v", key.section, key.option, err)), grave}
 }
 
-// settings checks all options. The findings are in the order of the file, at most one of
-// each option. The settings can be used if no finding is wrong.
-func (c *ini) settings(dir string) (s *settings, found []finding) {
-	s = &settings{}
+// settings checks all options. The findings are in the order of the file, one for
+// each option. The settings can be used if none of them is wrong.
+func (c *ini) settings() (s *settings, found []finding) {
+	s = &settings{file: c.name}
 	report := func(section, name string, err error) {
 		f := c.finding(section, name, err)
 		same := func(other finding) bool { return other.at == f.at && other.grave >= f.grave }
@@ -530,7 +530,7 @@ func (c *ini) settings(dir string) (s *settings, found []finding) {
 			found = append(found, f)
 		}
 	}
-	for _, o := range c.options(s, dir) {
+	for _, o := range c.options(s) {
 		value, err := c.get(o.section, o.name)
 		switch {
 		case err != nil:

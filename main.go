@@ -488,8 +488,7 @@ func checkSettings(c *ini, grave int) (*settings, error) {
 
 // checkAll checks the settings of client.cfg and the key that they name.
 func checkAll(c *ini) (*settings, []finding) {
-	s, found := c.settings(filepath.Dir(c.name))
-	s.file = c.name
+	s, found := c.settings()
 	if _, err := readKeys(s.publicKey); s.publicKey != "" && err != nil {
 		err = fmt.Errorf("%w: no package can be taken", err) // but an agent starts
 		found = append(found, c.finding("sensor", "public_key", tolerated{err}))
@@ -1270,7 +1269,7 @@ func runConfig(_ context.Context, in *invocation) error {
 		log.Print(warning + text)
 	}
 	effective, _ := parseINI(c.name, "") // no error: there is no line
-	for _, o := range c.options(s, "") {
+	for _, o := range c.options(s) {
 		value, _ := c.get(o.section, o.name) // no error: it was checked
 		if err := effective.set(o.section, o.name, redacted(value)); err != nil {
 			return err
