@@ -455,8 +455,7 @@ type ownSettings struct {
 // sensorOf returns the NAME of a section [sensor NAME], "" for any other section.
 func sensorOf(section string) string {
 	name, found := strings.CutPrefix(section, "sensor ")
-	_, err := plainElement(name)
-	if !found || err != nil || name == "" || name[0] == '.' || strings.TrimSpace(name) != name {
+	if !found || name == "" || name[0] == '.' || strings.Contains(name, "/") || strings.TrimSpace(name) != name {
 		return ""
 	}
 	return name
@@ -548,7 +547,7 @@ func (c *ini) settings() (s *settings, found []finding) {
 		}
 		report(o.section, o.name, err)
 	}
-	if s.path == s.backup && s.path != "" {
+	if s.path == s.backup {
 		report("sensor", "backup", errors.New("the same directory as path"))
 	}
 	blamed, err := s.monitorTLS.load()
