@@ -145,7 +145,7 @@ func main() {
 		cancel()
 	}()
 	log.SetFlags(0)
-	log.SetOutput(plainLog(os.Stderr, ""))
+	log.SetOutput(&logWriter{plain: os.Stderr})
 	closeOnExec()
 	tz, ok := os.LookupEnv("TZ")
 	time.Local = localZone(tz, ok, "/etc")
@@ -538,48 +538,34 @@ func limitMemory(s *settings) {
 	}
 }
 
-// splitSeverity returns the severity of a line of the log, and its text without the mark.
-func splitSeverity(line string) (syslog.Priority, string) {
-	if len(line) > len(severe) && line[0] == severe[0] && line[2] == severe[2] {
-		return syslog.Priority(line[1] - '0'), line[len(severe):]
-	}
-	return syslog.LOG_INFO, line
-}
-
-// plainLog writes lines of the log for people, with the local time before each in this layout.
-func plainLog(w io.Writer, layout string) writerFunc {
-	return func(line []byte) (int, error) {
-		_, text := splitSeverity(string(line))
-		_, err := io.WriteString(w, time.Now().Format(layout)+"picket: "+text)
-		return len(line), err
-	}
-}
-
 // A logWriter writes the log to the local syslog, or to standard error if that is wanted or
-// there is no syslog. It has a goroutine, so nobody who logs waits for either. While they
-// take nothing, 256 lines wait; further ones are counted and lost.
+// there is no syslog. That of an agent has a goroutine, so nobody who logs waits for either.
+// While they take nothing, 256 lines wait; further ones are counted and lost.
 type logWriter struct {
-	plain     io.Writer
-	lines     chan string
-	lost      atomic.Int64
+	plain     io.Writer // standard error
+	layout    string    // of the local time before each line there
 	useSyslog atomic.Bool
+	lines     chan string // wait for the goroutine; nil: there is none
+	lost      atomic.Int64
 	done      chan struct{}
 }
 
 // newLogWriter returns the writer of an agent's log. Lines have a time where
 // nothing else adds one: on a terminal and in a plain file.
 func newLogWriter(stderr *os.File) *logWriter {
-	w := &logWriter{lines: make(chan string, logLines), done: make(chan struct{})}
-	layout := ""
+	w := &logWriter{plain: stderr, lines: make(chan string, logLines), done: make(chan struct{})}
 	if info, err := stderr.Stat(); err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0) {
-		layout = "2006-01-02T15:04:05 "
+		w.layout = "2006-01-02T15:04:05 "
 	}
-	w.plain = plainLog(stderr, layout)
 	go w.run()
 	return w
 }
 
 func (w *logWriter) Write(line []byte) (int, error) {
+	if w.lines == nil {
+		w.print(string(line))
+		return len(line), nil
+	}
 	select {
 	case w.lines <- string(line):
 	default:
@@ -590,7 +576,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 
 // close writes what waits, for a second at most. Later lines go straight to standard error.
 func (w *logWriter) close() {
-	log.SetOutput(w.plain)
+	log.SetOutput(&logWriter{plain: w.plain, layout: w.layout})
 	close(w.lines)
 	select {
 	case <-w.done:
@@ -608,23 +594,26 @@ func (w *logWriter) run() {
 			line = fmt.Sprintf(warning+"%s of the log lost: nobody took them\n", plural(int(n), "line")) + line
 		}
 		for _, line := range strings.Split(strings.TrimSuffix(line, "\n"), "\n") {
-			if !w.useSyslog.Load() || toSyslog(line) != nil {
-				io.WriteString(w.plain, line+"\n")
-			}
+			w.print(line + "\n")
 		}
 	}
 }
 
-// toSyslog connects for each line: so it finds a syslogd that is started anew.
-func toSyslog(line string) error {
-	severity, text := splitSeverity(line)
-	w, err := syslog.New(syslog.LOG_DAEMON|severity, "picket")
-	if err != nil {
-		return err
+// print writes a line. It connects to syslog for each: so it finds a syslogd that is started anew.
+func (w *logWriter) print(line string) {
+	severity := syslog.LOG_INFO
+	if len(line) > len(severe) && line[0] == severe[0] && line[2] == severe[2] {
+		severity, line = syslog.Priority(line[1]-'0'), line[len(severe):]
 	}
-	defer w.Close()
-	_, err = io.WriteString(w, text)
-	return err
+	if w.useSyslog.Load() {
+		if daemon, err := syslog.New(syslog.LOG_DAEMON|severity, "picket"); err == nil {
+			defer daemon.Close()
+			if _, err = io.WriteString(daemon, line); err == nil {
+				return
+			}
+		}
+	}
+	io.WriteString(w.plain, time.Now().Format(w.layout)+"picket: "+line)
 }
 
 // An active holds the settings in force and what was built from them.
@@ -1837,7 +1826,7 @@ func runSelftest(ctx context.Context, in *invocation) error {
 	defer os.RemoveAll(dir)
 	var lines bytes.Buffer // of the log, shown only where something failed
 	before := log.Writer()
-	log.SetOutput(plainLog(&lines, ""))
+	log.SetOutput(&logWriter{plain: &lines})
 	fmt.Fprintf(in.out, "picket %s in %s\n", version, dir)
 	t := &selftest{out: in.out}
 	if err = t.testAgent(ctx, dir, s); err == nil && s != nil {
