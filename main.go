@@ -358,10 +358,13 @@ func (in *invocation) parse(args []string) error {
 	if len(args) == 1 && strings.TrimLeft(args[0], "-") == "version" {
 		args = []string{"version"}
 	}
-	if err := in.parseFlags("c", args); err != nil {
-		return err
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	in.flags["c"] = flags.String("c", "", "")
+	if err := flags.Parse(args); err != nil { // flag.ErrHelp, too
+		return in.usageError("%w", err)
 	}
-	words := in.args
+	words := flags.Args()
 	asked := len(words) > 0 && words[0] == "help"
 	if asked {
 		words = words[1:]
@@ -373,9 +376,14 @@ func (in *invocation) parse(args []string) error {
 		}
 	}
 	c := in.command
-	if err := in.parseFlags(c.flags, rest); err != nil {
-		return err
+	for _, f := range strings.Fields(c.flags) {
+		name, value, _ := strings.Cut(f, "=")
+		in.flags[name] = flags.String(name, value, "")
 	}
+	if err := flags.Parse(rest); err != nil {
+		return in.usageError("%w", err)
+	}
+	in.args = flags.Args()
 	switch n := len(in.args); {
 	case n > 0 && (c.name == "" || c.name == "config"):
 		in.command = &subcommands[0]
@@ -385,21 +393,6 @@ func (in *invocation) parse(args []string) error {
 	case n < c.least || c.most >= 0 && n > c.most || c.most < 0 && n%c.most != 0:
 		return in.usageError("%s: arguments missing or too many", c.name)
 	}
-	return nil
-}
-
-// parseFlags parses flags, each NAME or NAME=DEFAULT, and keeps the arguments behind them.
-func (in *invocation) parseFlags(names string, args []string) error {
-	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	for _, f := range strings.Fields(names) {
-		name, value, _ := strings.Cut(f, "=")
-		in.flags[name] = flags.String(name, value, "")
-	}
-	if err := flags.Parse(args); err != nil { // flag.ErrHelp, too
-		return in.usageError("%w", err)
-	}
-	in.args = flags.Args()
 	return nil
 }
 
