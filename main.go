@@ -430,22 +430,19 @@ func runVersion(_ context.Context, in *invocation) error {
 }
 
 // readConfig reads and parses client.cfg: the one that is named, else the one in the
-// working directory, else the one beside the program, links followed.
+// working directory, else the one beside the program.
 func readConfig(named string) (*ini, error) {
+	program, _ := os.Executable() // where links lead to
+	files := []string{"client.cfg", filepath.Join(filepath.Dir(program), "client.cfg")}
 	if named != "" {
-		file, err := filepath.Abs(named)
-		if err != nil {
-			return nil, err
-		}
-		return readINI(file)
+		files = []string{named}
 	}
-	here, _ := os.Getwd() // "" where it is gone, and then nothing is found there
-	program, _ := os.Executable()
-	program, _ = filepath.EvalSymlinks(program)
-	files := []string{filepath.Join(here, "client.cfg"), filepath.Join(filepath.Dir(program), "client.cfg")}
-	for _, file := range files {
-		if exists(file) {
-			return readINI(file)
+	for i, file := range files {
+		if absolute, err := filepath.Abs(file); err == nil { // else the working directory is gone
+			files[i] = absolute
+		}
+		if named != "" || exists(files[i]) {
+			return readINI(files[i])
 		}
 	}
 	return nil, usagef("%w: looked for %s; type: picket -c FILE ...",
