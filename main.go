@@ -272,7 +272,7 @@ It prints the result. A whole number is sent as int, anything else as string.
   -ca FILE    the CA of an https URL, else the system's list
   -cert FILE -key FILE    the certificate to show
   picket call http://127.0.0.1:8080/ cmd_submit_reading 7 disk "percent /"`},
-	{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS]\n    " + tlsArgs +
+	{"monitor", "[-listen ADDRESS] [-packages DIR] [-next URL] [-probe ADDRESS] " + tlsArgs +
 		" [-agent-ca, -agent-cert, -agent-key FILE]",
 		"listen=127.0.0.1:8081 packages next probe ca cert key agent-ca agent-cert agent-key", 0, 0, needsNothing, runMonitor,
 		`print readings, answer Prometheus
@@ -326,12 +326,9 @@ func execute(ctx context.Context, args []string, out io.Writer) (int, error) {
 // run, say for a wrong client.cfg: process 1 starts it again without a pause.
 func waitUnderInit(ctx context.Context, err error) {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGHUP, syscall.SIGUSR1)
-	defer stop()
 	log.Printf("%v; ends in %v, or at a signal", err, initTime)
-	select {
-	case <-time.After(initTime):
-	case <-ctx.Done():
-	}
+	time.AfterFunc(initTime, stop)
+	<-ctx.Done()
 }
 
 // run parses the arguments, reads what the subcommand needs, and runs it or prints its page.
@@ -369,10 +366,9 @@ func (in *invocation) parse(args []string) error {
 	if asked {
 		words = words[1:]
 	}
-	rest := words
 	for i, c := range subcommands { // "config get" comes after "config"
-		if n := len(strings.Fields(c.name)); n <= len(words) && strings.Join(words[:n], " ") == c.name {
-			in.command, rest = &subcommands[i], words[n:]
+		if name := strings.Fields(c.name); slices.Equal(name, words[:min(len(name), len(words))]) {
+			in.command, in.args = &subcommands[i], words[len(name):]
 		}
 	}
 	c := in.command
@@ -380,7 +376,7 @@ func (in *invocation) parse(args []string) error {
 		name, value, _ := strings.Cut(f, "=")
 		in.flags[name] = flags.String(name, value, "")
 	}
-	if err := flags.Parse(rest); err != nil {
+	if err := flags.Parse(in.args); err != nil {
 		return in.usageError("%w", err)
 	}
 	in.args = flags.Args()
@@ -403,7 +399,7 @@ func (in *invocation) usageError(format string, args ...any) error {
 
 // usage returns the line to type. For the agent itself that is "picket help".
 func (c *subcommand) usage() string {
-	return strings.Join(strings.Fields("picket "+c.name+" "+c.args), " ")
+	return "picket " + strings.TrimSpace(c.name+" "+c.args)
 }
 
 // help prints the page of the subcommand or, if none was named, a line of each.
