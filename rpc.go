@@ -1019,14 +1019,16 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 	return v, err
 }
 
+const tooLong = "answer longer than %d bytes"
+
 // readAnswer reads the whole of an answer.
 func readAnswer(r io.Reader) ([]byte, error) {
-	answer, err := io.ReadAll(io.LimitReader(r, maxAnswer+1))
-	if err == nil && len(answer) > maxAnswer {
-		err = fmt.Errorf("answer longer than %d bytes", maxAnswer)
-	}
-	return answer, err
+	return io.ReadAll(io.TeeReader(r, atMost(maxAnswer, tooLong, io.Discard)))
 }
+
+// callHeader is the header of every call. The key is not sent, but lets net/http send the
+// call again when the monitor has just closed the connection that was kept.
+var callHeader = http.Header{"Content-Type": {"text/xml"}, "User-Agent": {"picket"}, "Idempotency-Key": nil}
 
 // post sends a call and calls read with the body of the answer, if its HTTP status
 // is a success. It sends nothing to a URL with a fragment: a # in a password makes one,
@@ -1040,11 +1042,7 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	if err != nil {
 		return err
 	}
-	r.Header.Set("Content-Type", "text/xml")
-	r.Header.Set("User-Agent", "picket")
-	// This header is not sent, but lets net/http send the call again when the monitor has
-	// just closed the connection that was kept.
-	r.Header["Idempotency-Key"] = nil
+	r.Header = callHeader
 	answer, err := c.http.Do(r)
 	if err != nil && !errors.Is(context.Cause(ctx), context.Canceled) {
 		c.first.Add(1)
@@ -1098,16 +1096,12 @@ func (c *client) fetch(ctx context.Context, to io.Writer, limit int64, name stri
 	defer cancel()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	left := 2*limit + maxAnswer // bytes
 	idle := time.AfterFunc(c.timeout, func() { stop(fmt.Errorf("nothing has come for %v", c.timeout)) })
 	defer idle.Stop()
-	meter := writerFunc(func(p []byte) (int, error) {
+	meter := atMost(2*limit+maxAnswer, tooLong, writerFunc(func(p []byte) (int, error) {
 		idle.Reset(c.timeout)
-		if left -= int64(len(p)); left < 0 {
-			return 0, errors.New("the answer is far longer than it may be")
-		}
 		return len(p), nil
-	})
+	}))
 	return c.post(ctx, name, params, func(body io.Reader) error {
 		return readPackage(io.TeeReader(body, meter), bufio.NewWriterSize(to, 32<<10))
 	})
@@ -1175,6 +1169,17 @@ func (t textReader) Read(p []byte) (n int, err error) {
 type writerFunc func(p []byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// atMost returns a writer to another one. It fails when more than limit bytes come.
+func atMost(limit int64, excess string, to io.Writer) io.Writer {
+	left := limit
+	return writerFunc(func(p []byte) (int, error) {
+		if left -= int64(len(p)); left < 0 {
+			return 0, fmt.Errorf(excess, limit)
+		}
+		return to.Write(p)
+	})
+}
 
 // plural returns "1 reading", "2 readings".
 func plural(n int, noun string) string {

@@ -696,17 +696,6 @@ func (c *change) fetch() error {
 	return nil
 }
 
-// atMost returns a writer to another one. It fails when more than limit bytes come.
-func atMost(limit int64, excess string, to io.Writer) io.Writer {
-	left := limit
-	return writerFunc(func(p []byte) (int, error) {
-		if left -= int64(len(p)); left < 0 {
-			return 0, fmt.Errorf(excess, limit)
-		}
-		return to.Write(p)
-	})
-}
-
 // verify checks the signature of the package with the key whose number it names, before any byte of the
 // package is parsed. If no key is set, it takes every package.
 func (c *change) verify() error {
