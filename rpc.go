@@ -699,24 +699,18 @@ func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 	for _, p := range h.conns {
 		held[p.key]++
 	}
-	before := func(a, b *peer) bool {
-		heldA, heldB := max(held[a.key], fairShare), max(held[b.key], fairShare)
-		mayA, mayB := rules.allows(a.host), rules.allows(b.host)
-		switch {
-		case mayA != mayB:
-			return mayB
-		case heldA != heldB:
-			return heldA > heldB
-		case a.working != b.working:
-			return b.working
-		case a.working:
-			return a.since.After(b.since)
-		}
-		return a.since.Before(b.since)
-	}
+	var least []int64 // the worth of first
 	for c, p := range h.conns {
-		if c != newest && (first == nil || before(p, h.conns[first])) {
-			first = c
+		// By rank: whether it may call, how few the caller holds, whether it has a call, since when.
+		worth := []int64{0, int64(-max(held[p.key], fairShare)), 0, p.since.UnixNano()}
+		if rules.allows(p.host) {
+			worth[0] = 1
+		}
+		if p.working {
+			worth[2], worth[3] = 1, -worth[3]
+		}
+		if c != newest && (first == nil || slices.Compare(worth, least) < 0) {
+			first, least = c, worth
 		}
 	}
 	return first
