@@ -446,7 +446,7 @@ func encodeResponse(v any, err error) []byte {
 	b.WriteString(xmlDeclaration + "<methodResponse>" + before)
 	writeValue(&b, v)
 	b.WriteString(behind + "</methodResponse>")
-	return b.Bytes()
+	return bytes.Clone(b.Bytes()) // without spare room, as it is held until the peer has read it
 }
 
 // faultStruct returns an error as the value of a <fault>. An error that is no *fault
@@ -809,8 +809,15 @@ func (h *handler) answer(w http.ResponseWriter, r *http.Request) (status int, an
 		return http.StatusOK, encodeResponse(nil, err)
 	}
 	v, err := h.call(request{r.Context(), peer, time.Now()}, name, params)
-	_, isText := v.(string) // as OK is; a list may be long
-	h.inTurn(!isText, func() { answer = h.encode(peer, name, v, err) })
+	_, isText := v.(string)    // as OK is; a list may be long
+	_, isPackage := v.([]byte) // which a monitor returns
+	h.inTurn(!isText, func() {
+		if answer = encodeResponse(v, err); len(answer) > maxMessage && !isPackage {
+			err = faultf(faultRequest, "the answer has more than %d bytes", maxMessage)
+			h.refuse("%s: %s: %v", peer, cut(name), err)
+			answer = encodeResponse(nil, err)
+		}
+	})
 	return http.StatusOK, answer
 }
 
@@ -824,19 +831,7 @@ func (h *handler) inTurn(large bool, f func()) {
 	f()
 }
 
-// encode returns the methodResponse for what a method returned. An answer of more
-// than maxMessage bytes becomes a fault, except a package, which a monitor returns.
-func (h *handler) encode(peer, name string, v any, err error) []byte {
-	answer := encodeResponse(v, err)
-	if _, isPackage := v.([]byte); len(answer) > maxMessage && !isPackage {
-		err := faultf(faultRequest, "the answer has more than %d bytes", maxMessage)
-		h.refuse("%s: %s: %v", peer, cut(name), err)
-		answer = encodeResponse(nil, err)
-	}
-	return bytes.Clone(answer) // without spare room, as it is held until the peer has read it
-}
-
-// call runs one method. It logs each error. One that is no *fault is a defect, and so is a panic.
+// call runs one method. It logs each error: a *fault, or else a defect, as a panic is.
 func (h *handler) call(r request, name string, params []any) (v any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -928,31 +923,26 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 	}
 	results, size := []any{}, 0
 	for _, c := range calls {
-		v, err := h.oneOfMany(r, c)
-		if size += len(encodeResponse(v, err)); size > maxMessage {
-			return nil, faultf(faultRequest, "results of more than %d bytes: call fewer methods at once", maxMessage)
+		call, _ := c.(map[string]any)
+		name, named := call["methodName"].(string)
+		params, listed := call["params"].([]any)
+		var v any
+		var err error
+		if !named || !listed && call["params"] != nil || name == "system.multicall" {
+			err = faultf(faultParams, "a call is a struct of methodName and params, and not of system.multicall")
+		} else {
+			v, err = h.call(r, name, params)
 		}
 		result := any([]any{v})
 		if err != nil {
 			result = faultStruct(err)
 		}
+		if size += len(encodeResponse(result, nil)); size > maxMessage {
+			return nil, faultf(faultRequest, "results of more than %d bytes: call fewer methods at once", maxMessage)
+		}
 		results = append(results, result)
 	}
 	return results, nil
-}
-
-// oneOfMany makes one call of a system.multicall.
-func (h *handler) oneOfMany(r request, c any) (any, error) {
-	call, _ := c.(map[string]any)
-	name, named := call["methodName"].(string)
-	params, listed := call["params"].([]any)
-	if !named || !listed && call["params"] != nil {
-		return nil, faultf(faultParams, "not a struct of methodName and params")
-	}
-	if name == "system.multicall" {
-		return nil, faultf(faultParams, "system.multicall cannot call itself")
-	}
-	return h.call(r, name, params)
 }
 
 // A client calls the XML-RPC methods of one URL. It follows no redirect and
