@@ -1071,10 +1071,10 @@ type pendingReading struct {
 // may hold. While the monitor is away, one attempt is made after 1, 2, 4 …
 // seconds, at most 5 minutes, ±50 %, however many readings wait.
 //
-// With a spool, a reading that the monitor did not take at the first attempt, or
-// within a few seconds, is on the disk as soon as the disk allows, and so is every
-// other one while the monitor is away or the agent ends. A goroutine of its own writes
-// the spool: a disk that hangs holds up neither sensors nor the delivery.
+// With a spool, all readings that are pending are on the disk as soon as the disk allows,
+// when the monitor did not take one at the first attempt or within two seconds, while it is
+// away, and when the agent ends. A goroutine of its own writes the spool: a disk that hangs
+// holds up neither sensors nor the delivery.
 type delivery struct {
 	retry   time.Duration // the first backoff
 	clocks  func() clocks
@@ -1091,7 +1091,7 @@ type delivery struct {
 	noValue   string            // sent where there is no number
 	pending   []*pendingReading // oldest first
 	newest    bool              // the next reading is looked for from the newest end
-	inMemory  int               // of pending, those that have no record in the spool
+	inMemory  int               // of pending, the last ones, which have no record in the spool
 	awaySince time.Time         // zero while the monitor is there
 	misses    int               // attempts without an answer since the latest answer
 	retryAt   time.Time         // no attempt before that
@@ -1194,18 +1194,15 @@ func (d *delivery) put(ticket any, r reading) {
 	p := &pendingReading{reading: r, ticket: ticket, taken: d.clocks(), since: time.Now()}
 	d.pending = append(d.pending, p)
 	d.inMemory++
-	d.unsaved = d.unsaved || d.saves(p)
+	d.unsaved = d.unsaved || d.ending || !d.awaySince.IsZero()
 	if d.inMemory > maxPending && !d.ending {
-		oldest := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return p.record == 0 })
-		d.drop(d.pending[oldest], fmt.Sprintf("the oldest of more than %d undelivered", maxPending))
+		d.drop(d.unspooled()[0], fmt.Sprintf("the oldest of more than %d undelivered", maxPending))
 	}
 	d.mu.Broadcast()
 }
 
-// saves reports whether a reading belongs in the spool, if there is one.
-func (d *delivery) saves(p *pendingReading) bool {
-	return d.ending || !d.awaySince.IsZero() || p.misses+p.faults > 0 || time.Since(p.since) >= spoolAge
-}
+// unspooled returns the readings that are in memory alone. The spool has all before them.
+func (d *delivery) unspooled() []*pendingReading { return d.pending[len(d.pending)-d.inMemory:] }
 
 // drop gives a reading up and logs why.
 func (d *delivery) drop(p *pendingReading, why string) {
@@ -1229,17 +1226,18 @@ func (d *delivery) remove(p *pendingReading) {
 	}
 }
 
-// discard forgets the readings of a ticket that the monitor has given away again.
+// discard forgets the reading of a ticket that the monitor has given away again.
 func (d *delivery) discard(ticket any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for i := len(d.pending) - 1; i >= 0; i-- {
-		if d.pending[i].ticket == ticket {
-			d.remove(d.pending[i])
-			d.unsaved = true // it must not come back
-			d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
-		}
+	i := slices.IndexFunc(d.pending, func(p *pendingReading) bool { return p.ticket == ticket })
+	if i < 0 {
+		return
 	}
+	p := d.pending[i]
+	d.remove(p)
+	d.unsaved = d.unsaved || p.record > 0 // it must not come back
+	d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
 	d.mu.Broadcast()
 }
 
@@ -1458,10 +1456,8 @@ func (d *delivery) awaitSpoolWork() (last bool) {
 	for s := d.spool; !d.closed; {
 		now, at := time.Now(), time.Time{}
 		if d.inMemory > 0 {
-			if !now.Before(s.lookAt) {
-				s.lookAt, d.unsaved = now.Add(spoolAge), true // one may have waited for long
-			}
-			at = s.lookAt
+			at = d.unspooled()[0].since.Add(spoolAge)
+			d.unsaved = d.unsaved || !now.Before(at)
 		}
 		if len(d.pending) > d.inMemory && s.written.corrected(d.clocks()) != s.written.wall {
 			s.outdated = true // the clock was set: the times in the file are wrong
@@ -1488,7 +1484,7 @@ func (d *delivery) updateSpool() {
 	rewrite := s.outdated || size > s.limit || len(d.pending) == d.inMemory && size > 0
 	var all []*pendingReading // that are in the file after this
 	if rewrite {
-		all = slices.DeleteFunc(slices.Clone(d.pending), func(p *pendingReading) bool { return p.record == 0 })
+		all = slices.Clone(d.pending[:len(d.pending)-d.inMemory])
 	}
 	d.mu.Broadcast() // there is room in memory
 	d.mu.Unlock()
@@ -1518,7 +1514,7 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 	held := 0 // bytes of the records that are not done
 	for i := 0; i < len(d.pending) && d.unsaved; i++ {
 		p := d.pending[i]
-		if p.record == 0 && d.saves(p) {
+		if p.record == 0 {
 			d.spool.last++
 			p.record = d.spool.last
 			record := readingRecord(p, now)
@@ -1528,10 +1524,9 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 		}
 		held += p.size
 	}
-	for isHeld := func(p *pendingReading) bool { return p.record != 0 }; held > d.spool.limit/4*3; {
-		oldest := d.pending[slices.IndexFunc(d.pending, isHeld)]
-		held -= oldest.size
-		d.drop(oldest, "the oldest of what the spool holds")
+	for held > d.spool.limit/4*3 {
+		held -= d.pending[0].size
+		d.drop(d.pending[0], "the oldest of what the spool holds")
 	}
 	for _, done := range d.marks {
 		records = append(records, markRecord(done)...)
@@ -1567,7 +1562,6 @@ type spool struct {
 	written  clocks    // when the file was written
 	outdated bool      // the file is to be written anew
 	retryAt  time.Time // after an error; zero while the spool works
-	lookAt   time.Time // when to look for readings that have waited for long
 }
 
 // newSpool returns the spool in a directory, or nil where that is "".
