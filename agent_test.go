@@ -1773,7 +1773,7 @@ func puts(d *delivery, first, last int) {
 func TestDeliveryWaits(t *testing.T) {
 	d := testDelivery(t, newRecorder(t), nil)
 	d.retry = time.Second
-	p := &pendingReading{done: true} // which d itself never tries
+	p := &pendingReading{} // which d itself never tries
 	for n := 1; n <= 3; n++ {
 		d.record(p, d.monitor(), io.EOF)
 		nearly(t, fmt.Sprint(n, " failures"), time.Until(p.notBefore), time.Second<<(n-1))
@@ -1782,7 +1782,7 @@ func TestDeliveryWaits(t *testing.T) {
 	d.record(p, d.monitor(), io.EOF)
 	d.record(p, d.monitor(), io.EOF)
 	nearly(t, "in an outage", time.Until(p.notBefore), 8*time.Second)
-	p = &pendingReading{done: true}
+	p = &pendingReading{}
 	for _, want := range []time.Duration{10 * time.Second, 20 * time.Second} {
 		d.record(p, d.monitor(), faultf(1, "locked"))
 		nearly(t, "after a fault", time.Until(p.notBefore), want)

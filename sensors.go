@@ -1057,7 +1057,6 @@ type pendingReading struct {
 	notBefore time.Time // of the next attempt
 	record    uint64    // its number in the spool; 0: it has none
 	size      int       // bytes of its record
-	done      bool      // it is pending no more
 }
 
 // A delivery hands readings in at the monitor with cmd_store_probe_data, one at
@@ -1100,8 +1099,8 @@ type delivery struct {
 	closed    bool              // no more attempts are made
 	totals    deliveryTotals
 
-	unsaved bool     // the spool lacks what must survive a power cut
-	marks   []uint64 // to be added to the spool: the records that are done
+	unsaved bool   // the spool lacks what must survive a power cut
+	marks   []byte // to be added to the spool: for the records that are done
 }
 
 // deliveryTotals counts readings since the start of the agent.
@@ -1145,7 +1144,6 @@ func (d *delivery) open(s *spool) {
 		return
 	}
 	d.spool, d.pending = s, found
-	d.unsaved, s.outdated = s.size > 0, s.size > 0
 	if s.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
 	}
@@ -1206,24 +1204,26 @@ func (d *delivery) unspooled() []*pendingReading { return d.pending[len(d.pendin
 
 // drop gives a reading up and logs why.
 func (d *delivery) drop(p *pendingReading, why string) {
-	d.remove(p)
-	d.totals.dropped++
-	d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
+	if d.remove(p) {
+		d.totals.dropped++
+		d.dropped.printf(warning+"%s: reading dropped: %s", ticketText(p.ticket), why)
+	}
 }
 
-// remove removes a reading that needs no further attempt, from the spool as well.
-func (d *delivery) remove(p *pendingReading) {
-	if p.done {
-		return
-	}
-	p.done = true
+// remove ends the life of a reading that needs no attempt more, in the spool as well. It
+// reports false where the reading was not pending any more.
+func (d *delivery) remove(p *pendingReading) bool {
 	i := slices.Index(d.pending, p)
+	if i < 0 {
+		return false
+	}
 	d.pending = slices.Delete(d.pending, i, i+1)
 	if p.record == 0 {
 		d.inMemory--
 	} else {
-		d.marks = append(d.marks, p.record)
+		d.marks = append(d.marks, markRecord(p.record)...)
 	}
+	return true
 }
 
 // discard forgets the reading of a ticket that the monitor has given away again.
@@ -1339,7 +1339,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 		p.faults++
 		p.notBefore = now.Add(backoff(faultFactor*d.retry, p.faults))
 		d.unsaved = true
-		if p.faults == maxTries && !p.done {
+		if p.faults == maxTries {
 			d.drop(p, fmt.Sprintf("monitor %s: %v", masked(c.url.String()), err))
 		}
 		d.answered(now)
@@ -1435,53 +1435,42 @@ func (d *delivery) sendLast(ctx context.Context) {
 	}
 }
 
-// writeSpool writes to the spool until all has been sent, and then once more.
+// writeSpool writes the spool whenever that is due, and when all has been sent once more.
 func (d *delivery) writeSpool() {
 	defer close(d.saved)
 	if d.spool == nil {
 		return
 	}
 	defer d.spool.close()
-	for last := false; !last; {
-		last = d.awaitSpoolWork()
-		d.updateSpool()
-	}
-}
-
-// awaitSpoolWork waits until there is something to write and the spool may be
-// tried. It reports whether it is for the last time.
-func (d *delivery) awaitSpoolWork() (last bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for s := d.spool; !d.closed; {
+	for !d.closed {
 		now, at := time.Now(), time.Time{}
 		if d.inMemory > 0 {
 			at = d.unspooled()[0].since.Add(spoolAge)
 			d.unsaved = d.unsaved || !now.Before(at)
 		}
-		if len(d.pending) > d.inMemory && s.written.corrected(d.clocks()) != s.written.wall {
-			s.outdated = true // the clock was set: the times in the file are wrong
+		isDue := d.unsaved || len(d.marks) > 0 || d.spool.isOutdated(d.clocks())
+		if isDue {
+			at = d.spool.retryAt
 		}
-		if d.unsaved || len(d.marks) > 0 || s.outdated {
-			if at = s.retryAt; !now.Before(at) {
-				return false
-			}
+		if isDue && !now.Before(at) {
+			d.updateSpool()
+		} else {
+			d.mu.wait(at)
 		}
-		d.mu.wait(at)
 	}
-	return true
+	d.updateSpool()
 }
 
-// updateSpool writes what is to be written now. It writes the file anew if that would become
-// too large and, a minute later, after an error.
+// updateSpool writes what is to be written now, unlocked meanwhile. A file that would become
+// too large is written anew.
 func (d *delivery) updateSpool() {
 	s, now := d.spool, d.clocks()
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	sync := d.unsaved
 	records := d.newRecords(now)
 	size := s.size + len(records)
-	rewrite := s.outdated || size > s.limit || len(d.pending) == d.inMemory && size > 0
+	rewrite := s.isOutdated(now) || size > s.limit || len(d.pending) == d.inMemory && size > 0
 	var all []*pendingReading // that are in the file after this
 	if rewrite {
 		all = slices.Clone(d.pending[:len(d.pending)-d.inMemory])
@@ -1496,9 +1485,9 @@ func (d *delivery) updateSpool() {
 	}
 	d.mu.Lock()
 	failed := !s.retryAt.IsZero()
-	s.written, s.outdated, s.retryAt, d.totals.spoolBytes = now, err != nil, time.Time{}, int64(s.size)
+	s.written, s.retryAt, d.totals.spoolBytes = now, time.Time{}, int64(s.size)
 	if err != nil {
-		s.retryAt = time.Now().Add(spoolRetry)
+		s.written, s.retryAt = clocks{}, time.Now().Add(spoolRetry)
 	}
 	if err != nil && !failed {
 		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
@@ -1528,9 +1517,7 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 		held -= d.pending[0].size
 		d.drop(d.pending[0], "the oldest of what the spool holds")
 	}
-	for _, done := range d.marks {
-		records = append(records, markRecord(done)...)
-	}
+	records = append(records, d.marks...)
 	d.marks, d.unsaved = nil, false
 	return records
 }
@@ -1552,16 +1539,15 @@ func (d *delivery) newRecords(now clocks) (records []byte) {
 // The directory and the path to it belong to the agent's user or root, and nobody else
 // can change them, so that no file of another user is read or written.
 type spool struct {
-	dir      string
-	limit    int       // bytes of the file
-	folder   *os.File  // the directory, which stays locked
-	f        *os.File  // the file
-	size     int       // bytes of the file
-	last     uint64    // the highest number of a record
-	damaged  int       // lines that could not be read
-	written  clocks    // when the file was written
-	outdated bool      // the file is to be written anew
-	retryAt  time.Time // after an error; zero while the spool works
+	dir     string
+	limit   int       // bytes of the file
+	folder  *os.File  // the directory, which stays locked
+	f       *os.File  // the file
+	size    int       // bytes of the file
+	last    uint64    // the highest number of a record
+	damaged int       // lines that could not be read
+	written clocks    // when the file was written; zero after an error, and at first
+	retryAt time.Time // after an error; zero while the spool works
 }
 
 // newSpool returns the spool in a directory, or nil where that is "".
@@ -1643,6 +1629,12 @@ func (s *spool) close() {
 	s.folder.Close()
 }
 
+// isOutdated reports whether the file is to be written anew: its end may be torn, or the
+// clock was set, and the times in it are wrong.
+func (s *spool) isOutdated(now clocks) bool {
+	return s.written.boot == "" || s.size > 0 && s.written.corrected(now) != s.written.wall
+}
+
 // append adds records at the end of the file.
 func (s *spool) append(records []byte, sync bool) error {
 	n, err := s.f.WriteAt(records, int64(s.size))
@@ -1699,7 +1691,7 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 		switch {
 		case !ok:
 			s.damaged++
-		case p.done:
+		case p.ticket == nil:
 			done[p.record] = true
 		default:
 			found = append(found, p)
@@ -1716,7 +1708,7 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 }
 
 // parseRecord parses a line of a spool, without its end, and reports whether it
-// is a record. A mark comes back as a reading that is done.
+// is a record. A mark comes back as a reading without a ticket.
 func parseRecord(line string) (p *pendingReading, ok bool) {
 	p, ok = &pendingReading{size: len(line) + 1}, true
 	sum, text, _ := strings.Cut(line, " ")
@@ -1732,8 +1724,8 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 	if sum != checksum(text) || kind != "r" && kind != "d" && kind != "c" {
 		return p, false
 	}
-	p.record, p.done = uint64(max(0, number(1))), kind != "r"
-	if p.done {
+	p.record = uint64(max(0, number(1)))
+	if kind != "r" {
 		return p, ok
 	}
 	p.code = int(number(5))
