@@ -2039,7 +2039,7 @@ func TestSpoolBroken(t *testing.T) {
 	wantLog(t, lines, spoolNext+": …; undelivered readings are in memory alone")
 	equal(t, "the file", spoolText(t, dir), old)
 	must(t, os.Remove(next))
-	locked(d, func() any { d.spool.retryAt = time.Now(); d.mu.Broadcast(); return nil }) // a minute later
+	locked(d, func() any { d.spool.retryAt = time.Now(); d.changed.Broadcast(); return nil }) // a minute later
 	awaitSpooled(t, dir, 8)
 	wantLog(t, lines, "works again")
 	equal(t, "times logged", strings.Count(lines.String(), "in memory alone"), 1)

@@ -1014,25 +1014,6 @@ func (q *queue) close(ctx context.Context) {
 	q.work.Wait()
 }
 
-// A cond is a sync.Cond with its mutex.
-type cond struct {
-	sync.Mutex
-	sync.Cond
-}
-
-// wait unlocks the mutex until Broadcast is called or, unless that is zero, at is reached.
-func (c *cond) wait(at time.Time) {
-	if !at.IsZero() {
-		defer time.AfterFunc(time.Until(at), func() {
-			c.Lock() // so that it does not come before Wait
-			defer c.Unlock()
-			c.Broadcast()
-		}).Stop()
-	}
-	c.L = c
-	c.Wait()
-}
-
 const (
 	maxPending  = 1024            // readings that wait for the monitor in memory alone
 	roomForRuns = 65 + maxJoined  // of them, kept free for what runs when no more may begin
@@ -1084,7 +1065,8 @@ type delivery struct {
 	sent    chan struct{} // closed when the goroutine that sends has ended
 	saved   chan struct{} // closed when the goroutine that writes the spool has ended
 
-	mu        cond // guards what is below; each change is broadcast
+	mu        sync.Mutex // guards what is below
+	changed   *sync.Cond // of mu; is broadcast at each change
 	client    *client
 	zone      *time.Location
 	noValue   string            // sent where there is no number
@@ -1120,6 +1102,7 @@ func newDelivery(c *client, zone *time.Location, noValue string, retry time.Dura
 		client: c, zone: zone, noValue: noValue, sent: make(chan struct{}), saved: make(chan struct{}),
 		totals: deliveryTotals{latest: time.Now()},
 	}
+	d.changed = sync.NewCond(&d.mu)
 	ctx, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
 	if s != nil {
@@ -1166,7 +1149,7 @@ func (d *delivery) configure(c *client, zone *time.Location, noValue string) {
 	}
 	d.client.close()
 	d.client, d.zone, d.noValue = c, zone, noValue
-	d.mu.Broadcast()
+	d.changed.Broadcast()
 }
 
 // monitor returns the client of the monitor that readings go to.
@@ -1196,7 +1179,7 @@ func (d *delivery) put(ticket any, r reading) {
 	if d.inMemory > maxPending && !d.ending {
 		d.drop(d.unspooled()[0], fmt.Sprintf("the oldest of more than %d undelivered", maxPending))
 	}
-	d.mu.Broadcast()
+	d.changed.Broadcast()
 }
 
 // unspooled returns the readings that are in memory alone. The spool has all before them.
@@ -1238,7 +1221,7 @@ func (d *delivery) discard(ticket any) {
 	d.remove(p)
 	d.unsaved = d.unsaved || p.record > 0 // it must not come back
 	d.dropped.printf("%s: reading discarded: the ticket was given away again", ticketText(ticket))
-	d.mu.Broadcast()
+	d.changed.Broadcast()
 }
 
 // full reports whether runs have to wait: the monitor is there, but slower than
@@ -1254,7 +1237,7 @@ func (d *delivery) waitRoom(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for d.full() && ctx.Err() == nil {
-		d.mu.wait(time.Time{})
+		d.changed.Wait()
 	}
 }
 
@@ -1282,9 +1265,21 @@ func (d *delivery) next() *pendingReading {
 			d.newest = !d.newest
 			return p
 		}
-		d.mu.wait(at)
+		d.wait(at)
 	}
 	return nil
+}
+
+// wait unlocks the delivery until something changes or, unless that is zero, at is reached.
+func (d *delivery) wait(at time.Time) {
+	if !at.IsZero() {
+		defer time.AfterFunc(time.Until(at), func() {
+			d.mu.Lock() // so that it does not come before Wait
+			defer d.mu.Unlock()
+			d.changed.Broadcast()
+		}).Stop()
+	}
+	d.changed.Wait()
 }
 
 // choose returns the reading to try now, or when there may be one (zero: after a change).
@@ -1346,7 +1341,7 @@ func (d *delivery) record(p *pendingReading, c *client, err error) (misses int) 
 	default:
 		d.missed(p, now, err)
 	}
-	d.mu.Broadcast()
+	d.changed.Broadcast()
 	return d.misses
 }
 
@@ -1419,7 +1414,7 @@ func (d *delivery) note(flag *bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	*flag, d.unsaved = true, true
-	d.mu.Broadcast()
+	d.changed.Broadcast()
 }
 
 // sendLast tries each reading once more, until ctx ends or four in a row have no answer.
@@ -1457,7 +1452,7 @@ func (d *delivery) writeSpool() {
 		if isDue && !now.Before(at) {
 			d.updateSpool()
 		} else {
-			d.mu.wait(at)
+			d.wait(at)
 		}
 	}
 	d.updateSpool()
@@ -1475,7 +1470,7 @@ func (d *delivery) updateSpool() {
 	if rewrite {
 		all = slices.Clone(d.pending[:len(d.pending)-d.inMemory])
 	}
-	d.mu.Broadcast() // there is room in memory
+	d.changed.Broadcast() // there is room in memory
 	d.mu.Unlock()
 	var err error
 	if rewrite {
@@ -1711,7 +1706,7 @@ func (s *spool) read(r io.Reader) (found []*pendingReading, err error) {
 // is a record. A mark comes back as a reading without a ticket.
 func parseRecord(line string) (p *pendingReading, ok bool) {
 	p, ok = &pendingReading{size: len(line) + 1}, true
-	sum, text, _ := strings.Cut(line, " ")
+	_, text, _ := strings.Cut(line, " ")
 	words := strings.SplitN(text, " ", 9)       // r number boot age clock code value type ticket
 	words = append(words, make([]string, 8)...) // a word that is missing is no number, no value and no ticket
 	check := func(err error) { ok = ok && err == nil }
@@ -1721,7 +1716,7 @@ func parseRecord(line string) (p *pendingReading, ok bool) {
 		return n
 	}
 	kind, value, ticket := words[0], words[6], words[8]
-	if sum != checksum(text) || kind != "r" && kind != "d" && kind != "c" {
+	if line+"\n" != withChecksum(text) || kind != "r" && kind != "d" && kind != "c" {
 		return p, false
 	}
 	p.record = uint64(max(0, number(1)))
@@ -1763,9 +1758,9 @@ func readingRecord(p *pendingReading, now clocks) string {
 
 func markRecord(number uint64) string { return withChecksum(fmt.Sprintf("d %d", number)) }
 
-func withChecksum(text string) string { return checksum(text) + " " + text + "\n" }
-
-func checksum(text string) string { return fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(text))) }
+func withChecksum(text string) string {
+	return fmt.Sprintf("%08x %s\n", crc32.ChecksumIEEE([]byte(text)), text)
+}
 
 // ticketText returns a ticket for the log.
 func ticketText(ticket any) string {
