@@ -138,43 +138,39 @@ func splitLine(text string, n int) (before, value, behind string) {
 }
 
 // locate returns where an option of a section stands: there, in [sensor] for a
-// section [sensor NAME], or in DEFAULT.
-func (c *ini) locate(section, option string) (key iniKey, ok bool) {
+// section [sensor NAME], or in DEFAULT. One that is not set would stand there.
+func (c *ini) locate(section, option string) iniKey {
 	kind := section
 	if sensorOf(section) != "" {
 		kind = "sensor"
 	}
 	for _, place := range []string{section, kind, defaults} {
-		key = iniKey{place, strings.ToLower(option)}
-		if _, ok = c.values[key]; ok {
-			return key, true
+		if key := (iniKey{place, strings.ToLower(option)}); c.line[key] > 0 {
+			return key
 		}
 	}
-	return iniKey{section, strings.ToLower(option)}, false
+	return iniKey{section, strings.ToLower(option)}
 }
 
 // get returns an option's value with every %(name)s filled in, or the default of one that is not set.
 func (c *ini) get(section, option string) (string, error) {
-	option = strings.ToLower(option)
-	if _, isSet := c.locate(section, option); !isSet {
-		for _, o := range known {
-			inherits := o.section == "sensor" && sensorOf(section) != ""
-			if (o.section == section || inherits) && o.name == option {
-				return o.value, nil
-			}
+	key := c.locate(section, option)
+	for _, o := range known {
+		inherits := o.section == "sensor" && sensorOf(section) != ""
+		if c.line[key] == 0 && o.name == key.option && (o.section == section || inherits) {
+			return o.value, nil
 		}
 	}
 	var b strings.Builder
 	left := maxExpanded
-	err := c.expand(&b, &left, section, option, 0)
+	err := c.expand(&b, &left, section, key.option, 0)
 	return b.String(), err
 }
 
 // expand appends a value to b, with its references filled in. left is how many bytes and
 // references may still come, and depth how many references led here.
 func (c *ini) expand(b *strings.Builder, left *int, section, option string, depth int) error {
-	key, ok := c.locate(section, option)
-	raw := c.values[key]
+	raw, ok := c.values[c.locate(section, option)]
 	switch {
 	case depth > maxReference:
 		return fmt.Errorf("references nested deeper than %d levels, or in a circle", maxReference)
@@ -510,7 +506,7 @@ type tolerated struct{ error }
 
 // finding makes a finding of an error in an option, at the line where the option stands.
 func (c *ini) finding(section, name string, err error) finding {
-	key, _ := c.locate(section, name)
+	key := c.locate(section, name)
 	grave := wrong
 	if errors.As(err, new(tolerated)) {
 		grave = mistake
