@@ -490,8 +490,7 @@ func runAgent(ctx context.Context, in *invocation) error {
 		signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
 		close(caught)
 	}()
-	logs := newLogWriter(os.Stderr)
-	log.SetOutput(logs)
+	logs := startLog()
 	defer logs.close()
 	s, err := readSettings(*in.flags["c"])
 	if err != nil {
@@ -536,14 +535,15 @@ type logWriter struct {
 	done      chan struct{}
 }
 
-// newLogWriter returns the writer of an agent's log. Lines have a time where
-// nothing else adds one: on a terminal and in a plain file.
-func newLogWriter(stderr *os.File) *logWriter {
-	w := &logWriter{plain: stderr, lines: make(chan string, logLines), done: make(chan struct{})}
-	if info, err := stderr.Stat(); err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0) {
+// startLog starts the log of an agent. Its lines have a time where nothing else
+// adds one: on a terminal and in a plain file.
+func startLog() *logWriter {
+	w := &logWriter{plain: os.Stderr, lines: make(chan string, logLines), done: make(chan struct{})}
+	if info, err := os.Stderr.Stat(); err == nil && (info.Mode().IsRegular() || info.Mode()&os.ModeCharDevice != 0) {
 		w.layout = "2006-01-02T15:04:05 "
 	}
 	go w.run()
+	log.SetOutput(w)
 	return w
 }
 
@@ -1323,7 +1323,7 @@ func runCall(ctx context.Context, in *invocation) error {
 	defer c.close()
 	v, err := c.call(ctx, in.args[1], wireValues(in.args[2:])...)
 	if err != nil {
-		return fmt.Errorf("call %s: %w", masked(u.String()), wrongScheme(ctx, u, err))
+		return fmt.Errorf("call %s: %w", u, wrongScheme(ctx, u, err)) // execute masks a password
 	}
 	fmt.Fprintln(in.out, readable(v))
 	return nil
