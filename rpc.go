@@ -396,8 +396,14 @@ func decodeResponse(message []byte) (v any, err error) {
 	var d decoder
 	root := d.parse(message, "methodResponse")
 	if len(root.elements) > 0 && root.elements[0].name == "fault" {
-		sent := d.parts(root, "fault")[0]
-		err = faultOf(d.value(d.parts(sent, "value")[0]))
+		sent := d.parts(d.parts(root, "fault")[0], "value")[0]
+		members, _ := d.value(sent).(map[string]any) // peers send any value, and codes as strings
+		code, _ := strconv.Atoi(fmt.Sprint(members["faultCode"]))
+		text := members["faultString"]
+		if text == nil {
+			text = ""
+		}
+		err = faultf(code, "%v", text)
 	} else if params := d.params(d.parts(root, "params")[0]); len(params) > 0 {
 		v = params[0]
 	}
@@ -405,17 +411,6 @@ func decodeResponse(message []byte) (v any, err error) {
 		return nil, errors.New(f.text)
 	}
 	return v, err
-}
-
-// faultOf makes a fault of any value of a <fault>: peers send codes as strings, or no struct.
-func faultOf(v any) *fault {
-	f := &fault{}
-	members, _ := v.(map[string]any)
-	f.code, _ = strconv.Atoi(fmt.Sprint(members["faultCode"])) // 0 if it is no number
-	if text, ok := members["faultString"]; ok {
-		f.text = oneLine(fmt.Sprint(text))
-	}
-	return f
 }
 
 const xmlDeclaration = `<?xml version="1.0"?>`
@@ -994,10 +989,7 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, fmt.Errorf("no answer in %v", c.timeout))
 	defer cancel()
 	err = c.post(ctx, name, params, func(body io.Reader) error {
-		message, err := readAnswer(body)
-		if err == nil {
-			v, err = decodeResponse(message)
-		}
+		v, err = readAnswer(nil, body)
 		return err
 	})
 	return v, err
@@ -1005,9 +997,14 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 
 const tooLong = "answer longer than %d bytes"
 
-// readAnswer reads the whole of an answer.
-func readAnswer(r io.Reader) ([]byte, error) {
-	return io.ReadAll(io.TeeReader(r, atMost(maxAnswer, tooLong, io.Discard)))
+// readAnswer reads the rest of an answer that begins with head, and returns its value.
+func readAnswer(head []byte, rest io.Reader) (any, error) {
+	answer := bytes.NewBuffer(head)
+	_, err := answer.ReadFrom(io.TeeReader(rest, atMost(maxAnswer, tooLong, io.Discard)))
+	if err != nil {
+		return nil, err
+	}
+	return decodeResponse(answer.Bytes())
 }
 
 // callHeader is the header of every call. The key is not sent, but lets net/http send the
@@ -1102,21 +1099,16 @@ func readPackage(r io.Reader, to *bufio.Writer) error {
 		piece, err = in.ReadBytes('>')
 	}
 	limit.N = math.MaxInt64 // readAnswer and the caller have limits of their own
-	found := err == nil
-	if found {
+	if err == nil {
 		if _, err = io.Copy(to, base64.NewDecoder(base64.StdEncoding, textReader{in})); err != nil {
 			return err
 		}
 	}
-	tail, err := readAnswer(in)
+	v, err := readAnswer(head, in)
 	if err != nil {
 		return err
 	}
-	v, err := decodeResponse(append(head, tail...))
-	if err != nil {
-		return err
-	}
-	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !found {
+	if rest, ok := v.([]byte); !ok || len(rest) > 0 {
 		return fmt.Errorf("got %s; want one piece of base64", typeName(v))
 	}
 	return to.Flush()
