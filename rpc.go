@@ -602,7 +602,6 @@ type peer struct {
 func newHandler(methods []method) *handler {
 	h := &handler{
 		methods: make(map[string]method),
-		refused: logLimit{burst: 20, perSecond: 0.2},
 		conns:   make(map[net.Conn]*peer),
 	}
 	h.access.Store(&access{})
@@ -1176,7 +1175,7 @@ const (
 // A logLimit logs lines that outsiders cause: at most a burst of them, then so many a
 // second. Before the next line it says how many it left out.
 type logLimit struct {
-	burst, perSecond float64
+	burst, perSecond float64 // zero: 20, then one each 5 s
 
 	mu    sync.Mutex // guards what is below
 	spent float64
@@ -1187,6 +1186,9 @@ type logLimit struct {
 func (l *logLimit) printf(format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.burst == 0 {
+		l.burst, l.perSecond = 20, 0.2
+	}
 	now := time.Now()
 	l.spent = max(0, l.spent-now.Sub(l.last).Seconds()*l.perSecond)
 	l.last = now

@@ -1098,7 +1098,6 @@ type deliveryTotals struct {
 func newDelivery(c *client, zone *time.Location, noValue string, retry time.Duration, s *spool) *delivery {
 	d := &delivery{
 		retry: retry, clocks: systemClocks(),
-		dropped: logLimit{burst: 20, perSecond: 0.2}, away: logLimit{burst: 20, perSecond: 0.2},
 		client: c, zone: zone, noValue: noValue, sent: make(chan struct{}), saved: make(chan struct{}),
 		totals: deliveryTotals{latest: time.Now()},
 	}
