@@ -174,7 +174,7 @@ func parseDateTime(s string) (dateTime, error) {
 // parseDecimal reads a decimal number, 12, -0.5 or 1e6, that fits a float64.
 // Nothing may stand around it.
 func parseDecimal(s string) (float64, error) {
-	if strings.Trim(s, "+-.eE0123456789") != "" || !strings.ContainsAny(s, "0123456789") {
+	if strings.Trim(s, "+-.eE0123456789") != "" {
 		return 0, strconv.ErrSyntax // ParseFloat also takes inf, nan, 0x1p-2 and 1_000
 	}
 	return strconv.ParseFloat(s, 64)
@@ -551,10 +551,7 @@ func limitKey(host string) string {
 // 1970.
 func newTLS(built time.Time) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time {
-		if now := time.Now(); now.After(built) {
-			return now
-		}
-		return built
+		return time.Unix(max(time.Now().Unix(), built.Unix()), 0)
 	}}
 }
 
