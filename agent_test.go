@@ -1080,7 +1080,8 @@ func TestShippedConfig(t *testing.T) {
 	}
 	for _, o := range known {
 		c := get(parseINI("client.cfg", all))
-		expect(t, c.line[c.locate(o.section, o.name)] > 0, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
+		shown := c.line[c.locate(o.section, o.name)] > 0
+		expect(t, shown, "got a client.cfg without [%s] %s; want every option", o.section, o.name)
 		has(t, "the document", document, "`"+o.name+"`")
 	}
 }
