@@ -1021,9 +1021,6 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 	}
 	r.Header = callHeader
 	answer, err := c.http.Do(r)
-	if err != nil && !errors.Is(context.Cause(ctx), context.Canceled) {
-		c.first.Add(1)
-	}
 	if err == nil {
 		defer answer.Body.Close()
 		if answer.StatusCode/100 == 2 {
@@ -1031,6 +1028,8 @@ func (c *client) post(ctx context.Context, name string, params []any, read func(
 		} else {
 			err = fmt.Errorf("HTTP %s", cut(answer.Status))
 		}
+	} else if !errors.Is(context.Cause(ctx), context.Canceled) {
+		c.first.Add(1)
 	}
 	cause, sent, wrapped := context.Cause(ctx), (*fault)(nil), (*url.Error)(nil)
 	switch {
