@@ -1364,6 +1364,9 @@ func runMonitor(ctx context.Context, in *invocation) error {
 	if _, err := os.ReadDir(m.packages); m.packages != "" && err != nil {
 		return in.usageError("-packages: %w", err)
 	}
+	if *in.flags["ca"] != "" && *in.flags["cert"] == "" { // it would check nobody
+		return in.usageError("-ca: needs -cert and -key")
+	}
 	files, err := in.loadTLS("")
 	agentFiles, errAgent := in.loadTLS("agent-")
 	if err := errors.Join(err, errAgent); err != nil {
