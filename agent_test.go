@@ -1769,6 +1769,17 @@ func puts(d *delivery, first, last int) {
 	}
 }
 
+// TestDeliveryReason: a reading that waits holds no reason, which may have some KiB.
+func TestDeliveryReason(t *testing.T) {
+	m := newRecorder(t)
+	d := testDelivery(t, m, nil)
+	locked(d, func() any { d.retryAt = time.Now().Add(patience); return nil })
+	d.put(7, reading{code: 3, reason: strings.Repeat("x", maxReason)})
+	equal(t, "what waits", locked(d, func() reading { return d.pending[0].reading }), reading{code: 3})
+	d.configure(d.monitor(), time.UTC, "nan") // which sends it
+	equal(t, "what arrives", getsAll(t, m, 1), map[any]string{7: "3 nan"})
+}
+
 // TestDeliveryWaits: how long a reading waits grows with the failures, but not during
 // an outage; after a fault it is longer.
 func TestDeliveryWaits(t *testing.T) {

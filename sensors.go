@@ -1171,6 +1171,7 @@ func (d *delivery) count() deliveryTotals {
 func (d *delivery) put(ticket any, r reading) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	r.reason = "" // the log has it already, and thousands of them may wait
 	p := &pendingReading{reading: r, ticket: ticket, taken: d.clocks(), since: time.Now()}
 	d.pending = append(d.pending, p)
 	d.inMemory++
