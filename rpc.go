@@ -693,7 +693,7 @@ func (h *handler) connToClose(newest net.Conn) (first net.Conn) {
 	var least []int64 // the worth of first
 	for c, p := range h.conns {
 		// By rank: whether it may call, how few the caller holds, whether it has a call, since when.
-		worth := []int64{0, int64(-max(held[p.key], fairShare)), 0, p.since.UnixNano()}
+		worth := []int64{0, int64(-max(held[p.key], fairShare)), 0, -int64(time.Since(p.since))}
 		if rules.allows(p.host) {
 			worth[0] = 1
 		}
