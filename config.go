@@ -581,7 +581,10 @@ func (c *ini) strangers() (found []finding) {
 // of such a section. It returns "" for a known one. Near a known name it is a mistake.
 func unknown(section, name string) (text string, grave int) {
 	names := optionsOf(section)
-	if names != nil && (name == "" || slices.Contains(names, strings.ToLower(name))) {
+	switch {
+	case section == "sensor picket" && name == "":
+		return "[sensor picket] has no effect: the agent itself answers to that name", remark
+	case names != nil && (name == "" || slices.Contains(names, strings.ToLower(name))):
 		return "", remark
 	}
 	text, near := fmt.Sprintf("unknown option %q in [%s]", name, section), nearest(name, names)

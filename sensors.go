@@ -279,7 +279,7 @@ func (s *sensors) warnings() (lines []string) {
 		return []string{"no sensors in " + s.path}
 	}
 	for _, name := range sortedKeys(s.own) {
-		if found[name] == nil {
+		if name != ownSensor && found[name] == nil {
 			lines = append(lines, fmt.Sprintf("[sensor %s]: there is no such sensor in %s", name, s.path))
 		}
 	}
