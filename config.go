@@ -212,18 +212,22 @@ func (c *ini) set(section, option, value string) error {
 	key := iniKey{section, strings.ToLower(option)}
 	raw := strings.ReplaceAll(value, "%", "%%")
 	lines, eol := strings.SplitAfter(c.text, "\n"), "\n"
-	if strings.Contains(c.text, "\r\n") {
+	if strings.HasSuffix(lines[0], "\r\n") {
 		eol = "\r\n"
 	}
 	first, _, _ := strings.Cut(raw, "\n")
-	more := strings.ReplaceAll(raw[len(first):], "\n", eol+"\t") + eol
+	more := strings.ReplaceAll(raw[len(first):], "\n", eol+"\t")
 	if n := c.line[key]; n > 0 {
 		text := strings.TrimRight(lines[n-1], "\r\n")
 		before, old, comment := splitLine(text, strings.IndexAny(text, ":=")+1)
 		if old == "" {
 			before += " " // "key =" becomes "key = value"
 		}
-		lines[n-1] = before + first + comment + more
+		end := lines[n-1][len(text):] // the last line may have none
+		if more != "" {
+			end = eol
+		}
+		lines[n-1] = before + first + comment + more + end
 		for i := n; i < len(lines); i++ {
 			if c.keys[i] == key { // it continues the old value
 				lines[i] = ""
@@ -239,7 +243,7 @@ func (c *ini) set(section, option, value string) error {
 		for text := strings.Join(lines[:end], ""); text != "" && !strings.HasSuffix(text, above); text += eol {
 			header = eol + header
 		}
-		lines = slices.Insert(lines, end, header+key.option+" = "+first+more)
+		lines = slices.Insert(lines, end, header+key.option+" = "+first+more+eol)
 	}
 	want := maps.Clone(c.values)
 	want[key] = raw
@@ -451,7 +455,8 @@ type ownSettings struct {
 // sensorOf returns the NAME of a section [sensor NAME], "" for any other section.
 func sensorOf(section string) string {
 	name, found := strings.CutPrefix(section, "sensor ")
-	if !found || name == "" || name[0] == '.' || strings.Contains(name, "/") || strings.TrimSpace(name) != name {
+	_, err := plainElement(name)
+	if !found || err != nil || name == "" || name[0] == '.' || strings.TrimSpace(name) != name {
 		return ""
 	}
 	return name

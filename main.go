@@ -1592,11 +1592,11 @@ func parseProbe(r *http.Request) (p probe, err error) {
 	}
 	p.wait = probeWait
 	if timeout := r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"); timeout != "" {
-		t, err := time.ParseDuration(timeout + "s")
-		if err != nil || t <= 0 || t > maxScrape {
+		s, err := parseDecimal(timeout)
+		if err != nil || s <= 0 || s > maxScrape.Seconds() {
 			return p, fmt.Errorf("scrape timeout: %s is not a number of seconds, %v at most", cut(timeout), maxScrape)
 		}
-		p.wait = max(t/2, t-time.Second/2) // the answer comes before that
+		p.wait = time.Duration(max(s/2, s-0.5) * float64(time.Second)) // the answer comes before that
 	}
 	return p, nil
 }

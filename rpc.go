@@ -551,7 +551,10 @@ func limitKey(host string) string {
 // 1970.
 func newTLS(built time.Time) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, Time: func() time.Time {
-		return time.Unix(max(time.Now().Unix(), built.Unix()), 0)
+		if now := time.Now(); now.After(built) {
+			return now
+		}
+		return built
 	}}
 }
 
@@ -1094,7 +1097,8 @@ func readPackage(r io.Reader, to *bufio.Writer) error {
 		piece, err = in.ReadBytes('>')
 	}
 	limit.N = math.MaxInt64 // readAnswer and the caller have limits of their own
-	if err == nil {
+	found := err == nil
+	if found {
 		if _, err = io.Copy(to, base64.NewDecoder(base64.StdEncoding, textReader{in})); err != nil {
 			return err
 		}
@@ -1103,7 +1107,7 @@ func readPackage(r io.Reader, to *bufio.Writer) error {
 	if err != nil {
 		return err
 	}
-	if rest, ok := v.([]byte); !ok || len(rest) > 0 {
+	if rest, ok := v.([]byte); !ok || len(rest) > 0 || !found {
 		return fmt.Errorf("got %s; want one piece of base64", typeName(v))
 	}
 	return to.Flush()
