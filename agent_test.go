@@ -4689,6 +4689,10 @@ func TestDocs(t *testing.T) {
 			cmd := exec.Command(unshare, "--net", "--pid", "--fork", "--kill-child", "bash", "-c", script)
 			cmd.Dir = dir
 			p := start(t, cmd)
+			select { // it builds for two boxes, perhaps with an empty cache
+			case <-p.ended:
+			case <-time.After(10 * patience):
+			}
 			code, got := p.wait(t), ""
 			for i := range blocks {
 				out, _ := os.ReadFile(filepath.Join(dir, fmt.Sprint("out.", i)))
