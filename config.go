@@ -260,7 +260,7 @@ func (c *ini) set(section, option, value string) error {
 func (c *ini) remove(section string, option ...string) error {
 	lines, found := strings.SplitAfter(c.text, "\n"), false
 	for i, key := range c.keys {
-		if key.section == section && (len(option) == 0 || key.option == strings.ToLower(option[0])) {
+		if key.section == section && (len(option) == 0 || option[0] != "" && key.option == strings.ToLower(option[0])) {
 			lines[i], found = "", true
 		}
 	}

@@ -1287,7 +1287,7 @@ func runConfigEdit(ctx context.Context, in *invocation) error {
 		_, after := checkAll(c)
 		var refused []error
 		for _, f := range after {
-			wasThere := slices.ContainsFunc(before, func(b finding) bool { return b.at == f.at })
+			wasThere := slices.ContainsFunc(before, func(b finding) bool { return b.at == f.at && b.grave >= f.grave })
 			if slices.Contains(named, f.at) || !wasThere && f.grave >= mistake {
 				refused = append(refused, errors.New(f.text)) // without a line: it is not in the file
 			}
@@ -1480,7 +1480,7 @@ func (m *monitor) nextURL(request, []any) (any, error) {
 type prober struct {
 	handler *handler    // for its limits of HTTP; it answers no XML-RPC
 	tls     *tls.Config // the rules for calls of agents
-	out     io.Writer   // gets the readings that no probe waits for
+	out     *log.Logger // gets the readings that no probe waits for
 	host    string      // of -probe
 	prefix  string      // begins its tickets, and none of an earlier start
 
@@ -1490,7 +1490,7 @@ type prober struct {
 }
 
 func newProber(tls *tls.Config, out io.Writer) *prober {
-	p := &prober{handler: newHandler(nil), tls: tls, out: out}
+	p := &prober{handler: newHandler(nil), tls: tls, out: log.New(out, "", 0)}
 	p.prefix = fmt.Sprintf("%s%x-", probeTicket, time.Now().UnixNano())
 	p.waiting, p.counts = make(map[string]*probeRead), make(map[string]int)
 	p.handler.http.Handler = p
@@ -1696,11 +1696,11 @@ func (p *prober) forget(reads []*probeRead) {
 	}
 }
 
-// stored passes a reading on to the probe that waits for it. It prints any other.
-func (p *prober) stored(r storedReading) (err error) {
+// stored passes a reading on to the probe that waits for it. It prints any other, which
+// holds up no probe: whoever reads the output may have stopped.
+func (p *prober) stored(r storedReading) error {
 	ticket, _ := r.ticket.(string)
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	read, result, remark := p.waiting[ticket], "stored", ""
 	switch {
 	case read != nil:
@@ -1712,10 +1712,11 @@ func (p *prober) stored(r storedReading) (err error) {
 		result, remark = "unknown", ", unknown"
 	}
 	p.counts[result]++
-	if read == nil {
-		_, err = fmt.Fprintf(p.out, "%s%s\n", r, remark)
+	p.mu.Unlock()
+	if read != nil {
+		return nil
 	}
-	return err
+	return p.out.Output(0, r.String()+remark)
 }
 
 func (p *prober) count(result string) {
@@ -1929,14 +1930,15 @@ func (t *selftest) testInstalled(ctx context.Context, s *sensors) error {
 // firstOption returns the arguments that ask a sensor for the first thing in its help.
 func firstOption(help string) (args []string) {
 	// Every box can answer for these.
-	examples := strings.NewReplacer("<vol>", "/", "<dir>", "/", "<if>", "lo", "<host>", "127.0.0.1", "<name>", "picket")
+	examples := map[string]string{"<vol>": "/", "<dir>": "/", "<if>": "lo", "<host>": "127.0.0.1", "<name>": "picket"}
 	line, _, _ := strings.Cut(help, "\n")
 	for i, word := range strings.Fields(line) {
-		example := examples.Replace(word)
-		if i > 0 && example == word {
+		if example, ok := examples[word]; ok {
+			word = example
+		} else if i > 0 {
 			break
 		}
-		args = append(args, example)
+		args = append(args, word)
 	}
 	return args
 }
