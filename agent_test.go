@@ -2733,6 +2733,31 @@ func TestManyCallers(t *testing.T) {
 	}
 }
 
+// TestTinyAnswers: whatever a monitor answers, an agent in 16 MiB goes on.
+func TestTinyAnswers(t *testing.T) {
+	for name, value := range map[string]string{
+		"attributes": "<value {a='' *100000}/>", "a few attributes": "<value { *400000}{a='' *8000}/>",
+		"words": "<value {a *260000}>", "text": "<value>{x*520000}</value>", "elements": "<value><{a><*170000}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBox(t, "", files{"sensors/s/check": printing(1)})
+			b.set(func(w http.ResponseWriter, _ attempt) bool {
+				io.WriteString(w, expand("<methodResponse><params><param>"+value+"</param></params></methodResponse>"))
+				return true
+			})
+			p, limited := b.startTiny(t)
+			if !limited {
+				t.Skip("no memory cgroup on this machine, or no right to make one")
+			}
+			mustCall(t, b.client, "cmd_update_sensor_code", "demo")
+			wantLog(t, &p.log, "update demo: fetch: …")
+			mustCall(t, b.client, "cmd_submit_reading", 1, "s")
+			await(t, "an attempt", func() bool { return b.tries.Load() > 1 })
+			p.terminate(t)
+		})
+	}
+}
+
 // crowd has 60 callers send a request so many times, with another ticket in the place of
 // #### each time, and read so many answers. Each reports when he is done.
 func crowd(t *testing.T, host, request string, times, reads int) (sent chan struct{}) {
@@ -3010,6 +3035,11 @@ func TestInstallLocked(t *testing.T) {
 	must(t, os.RemoveAll(u.backup))
 	must(t, os.Symlink("sensors", u.backup))
 	has(t, "a link to the sensors", u.rollback(ctx, "demo"), "the same directory")
+	for _, mode := range []fs.FileMode{0o775, 0o777} {
+		must(t, os.Chmod(filepath.Dir(u.backup), mode))
+		want := map[bool]string{true: "not a directory", false: "the same directory"}[os.Geteuid() == 0]
+		has(t, "a link that others may have made", u.rollback(ctx, "demo"), want)
+	}
 }
 
 // asUser calls work in a thread of its own, which has the rights of a user.

@@ -398,12 +398,10 @@ func decodeResponse(message []byte) (v any, err error) {
 	if len(root.elements) > 0 && root.elements[0].name == "fault" {
 		sent := d.parts(d.parts(root, "fault")[0], "value")[0]
 		members, _ := d.value(sent).(map[string]any) // peers send any value, and codes as strings
-		code, _ := strconv.Atoi(fmt.Sprint(members["faultCode"]))
-		text := members["faultString"]
-		if text == nil {
-			text = ""
-		}
-		err = faultf(code, "%v", text)
+		_, digits := describe(members["faultCode"])
+		code, _ := strconv.Atoi(digits)
+		_, text := describe(members["faultString"])
+		err = faultf(code, "%s", text)
 	} else if params := d.params(d.parts(root, "params")[0]); len(params) > 0 {
 		v = params[0]
 	}
@@ -931,7 +929,7 @@ func (h *handler) multicall(r request, params []any) (any, error) {
 		if err != nil {
 			result = faultStruct(err)
 		}
-		if size += len(encodeResponse(result, nil)); size > maxMessage {
+		if size += len(encodeResponse(v, err)); size > maxMessage {
 			return nil, faultf(faultRequest, "results of more than %d bytes: call fewer methods at once", maxMessage)
 		}
 		results = append(results, result)
@@ -996,10 +994,14 @@ func (c *client) call(ctx context.Context, name string, params ...any) (v any, e
 
 const tooLong = "answer longer than %d bytes"
 
-// readAnswer reads the rest of an answer that begins with head, and returns its value.
+// readAnswer reads the rest of an answer that begins with head, and returns its value. It
+// refuses one with thousands of attributes, each of which takes 300 bytes of memory.
 func readAnswer(head []byte, rest io.Reader) (any, error) {
 	answer := bytes.NewBuffer(head)
 	_, err := answer.ReadFrom(io.TeeReader(rest, atMost(maxAnswer, tooLong, io.Discard)))
+	if err == nil && bytes.Count(answer.Bytes(), []byte("=")) > maxMessage/8 {
+		err = errors.New("an answer with too many attributes")
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -1116,8 +1118,8 @@ func readPackage(r io.Reader, to *bufio.Writer) error {
 // opensBase64 reports whether a piece that ends at a '>' ends in a tag <base64>.
 func opensBase64(piece []byte) bool {
 	tag := piece[max(0, bytes.LastIndexByte(piece, '<')):]
-	words := bytes.FieldsFunc(tag, func(r rune) bool { return r == '>' || unicode.IsSpace(r) })
-	return len(words) > 0 && (string(words[0]) == "<base64" || string(words[0]) == "<ex:base64")
+	name := string(tag[:max(0, bytes.IndexAny(tag, "> \t\r\n"))])
+	return name == "<base64" || name == "<ex:base64"
 }
 
 // A textReader reads text up to the next tag, without its white space.

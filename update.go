@@ -275,12 +275,12 @@ func (c *change) close() {
 }
 
 // openBase opens the directory of sensors or of backups. If it is missing, openBase makes it with this
-// mode, whatever the umask, and the directories above it with mode 755. Root follows no link that another
-// user could have made.
+// mode, whatever the umask, and the directories above it with mode 755. Root follows no link in its place
+// that another user could have made, but trusts the path to it, which is client.cfg's.
 func (c *change) openBase(path string, mode fs.FileMode) (dir, error) {
 	flags := syscall.O_DIRECTORY
 	if info, err := os.Stat(filepath.Dir(path)); err == nil && os.Geteuid() == 0 &&
-		(ownerOf(info).Uid != 0 || info.Mode().Perm()&0o002 != 0) {
+		(ownerOf(info).Uid != 0 || info.Mode().Perm()&0o022 != 0) {
 		flags |= syscall.O_NOFOLLOW
 	}
 	f, err := os.OpenFile(path, flags, 0)
