@@ -2066,6 +2066,25 @@ func TestSpoolBroken(t *testing.T) {
 	awaitSpooled(t, dir, 0)
 }
 
+// TestSpoolEnd: a start removes what a power cut left beside the spool, and the end tells how
+// many readings are nowhere on the disk.
+func TestSpoolEnd(t *testing.T) {
+	lines, m, dir := logged(t), newRecorder(t), filepath.Join(t.TempDir(), "spool")
+	next := filepath.Join(dir, spoolNext)
+	writeTree(t, dir, files{spoolNext: "1d3f6a02 r 17"})
+	m.set(away)
+	d := testDelivery(t, m, newSpool(dir, 1<<20))
+	equal(t, "the next file is there", exists(next), false)
+	puts(d, 1, 2)
+	awaitSpooled(t, dir, 2)
+	must(t, os.Mkdir(next, 0o700)) // in its way
+	locked(d, func() any { return d.spool.f.Close() })
+	puts(d, 3, 5)
+	wantLog(t, lines, "spool …; undelivered readings are in memory alone")
+	within(patience, d.close)
+	wantLog(t, lines, ": 5 readings not delivered, 3 of them in memory alone")
+}
+
 // TestSpoolPrivate: a spool is used only where nobody but its user and root can change
 // its directory or the path to it. Nothing elsewhere is touched.
 func TestSpoolPrivate(t *testing.T) {
@@ -3505,6 +3524,21 @@ func TestUnsettled(t *testing.T) {
 	must(t, u.plainInstall(demo(t, 3)))
 	equal(t, "the new version", string(readFile(t, u.at("demo", "check"))), printing(3))
 	equal(t, "versions before", len(u.demoBackups()), 2)
+
+	u.step = func(what string) error {
+		if file, ok := strings.CutPrefix(what, "rename "); ok && strings.HasPrefix(file, u.at(stagingPrefix)) {
+			return os.RemoveAll(file)
+		}
+		return nil
+	}
+	has(t, "a new version that vanishes", u.plainInstall(demo(t, 4)), "no such file or directory")
+	equal(t, "the version", string(readFile(t, u.at("demo", "check"))), printing(3))
+	must(t, u.recover(ctx))
+	u.step, u.sensors.executable = nil, strings.Repeat("x", 300) // nobody can tell whether it is there
+	writeTree(t, dir, files{"sensors/.picket-swap-demo/check": printing(2)})
+	before = readTree(t, dir)
+	has(t, "a disk that does not tell", u.plainInstall(demo(t, 4)), "not settled…file name too long")
+	equal(t, "after it", readTree(t, dir), before)
 }
 
 // TestOneStepFails makes each step of an update fail once, or twice: an error means that

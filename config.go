@@ -30,6 +30,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"math"
 	"net"
@@ -948,9 +949,9 @@ func flockWithin(ctx context.Context, f *os.File, wait time.Duration) error {
 
 // replaceFile replaces the content of a file that is no symbolic link, and
 // keeps its mode and owner. At every moment, and after a power cut, the file has
-// either the old content or the new one, whole. When replaceFile returns nil, the
-// new one is on the disk. After an error the file has the old one, unless only
-// the sync of the directory failed. At a power cut, nextFile may be left.
+// either the old content or the new one, whole. After an error it has the old one,
+// else the new one. That its name may not be on the disk yet is logged, and no
+// error, as all can see the new content. At a power cut, nextFile may be left.
 func replaceFile(file string, data []byte) error {
 	old, err := os.Stat(file)
 	if err != nil {
@@ -975,7 +976,10 @@ func replaceFile(file string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(file))
+	if err := syncDir(filepath.Dir(file)); err != nil { // the new content is in its place, as all can see
+		log.Printf(warning+"%s is changed, but a power cut may undo that: %v", file, err)
+	}
+	return nil
 }
 
 // nextFile is where the new content of a file is written first. The name is

@@ -1083,6 +1083,7 @@ type delivery struct {
 
 	unsaved bool   // the spool lacks what must survive a power cut
 	marks   []byte // to be added to the spool: for the records that are done
+	written uint64 // the highest number of a record in the spool
 }
 
 // deliveryTotals counts readings since the start of the agent.
@@ -1125,7 +1126,7 @@ func (d *delivery) open(s *spool) {
 		s.close()
 		return
 	}
-	d.spool, d.pending = s, found
+	d.spool, d.pending, d.written = s, found, s.last
 	if s.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
 	}
@@ -1403,9 +1404,15 @@ func (d *delivery) close(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.client.close()
+	lost := 0 // those of which no record was written
+	for _, p := range d.pending {
+		if p.record == 0 || p.record > d.written {
+			lost++
+		}
+	}
 	if n := len(d.pending); n > 0 {
 		log.Printf(warning+"monitor %s: %s not delivered, %d of them in memory alone", masked(d.client.url.String()),
-			plural(n, "reading"), d.inMemory)
+			plural(n, "reading"), lost)
 	}
 }
 
@@ -1483,6 +1490,8 @@ func (d *delivery) updateSpool() {
 	s.written, s.retryAt, d.totals.spoolBytes = now, time.Time{}, int64(s.size)
 	if err != nil {
 		s.written, s.retryAt = clocks{}, time.Now().Add(spoolRetry)
+	} else {
+		d.written = s.last
 	}
 	if err != nil && !failed {
 		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
@@ -1575,6 +1584,7 @@ func (s *spool) open() (found []*pendingReading, err error) {
 		s.f, err = os.OpenFile(s.file(), os.O_RDWR|os.O_CREATE, 0o600)
 	}
 	if err == nil {
+		syscall.Unlink(filepath.Join(s.dir, spoolNext)) // a power cut may have left it
 		found, err = s.read(s.f)
 	}
 	if err == nil {

@@ -359,12 +359,11 @@ func (c *change) replace() error {
 			return err
 		}
 	}
-	err := c.staging.rename(c.name, c.installed, c.name)
-	if c.staging.has(c.name) {
-		return err
+	err := c.staging.do("rename", c.name, func(path string) error { return os.Rename(path, c.installed.at(c.name)) })
+	if err == nil {
+		c.tidy(syncFile(c.installed.File)) // whatever comes of that, all can see the new version in its place
 	}
-	c.tidy(err) // of the sync: the new version is in its place, as all can see
-	return nil
+	return err
 }
 
 // moveLower moves the installed version out of the way if it cannot be renamed: it copies and removes it.
@@ -389,8 +388,15 @@ func (c *change) settle() error {
 	files, err := c.installed.names()
 	errs := []error{err}
 	for _, file := range files { // in order: an older picket's new version of a sensor comes before the old one
-		switch prefix, name := versionOf(file); {
-		case prefix == olderPrefix && c.installed.has(oldPrefix+name), prefix != "" && !c.isWhole(name):
+		prefix, name := versionOf(file)
+		isWhole, err := true, error(nil)
+		if prefix != "" {
+			isWhole, err = c.isWhole(name)
+		}
+		switch {
+		case err != nil: // the disk does not tell, and whatever is done may be wrong
+			errs = append(errs, fmt.Errorf("sensor %s: %w", name, err))
+		case prefix == olderPrefix && c.installed.has(oldPrefix+name), !isWhole:
 			// If the remove fails, so does the rename: a directory that is not empty is in the way.
 			errs = append(errs, c.installed.remove(name), c.installed.rename(file, c.installed, name))
 		case prefix == swapPrefix || prefix == oldPrefix:
@@ -412,13 +418,19 @@ func (c *change) settle() error {
 }
 
 // isWhole reports whether a sensor is in its place. One without its executable is half removed.
-func (c *change) isWhole(name string) bool {
+func (c *change) isWhole(name string) (bool, error) {
 	d, err := c.installed.open(name, syscall.O_DIRECTORY)
-	if err != nil {
-		return c.installed.has(name) // perhaps an administrator's link
+	switch {
+	case err == nil:
+		_, err = os.Lstat(d.at(c.sensors.executable))
+		d.Close()
+	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP), errors.Is(err, fs.ErrPermission):
+		return true, nil // perhaps an administrator's link
 	}
-	defer d.Close()
-	return d.has(c.sensors.executable)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // keepOld makes a backup of the version that was replaced, and renames that version to .picket-gone-NAME, as
@@ -474,11 +486,12 @@ func (c *change) backupsOf(name string) ([]string, error) {
 func (c *change) prune() error {
 	backups, err := c.backupsOf(c.name)
 	gone := gonePrefix + c.name // hidden, because half of it must not be taken for a backup
-	for ; err == nil && c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
-		err = errors.Join(c.backups.rename(backups[0], c.backups, gone), c.backups.remove(gone))
-		if err == nil {
+	for ; c.keep > 0 && len(backups) > c.keep; backups = backups[1:] {
+		failed := errors.Join(c.backups.rename(backups[0], c.backups, gone), c.backups.remove(gone))
+		if failed == nil {
 			log.Printf(notice+"backup %s: removed, as [sensor] keep is %d", backups[0], c.keep)
 		}
+		err = errors.Join(err, failed)
 	}
 	return err
 }
@@ -539,8 +552,11 @@ func (d dir) at(name string) string {
 	return d.path(name)
 }
 
-// has reports whether there is anything with this name.
-func (d dir) has(name string) bool { return exists(d.at(name)) }
+// has reports whether there is anything with this name, or may be: the disk may not tell.
+func (d dir) has(name string) bool {
+	_, err := os.Lstat(d.at(name))
+	return !errors.Is(err, fs.ErrNotExist)
+}
 
 // names lists the directory, in the order of bytes.
 func (d dir) names() ([]string, error) {
