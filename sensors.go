@@ -1083,7 +1083,7 @@ type delivery struct {
 
 	unsaved bool   // the spool lacks what must survive a power cut
 	marks   []byte // to be added to the spool: for the records that are done
-	written uint64 // the highest number of a record in the spool
+	onDisk  uint64 // the highest number of a record in the spool
 }
 
 // deliveryTotals counts readings since the start of the agent.
@@ -1126,7 +1126,7 @@ func (d *delivery) open(s *spool) {
 		s.close()
 		return
 	}
-	d.spool, d.pending, d.written = s, found, s.last
+	d.spool, d.pending, d.onDisk = s, found, s.last
 	if s.damaged > 0 {
 		log.Printf(warning+"spool %s: %s passed over", s.file(), plural(s.damaged, "damaged record"))
 	}
@@ -1406,7 +1406,7 @@ func (d *delivery) close(ctx context.Context) {
 	d.client.close()
 	lost := 0 // those of which no record was written
 	for _, p := range d.pending {
-		if p.record == 0 || p.record > d.written {
+		if p.record == 0 || p.record > d.onDisk {
 			lost++
 		}
 	}
@@ -1491,7 +1491,7 @@ func (d *delivery) updateSpool() {
 	if err != nil {
 		s.written, s.retryAt = clocks{}, time.Now().Add(spoolRetry)
 	} else {
-		d.written = s.last
+		d.onDisk = s.last
 	}
 	if err != nil && !failed {
 		log.Printf(severe+"spool %s: %v; undelivered readings are in memory alone", s.file(), err)
